@@ -1,0 +1,62 @@
+"""What can go wrong with a store, one type for each thing a caller does differently about it.
+
+Every message is one line that says what, where, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class RewindError(Exception):
+    """Base of every error that is shown to a person as `rewindfs: error: MESSAGE` (exit status 1)."""
+
+
+class StoreError(RewindError):
+    """A store cannot do what was asked."""
+
+
+class NotAStore(StoreError):
+    """The path holds no store, or something that is not one."""
+
+
+class UnknownFormat(StoreError):
+    """The store was written by a version that this one does not know."""
+
+
+class StoreBusy(StoreError):
+    """Another process is the writer of this store."""
+
+
+class StoreFull(StoreError):
+    """The disk under the store is full. Nothing that was refused was kept; what was kept before is intact."""
+
+
+class StoreFailed(StoreError):
+    """An fsync or a write of the store failed: the writer has stopped and must open the store anew."""
+
+
+class Damaged(StoreError):
+    """Stored bytes do not match their checksum or fingerprint. The message names file, offset and what."""
+
+
+class OutOfOrder(StoreError):
+    """A record does not follow the last one held."""
+
+
+class UnknownName(StoreError):
+    """No such group, volume, snapshot or journal."""
+
+
+class NameRefused(StoreError):
+    """A bookmark's or snapshot's name parses as TIME, has a forbidden form, or exists."""
+
+
+class MomentRefused(StoreError):
+    """The moment is no recovery point: in a gap, before the first, after the last, or ambiguous. Names the nearest."""
+
+
+class BadTime(StoreError):
+    """The text does not parse as TIME."""
+
+
+class WouldBlock(Exception):
+    """A read would have to wait for the disk, and the caller asked not to wait. Never shown to a person."""

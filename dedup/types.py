@@ -1,0 +1,327 @@
+"""The words of the store as types: ids, records, states.
+
+Every value here is immutable. Units are in the names: `*_bytes`, `*_ns`; `offset` and `size` are bytes of a volume,
+`block` counts 4096-byte blocks of a volume, `slot` counts blocks of a container.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import Final, NewType
+
+Seq = NewType("Seq", int)
+"""Position of a record in its group, u64, +1 per record. 0 means "nothing yet"; the first record is 1."""
+TimeNs = NewType("TimeNs", int)
+"""Wall clock of the agent, nanoseconds since 1970 UTC."""
+VolumeId = NewType("VolumeId", int)
+"""Persistent number of a volume within its group, u32, from 1; never used twice."""
+Epoch = NewType("Epoch", int)
+"""Number of an agent start within its group, u32, from 1."""
+ClockRun = NewType("ClockRun", int)
+"""Number of a stretch of records in which the agent's clock never decreased, u32, from 0."""
+ContainerId = NewType("ContainerId", int)
+"""Number of a container within its store, from 1; never used twice."""
+JournalId = NewType("JournalId", int)
+"""Number of a data journal within its store, u16; 0 is `base`."""
+Address = NewType("Address", int)
+"""Where a block's bytes are: container id and slot in one u64 (see `layout.address`). Permanent."""
+
+BLOCK_BYTES: Final = 4096
+HOLE: Final = Address(0)
+"""The address of a block of zeros; nothing is stored for it."""
+BASE_JOURNAL: Final = JournalId(0)
+FINE_JOURNAL: Final = JournalId(1)
+"""The every-write data journal that each store begins with."""
+
+WRITE_BYTES_MAX: Final = 1 << 20
+"""Largest payload of one record's extent: the largest FUSE write request (256 pages)."""
+AGGREGATE_BYTES_MAX: Final = 4 << 20
+"""Largest payload of one aggregate, all extents together."""
+PATH_BYTES_MAX: Final = 4096
+NAME_BYTES_MAX: Final = 255
+VOLUME_BYTES_MAX: Final = 1 << 50
+"""Largest size of a volume: 1 PiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Exact bytes at an exact place of one volume. `data` of length 0 with `zeros` set stands for that many zeros."""
+
+    volume: VolumeId
+    offset: int
+    data: bytes | bytearray | memoryview
+    zeros: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.zeros or len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One intercepted write; extends the volume when it ends past its size."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    extent: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """Writes first_seq..seq as one: coalesced, applied entirely or not at all. No recovery point lies inside."""
+
+    first_seq: Seq
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reconcile:
+    """What the source holds in a range, read under the range lock at this seq. Goes to `base` containers."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    extent: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class Correct:
+    """The truth after the source refused or shortened record `refused`: the volume's size and the range's content.
+
+    Moments `refused`..`seq - 1` are a gap.
+    """
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    refused: Seq
+    size: int
+    extent: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    volume: VolumeId
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """A volume begins to exist at `path` (relative to the source directory) with `size` bytes, all zeros so far."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    volume: VolumeId
+    path: str
+    size: int
+    mode: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One namespace change: every volume whose path changes, and every volume that it replaces, at once."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    moves: tuple[tuple[VolumeId, str], ...]
+    retired: tuple[VolumeId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """The volume was unlinked. Its past stays."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    volume: VolumeId
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    volume: VolumeId
+    mode: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """An fsync of `volume` returned: everything written to it before is on the source's disk."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    volume: VolumeId
+
+
+@dataclass(frozen=True, slots=True)
+class Bookmark:
+    """A recovery point that a person named, after a flush of the whole group."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Nothing changed between the record before and `time`."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+
+
+@dataclass(frozen=True, slots=True)
+class EpochStart:
+    """An agent started. Unless `clean`, what the store holds may differ from the source until `ReconcileEnd`: a gap."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    epoch: Epoch
+    clean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReconcileBegin:
+    """From here until `ReconcileEnd` the store may differ from the source: a gap, for `reason`."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReconcileEnd:
+    """The store equals the source again. The first one of a group is the base snapshot."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+
+
+Record = (
+    Write
+    | Aggregate
+    | Reconcile
+    | Correct
+    | Resize
+    | Create
+    | Rename
+    | Retire
+    | Attributes
+    | Flush
+    | Bookmark
+    | Heartbeat
+    | EpochStart
+    | ReconcileBegin
+    | ReconcileEnd
+)
+"""What an agent sends, in order; each consumes one seq (an Aggregate as many as it combines)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotCreate:
+    """Store-made entry: recovery point `at` is kept under `name`. Carries the seq it follows; consumes none."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    name: str
+    at: Seq
+    at_time: TimeNs
+    volume: VolumeId | None = None
+    keep_until: TimeNs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDelete:
+    """Store-made entry: the name is forgotten. Carries the seq it follows; consumes none."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    name: str
+
+
+Entry = Record | SnapshotCreate | SnapshotDelete
+"""What the metadata journal holds."""
+
+
+class PointKind(Enum):
+    """What a recovery point is worth to a person."""
+
+    CRASH = "crash"
+    FLUSH = "flush"
+    BOOKMARK = "bookmark"
+
+
+class ContainerForm(IntEnum):
+    RAW = 1
+    SEALED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeState:
+    """A volume at one moment. `path` is relative to the source directory; `retired` volumes keep their last path."""
+
+    volume: VolumeId
+    path: str
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    retired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A recovery point of one group."""
+
+    group: str
+    seq: Seq
+    time: TimeNs
+    kind: PointKind
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A catalogued recovery point. `volume` limits it to one volume; None is the whole group."""
+
+    name: str
+    seq: Seq
+    time: TimeNs
+    kind: str
+    """`base`, `bookmark` or `snapshot`."""
+    volume: VolumeId | None = None
+    keep_until: TimeNs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Moments first..last are refused, and times between from_time and to_time. Open while `last` is None."""
+
+    first: Seq
+    last: Seq | None
+    from_time: TimeNs
+    to_time: TimeNs | None
+    reason: str
