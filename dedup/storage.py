@@ -1,0 +1,210 @@
+"""The only place of the store that makes file system calls (LMDB aside).
+
+Tests subclass `Storage` to tear, drop, fill up and fail each call. Errors are turned into the store's own here, and
+name the path:
+
+- no space, quota: StoreFull; any other refusal of a change, any failed sync: StoreFailed;
+- a read that fails: Damaged (the disk does not give the bytes back);
+- FileNotFoundError and FileExistsError pass through: callers ask for them.
+
+Invariants:
+- every open descriptor that came from here has its path in `_paths` until `close`;
+- `pwritev` has written everything when it returns; when it raises, any part may have been written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NoReturn
+
+from dedup.errors import Damaged, StoreFailed, StoreFull, WouldBlock
+
+Buffer = bytes | bytearray | memoryview
+
+IOV_MAX: Final = 1024
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NOT_NOW: Final = frozenset({errno.EAGAIN, errno.EOPNOTSUPP})
+
+
+class Storage:
+    """File system calls, synchronous. Safe to share between threads; one descriptor's user orders its own calls."""
+
+    def __init__(self) -> None:
+        self._paths: dict[int, Path] = {}
+
+    def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
+        """A new descriptor (close-on-exec). FileNotFoundError, FileExistsError, StoreFull, StoreFailed."""
+        try:
+            fd = os.open(path, flags | os.O_CLOEXEC, mode)
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except OSError as error:
+            _refused(error, path, "cannot be opened")
+        self._paths[fd] = path
+        return fd
+
+    def close(self, fd: int) -> None:
+        """Gives the descriptor back. Promises nothing about what was written: `datasync` does."""
+        # The path goes first: the number may be given out anew, to another thread, as soon as it is closed.
+        self._paths.pop(fd, None)
+        os.close(fd)
+
+    def path_of(self, fd: int) -> Path:
+        """What the descriptor was opened as, for messages."""
+        return self._paths.get(fd, Path(f"descriptor {fd}"))
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        """Up to `length` bytes, short only at the end of the file. Damaged when the disk refuses."""
+        try:
+            data = os.pread(fd, length, offset)
+            while 0 < len(data) < length:
+                more = os.pread(fd, length - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        except OSError as error:
+            self._unread(error, fd, offset)
+        return data
+
+    def pread_into(self, fd: int, buffers: list[memoryview], offset: int, *, wait: bool = True) -> int:
+        """Fills the buffers in order and returns the bytes read, short only at the end of the file.
+
+        With `wait` False nothing is read from the disk: WouldBlock when not all of it is in memory, or when the file
+        system cannot tell; the buffers' content is then undefined. Damaged when the disk refuses.
+        """
+        flags = 0 if wait else os.RWF_NOWAIT
+        total = 0
+        pending = buffers
+        while pending:
+            try:
+                count = os.preadv(fd, pending[:IOV_MAX], offset + total, flags)
+            except OSError as error:
+                if not wait and error.errno in _NOT_NOW:
+                    raise WouldBlock from error
+                self._unread(error, fd, offset + total)
+            if count == 0:
+                break
+            total += count
+            pending = _after(pending, count)
+        return total
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+        """Writes all the buffers one after the other. Not durable. StoreFull, StoreFailed: any part may be written."""
+        pending: list[memoryview] = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        while pending:
+            try:
+                count = os.pwritev(fd, pending[:IOV_MAX], offset)
+            except OSError as error:
+                _refused(error, self.path_of(fd), f"offset {offset}: write failed")
+            offset += count
+            pending = _after(pending, count)
+
+    def datasync(self, fd: int) -> None:
+        """What was written to the file before the call, and its size, is durable on return.
+
+        StoreFailed on any error: the kernel may have dropped the data and would report success the next time, so the
+        caller must not try again.
+        """
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            raise StoreFailed(f"{self.path_of(fd)}: sync failed: {error.strerror}; open the store anew") from error
+
+    def sync_directory(self, path: Path) -> None:
+        """The names in the directory are durable on return. StoreFailed."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise StoreFailed(f"{path}: sync failed: {error.strerror}; open the store anew") from error
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Sets the file's size. Not durable. StoreFull, StoreFailed."""
+        try:
+            os.ftruncate(fd, size)
+        except OSError as error:
+            _refused(error, self.path_of(fd), f"cannot be cut to {size} bytes")
+
+    def replace(self, src: Path, dst: Path) -> None:
+        """Renames over `dst` (same directory) and syncs the directory: after a crash one or the other is there.
+
+        `src` must have been synced before. StoreFull, StoreFailed.
+        """
+        try:
+            os.replace(src, dst)
+        except OSError as error:
+            _refused(error, dst, f"cannot be replaced by {src.name}")
+        self.sync_directory(dst.parent)
+
+    def unlink(self, path: Path) -> None:
+        """Removes the name. Not durable until `sync_directory`. FileNotFoundError, StoreFailed."""
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            _refused(error, path, "cannot be removed")
+
+    def mkdir(self, path: Path) -> None:
+        """Makes one directory, mode 0700. Not durable until its parent is synced. FileExistsError, StoreFull, ..."""
+        try:
+            os.mkdir(path, 0o700)
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except OSError as error:
+            _refused(error, path, "cannot be made")
+
+    def listdir(self, path: Path) -> list[str]:
+        """The names in the directory, sorted. FileNotFoundError, StoreFailed."""
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            _refused(error, path, "cannot be listed")
+
+    def size(self, fd: int) -> int:
+        """The file's size in bytes."""
+        try:
+            return os.fstat(fd).st_size
+        except OSError as error:
+            _refused(error, self.path_of(fd), "cannot be examined")
+
+    def exists(self, path: Path) -> bool:
+        """Whether the name is there, whatever it is."""
+        return os.path.lexists(path)
+
+    def lock(self, fd: int) -> bool:
+        """Takes the exclusive lock of the open file without waiting; False when another holds it. Ends with `close`."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            _refused(error, self.path_of(fd), "cannot be locked")
+        return True
+
+    def _unread(self, error: OSError, fd: int, offset: int) -> NoReturn:
+        raise Damaged(f"{self.path_of(fd)}: offset {offset}: cannot be read: {error.strerror}") from error
+
+
+def _refused(error: OSError, path: Path, what: str) -> NoReturn:
+    if error.errno in _NO_SPACE:
+        raise StoreFull(f"{path}: {what}: {error.strerror}; free space on the store's disk") from error
+    raise StoreFailed(f"{path}: {what}: {error.strerror}; open the store anew") from error
+
+
+def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of the buffers after their first `count` bytes."""
+    for index, buffer in enumerate(buffers):
+        if count < buffer.nbytes:
+            return [buffer[count:], *buffers[index + 1 :]]
+        count -= buffer.nbytes
+    return []
