@@ -67,7 +67,7 @@ async def test_a_volume_is_claimed_to_any_size() -> None:
     lock.release(claim)
 
 
-async def test_everything_waits_for_the_group_and_the_group_for_everything(autojump_clock: trio.testing.MockClock) -> None:
+async def test_the_group_waits_for_all_and_all_wait_for_the_group(autojump_clock: trio.testing.MockClock) -> None:
     lock = RangeLock()
     order: list[str] = []
 
