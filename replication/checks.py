@@ -1,0 +1,304 @@
+"""What every message must satisfy, whichever side made it: ranges, lengths, forms of names and paths.
+
+Pure functions that raise Malformed; the codec turns that into the error of the side at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from dedup.types import (
+    BLOCK_BYTES,
+    NAME_BYTES_MAX,
+    PATH_BYTES_MAX,
+    VOLUME_BYTES_MAX,
+    WRITE_BYTES_MAX,
+    Attributes,
+    Bookmark,
+    Create,
+    EpochStart,
+    ReconcileBegin,
+    ReconcileEnd,
+    Rename,
+    Resize,
+    Retire,
+    VolumeState,
+)
+from replication.frame_layout import AGGREGATE_EXTENTS_MAX
+from replication.messages import (
+    COMPARE_BLOCKS_MAX,
+    DIGEST_BYTES,
+    VOLUMES_PER_PAGE_MAX,
+    Compare,
+    Failure,
+    Hello,
+    Reply,
+    Request,
+    Role,
+    VolumePage,
+    Welcome,
+)
+
+U16_MAX: Final = (1 << 16) - 1
+U32_MAX: Final = (1 << 32) - 1
+U64_MAX: Final = (1 << 64) - 1
+TEXT_BYTES_MAX: Final = 4096
+"""Longest text for a person: a Failure's, a Reply's error, a reconcile's reason."""
+RENAME_MOVES_MAX: Final = 65536
+"""Most volumes that one Rename moves, and most that it replaces."""
+COMMAND_DEPTH_MAX: Final = 16
+"""Deepest nesting of a Request's or Reply's body."""
+DIGEST_KEY_BYTES_MAX: Final = 64
+"""Longest key that BLAKE2b takes."""
+
+
+class Malformed(ValueError):
+    """A value breaks a rule of the protocol. Never leaves this package: the codec says whose fault it is."""
+
+
+def check_range(what: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise Malformed(f"{what} {value} is not within {low}..{high}")
+
+
+def check_text(what: str, text: str, bytes_max: int = TEXT_BYTES_MAX) -> None:
+    """Any text that UTF-8 can carry, without NUL, within its length."""
+    if len(text) > bytes_max or len(_utf8(what, text)) > bytes_max:
+        raise Malformed(f"{what} is longer than {bytes_max} bytes")
+    if "\0" in text:
+        raise Malformed(f"{what} contains NUL")
+
+
+def check_name(what: str, name: str) -> None:
+    """A name that can be one component of a path."""
+    check_text(what, name, NAME_BYTES_MAX)
+    if name in ("", ".", "..") or "/" in name:
+        raise Malformed(f"{what} {name!r} is not a name")
+
+
+def check_path(path: str) -> None:
+    """Relative to the source directory, without empty, `.` or `..` components, NUL, or components over 255 bytes."""
+    check_text("path", path, PATH_BYTES_MAX)
+    for component in path.split("/"):
+        check_name("path component", component)
+
+
+def check_stamp(message: Any) -> None:
+    """The three fields that every record begins with."""
+    check_range("seq", message.seq, 1, U64_MAX)
+    check_range("time", message.time, 0, U64_MAX)
+    check_range("run", message.run, 0, U32_MAX)
+
+
+def check_volume(volume: int) -> None:
+    check_range("volume", volume, 1, U32_MAX)
+
+
+def check_range_of_volume(offset: int, length: int) -> None:
+    if offset < 0 or offset + length > VOLUME_BYTES_MAX:
+        raise Malformed(f"range {offset}+{length} ends past the largest volume size {VOLUME_BYTES_MAX}")
+
+
+def check_extent(volume: int, offset: int, length: int) -> None:
+    if not 0 <= length <= WRITE_BYTES_MAX:
+        raise Malformed(f"an extent of {length} bytes; at most {WRITE_BYTES_MAX} are allowed")
+    if volume < 1:
+        raise Malformed("volume 0")
+    if offset + length > VOLUME_BYTES_MAX:
+        raise Malformed(f"range {offset}+{length} ends past the largest volume size {VOLUME_BYTES_MAX}")
+
+
+def check_correct(seq: int, refused: int, size: int) -> None:
+    if not 1 <= refused < seq:
+        raise Malformed(f"record {seq} corrects {refused}, which is not before it")
+    check_range("size", size, 0, VOLUME_BYTES_MAX)
+
+
+def check_aggregate(first_seq: int, seq: int, extents: int) -> None:
+    if not 1 <= first_seq <= seq:
+        raise Malformed(f"an aggregate of records {first_seq}..{seq}")
+    check_range("extents", extents, 1, AGGREGATE_EXTENTS_MAX)
+
+
+def check_piece(length: int) -> None:
+    if not length:
+        raise Malformed("an empty extent in an aggregate")
+
+
+def check_ack(received: int, durable: int) -> None:
+    if durable > received:
+        raise Malformed(f"durable {durable} is past received {received}")
+
+
+def check_compare_result(seq: int, differing: bytes) -> None:
+    check_range("seq", seq, 1, U64_MAX)
+    check_range("blocks of a result", len(differing), 1, COMPARE_BLOCKS_MAX)
+    if differing.strip(b"\0\1"):
+        raise Malformed("a compare result holds a byte other than 0 and 1")
+
+
+def check_compare(message: Compare) -> None:
+    check_stamp(message)
+    check_volume(message.volume)
+    blocks, rest = divmod(len(message.digests), DIGEST_BYTES)
+    if rest or not 1 <= blocks <= COMPARE_BLOCKS_MAX:
+        raise Malformed(f"{len(message.digests)} bytes of digests are not 1..{COMPARE_BLOCKS_MAX} digests")
+    if message.offset % BLOCK_BYTES:
+        raise Malformed(f"compare offset {message.offset} is not block-aligned")
+    check_range_of_volume(message.offset, blocks * BLOCK_BYTES)
+
+
+def _utf8(what: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise Malformed(f"{what} {text!r} is not valid UTF-8") from error
+
+
+def _check_owner(value: Create | Attributes | VolumeState) -> None:
+    check_range("mode", value.mode, 0, U16_MAX)
+    check_range("uid", value.uid, 0, U32_MAX)
+    check_range("gid", value.gid, 0, U32_MAX)
+
+
+def _check_hello(message: Hello) -> None:
+    check_range("version", message.version, 0, U32_MAX)
+    if message.role is Role.AGENT:
+        check_name("group", message.group)
+        check_range("epoch", message.epoch, 1, U32_MAX)
+    else:
+        # A person's command may concern the whole store: no group then.
+        if message.group:
+            check_name("group", message.group)
+        check_range("epoch", message.epoch, 0, 0)
+
+
+def _check_welcome(message: Welcome) -> None:
+    check_range("version", message.version, 0, U32_MAX)
+    check_text("store", message.store, NAME_BYTES_MAX)
+    check_range("epoch", message.epoch, 0, U32_MAX)
+    check_range("held", message.held, 0, U64_MAX)
+    check_range("durable", message.durable, 0, message.held)
+    check_range("time", message.time, 0, U64_MAX)
+    check_range("run", message.run, 0, U32_MAX)
+    check_range("next_volume", message.next_volume, 0, U32_MAX)
+    check_range("digest key length", len(message.digest_key), 0, DIGEST_KEY_BYTES_MAX)
+
+
+def _check_volume_page(message: VolumePage) -> None:
+    check_range("volumes in a page", len(message.volumes), 0, VOLUMES_PER_PAGE_MAX)
+    for state in message.volumes:
+        check_volume(state.volume)
+        check_path(state.path)
+        check_range("size", state.size, 0, VOLUME_BYTES_MAX)
+        _check_owner(state)
+
+
+def _check_body(value: object, depth: int = 0) -> None:
+    """JSON-like: None, bool, int, float, str, lists and dicts with str keys, not too deep."""
+    if depth > COMMAND_DEPTH_MAX:
+        raise Malformed(f"body is nested deeper than {COMMAND_DEPTH_MAX}")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise Malformed("a key of the body is not text")
+            _check_body(inner, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_body(inner, depth + 1)
+    elif value is not None and not isinstance(value, (bool, int, float, str)):
+        raise Malformed(f"body holds a {type(value).__name__}")
+
+
+def _check_request(message: Request) -> None:
+    check_range("request id", message.id, 1, U64_MAX)
+    check_name("command", message.command)
+    _check_body(message.body)
+
+
+def _check_reply(message: Reply) -> None:
+    check_range("request id", message.id, 1, U64_MAX)
+    check_text("error", message.error)
+    _check_body(message.body)
+
+
+def _check_failure(message: Failure) -> None:
+    check_text("text", message.text)
+
+
+def _check_resize(message: Resize) -> None:
+    check_stamp(message)
+    check_volume(message.volume)
+    check_range("size", message.size, 0, VOLUME_BYTES_MAX)
+
+
+def _check_create(message: Create) -> None:
+    check_stamp(message)
+    check_volume(message.volume)
+    check_path(message.path)
+    check_range("size", message.size, 0, VOLUME_BYTES_MAX)
+    _check_owner(message)
+
+
+def _check_rename(message: Rename) -> None:
+    check_stamp(message)
+    check_range("moves", len(message.moves), 0, RENAME_MOVES_MAX)
+    check_range("retired volumes", len(message.retired), 0, RENAME_MOVES_MAX)
+    if not message.moves and not message.retired:
+        raise Malformed("a rename that moves and retires nothing")
+    touched = [volume for volume, _path in message.moves] + list(message.retired)
+    for volume in touched:
+        check_volume(volume)
+    if len(set(touched)) != len(touched):
+        raise Malformed("a rename names one volume twice")
+    for _volume, path in message.moves:
+        check_path(path)
+    if len({path for _volume, path in message.moves}) != len(message.moves):
+        raise Malformed("a rename moves two volumes to one path")
+
+
+def _check_retire(message: Retire) -> None:
+    check_stamp(message)
+    check_volume(message.volume)
+
+
+def _check_attributes(message: Attributes) -> None:
+    check_stamp(message)
+    check_volume(message.volume)
+    _check_owner(message)
+
+
+def _check_bookmark(message: Bookmark) -> None:
+    check_stamp(message)
+    check_name("bookmark", message.name)
+
+
+def _check_epoch_start(message: EpochStart) -> None:
+    check_stamp(message)
+    check_range("epoch", message.epoch, 1, U32_MAX)
+
+
+def _check_reconcile_begin(message: ReconcileBegin) -> None:
+    check_stamp(message)
+    check_text("reason", message.reason)
+
+
+RARE_CHECKS: Final[dict[type, Callable[[Any], None]]] = {
+    Hello: _check_hello,
+    Welcome: _check_welcome,
+    VolumePage: _check_volume_page,
+    Request: _check_request,
+    Reply: _check_reply,
+    Failure: _check_failure,
+    Resize: _check_resize,
+    Create: _check_create,
+    Rename: _check_rename,
+    Retire: _check_retire,
+    Attributes: _check_attributes,
+    Bookmark: _check_bookmark,
+    EpochStart: _check_epoch_start,
+    ReconcileBegin: _check_reconcile_begin,
+    ReconcileEnd: check_stamp,
+}
+"""The check of each message that travels as msgpack; the others are checked by their own codec."""

@@ -1,0 +1,256 @@
+"""Messages to frames: checked before they are packed, payloads never copied. `wire` is the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import error as StructError
+from typing import Any, Final
+
+import msgspec
+import zstandard
+
+from dedup.types import (
+    AGGREGATE_BYTES_MAX,
+    VOLUME_BYTES_MAX,
+    WRITE_BYTES_MAX,
+    Aggregate,
+    Correct,
+    Extent,
+    Flush,
+    Heartbeat,
+    Reconcile,
+    Write,
+)
+from replication.checks import (
+    RARE_CHECKS,
+    Malformed,
+    check_ack,
+    check_aggregate,
+    check_compare,
+    check_compare_result,
+    check_correct,
+    check_extent,
+    check_piece,
+    check_stamp,
+    check_volume,
+)
+from replication.errors import LocalProtocolError
+from replication.frame_layout import (
+    ACK,
+    AGGREGATE,
+    COMPARE,
+    COMPARE_RESULT,
+    CORRECT,
+    EXTENT,
+    FLUSH,
+    HEADER,
+    HEARTBEAT,
+    RARE,
+    WRITE,
+    Flag,
+    MessageType,
+)
+from replication.messages import (
+    Ack,
+    Compare,
+    CompareResult,
+    Message,
+    SyncRequest,
+)
+
+Buffer = bytes | bytearray | memoryview
+"""Contiguous bytes; a memoryview must have one-byte items."""
+
+
+_ZEROS: Final = int(Flag.ZEROS)
+_WRITE: Final = int(MessageType.WRITE)
+_RECONCILE: Final = int(MessageType.RECONCILE)
+
+
+def encode(message: Message) -> list[Buffer]:
+    """The frame as buffers to be sent one after the other; payloads are not copied and must not change until sent.
+
+    Raises LocalProtocolError for a message that the peer would have to refuse.
+    """
+    encoder = _ENCODERS.get(type(message))
+    if encoder is None:
+        raise LocalProtocolError(f"{type(message).__name__} is no message of this protocol")
+    try:
+        return encoder(message)
+    except (Malformed, StructError, TypeError, ValueError, OverflowError) as error:
+        raise LocalProtocolError(f"cannot send {type(message).__name__}: {error}") from error
+
+
+def encode_aggregate(aggregate: Aggregate, *, level: int) -> list[Buffer]:
+    """Like `encode`, but compressed with this zstd level where that saves at least an eighth."""
+    plain = encode(aggregate)
+    body = b"".join(plain)[AGGREGATE.size :]
+    compressed = zstandard.ZstdCompressor(level=level, write_checksum=False).compress(body)
+    if len(compressed) > len(body) - len(body) // 8:
+        return plain
+    fields = AGGREGATE.unpack_from(plain[0])
+    head = AGGREGATE.pack(AGGREGATE.size + len(compressed), fields[1], int(Flag.COMPRESSED), 0, *fields[4:])
+    return [head, compressed]
+
+
+def frame_bytes(message: Message) -> int:
+    """Length of the message's frame, uncompressed."""
+    return sum(len(buffer) for buffer in encode(message))
+
+
+def _extent_length(extent: Extent) -> tuple[int, int]:
+    """The extent's length and its flag, checked."""
+    length, flag = len(extent.data), 0
+    if extent.zeros:
+        if length:
+            raise Malformed("an extent has both data and zeros")
+        length, flag = extent.zeros, _ZEROS
+    check_extent(extent.volume, extent.offset, length)
+    return length, flag
+
+
+def _encode_write(message: Write) -> list[Buffer]:
+    extent = message.extent
+    data = extent.data
+    length = len(data)
+    # The common case, in one condition; everything else is sorted out below.
+    if not extent.zeros and 0 < length <= WRITE_BYTES_MAX and message.seq and extent.volume > 0:
+        offset = extent.offset
+        if offset + length <= VOLUME_BYTES_MAX:
+            head = WRITE.pack(
+                44 + length, _WRITE, 0, 0, message.seq, message.time, message.run, extent.volume, offset, length
+            )
+            return [head, data]
+    if extent.length == 0:
+        raise Malformed("a write of nothing")
+    return _encode_range(message, _WRITE)
+
+
+def _encode_reconcile(message: Reconcile) -> list[Buffer]:
+    return _encode_range(message, _RECONCILE)
+
+
+def _encode_range(message: Write | Reconcile, kind: int) -> list[Buffer]:
+    extent = message.extent
+    length, flag = _extent_length(extent)
+    check_stamp(message)
+    data: list[Buffer] = [extent.data] if len(extent.data) else []
+    total = WRITE.size + len(extent.data)
+    head = WRITE.pack(
+        total, kind, flag, 0, message.seq, message.time, message.run, extent.volume, extent.offset, length
+    )
+    return [head, *data]
+
+
+def _encode_correct(message: Correct) -> list[Buffer]:
+    extent = message.extent
+    length, flag = _extent_length(extent)
+    check_correct(message.seq, message.refused, message.size)
+    data: list[Buffer] = [extent.data] if len(extent.data) else []
+    head = CORRECT.pack(
+        CORRECT.size + len(extent.data),
+        MessageType.CORRECT,
+        flag,
+        0,
+        message.seq,
+        message.time,
+        message.run,
+        message.refused,
+        message.size,
+        extent.volume,
+        extent.offset,
+        length,
+    )
+    return [head, *data]
+
+
+def _encode_aggregate(message: Aggregate) -> list[Buffer]:
+    check_aggregate(message.first_seq, message.seq, len(message.extents))
+    table: list[bytes] = []
+    data: list[Buffer] = []
+    total = covered = 0
+    for extent in message.extents:
+        length, _flag = _extent_length(extent)
+        check_piece(length)
+        covered += length
+        size = len(extent.data)
+        table.append(EXTENT.pack(extent.volume, size, extent.offset, extent.zeros))
+        if size:
+            data.append(extent.data)
+            total += size
+    if covered > AGGREGATE_BYTES_MAX:
+        raise Malformed(f"an aggregate of {covered} bytes; at most {AGGREGATE_BYTES_MAX} are allowed")
+    body_bytes = total + len(table) * EXTENT.size
+    head = AGGREGATE.pack(
+        AGGREGATE.size + body_bytes,
+        MessageType.AGGREGATE,
+        0,
+        0,
+        message.first_seq,
+        message.seq,
+        message.time,
+        message.run,
+        len(table),
+        body_bytes,
+    )
+    return [head + b"".join(table), *data]
+
+
+def _encode_flush(message: Flush) -> list[Buffer]:
+    check_stamp(message)
+    check_volume(message.volume)
+    kind = MessageType.FLUSH
+    return [FLUSH.pack(FLUSH.size, kind, 0, 0, message.seq, message.time, message.run, message.volume)]
+
+
+def _encode_heartbeat(message: Heartbeat) -> list[Buffer]:
+    check_stamp(message)
+    return [HEARTBEAT.pack(HEARTBEAT.size, MessageType.HEARTBEAT, 0, 0, message.seq, message.time, message.run)]
+
+
+def _encode_ack(message: Ack) -> list[Buffer]:
+    check_ack(message.received, message.durable)
+    return [ACK.pack(ACK.size, MessageType.ACK, 0, 0, message.received, message.durable)]
+
+
+def _encode_compare(message: Compare) -> list[Buffer]:
+    check_compare(message)
+    total = COMPARE.size + len(message.digests)
+    kind = MessageType.COMPARE
+    head = COMPARE.pack(total, kind, 0, 0, message.seq, message.time, message.run, message.volume, message.offset)
+    return [head, message.digests]
+
+
+def _encode_compare_result(message: CompareResult) -> list[Buffer]:
+    check_compare_result(message.seq, message.differing)
+    total = COMPARE_RESULT.size + len(message.differing)
+    return [COMPARE_RESULT.pack(total, MessageType.COMPARE_RESULT, 0, 0, message.seq), message.differing]
+
+
+def _encode_sync_request(_message: SyncRequest) -> list[Buffer]:
+    return [HEADER.pack(HEADER.size, MessageType.SYNC_REQUEST, 0, 0)]
+
+
+def _encode_rare(message: Any) -> list[Buffer]:
+    kind, limit = RARE[type(message)]
+    RARE_CHECKS[type(message)](message)
+    body = msgspec.msgpack.encode(message)
+    total = HEADER.size + len(body)
+    if total > limit:
+        raise Malformed(f"{total} bytes; at most {limit} are allowed")
+    return [HEADER.pack(total, kind, 0, 0), body]
+
+
+_ENCODERS: Final[dict[type, Callable[[Any], list[Buffer]]]] = {
+    **dict.fromkeys(RARE, _encode_rare),
+    Write: _encode_write,
+    Reconcile: _encode_reconcile,
+    Correct: _encode_correct,
+    Aggregate: _encode_aggregate,
+    Flush: _encode_flush,
+    Heartbeat: _encode_heartbeat,
+    Ack: _encode_ack,
+    Compare: _encode_compare,
+    CompareResult: _encode_compare_result,
+    SyncRequest: _encode_sync_request,
+}

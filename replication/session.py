@@ -1,0 +1,283 @@
+"""What may be said when, and by whom: one state table for both ends, without socket, clock or await.
+
+Invariants:
+- Both ends run the same table and the same rules over the same messages, so they are always in the same state, apart
+  from what is under way. A rule broken by a message we were asked to send is LocalProtocolError, by one that arrived
+  is ProtocolError; either way the message has no effect.
+- Records (and Compares) follow each other without a hole: each begins at the seq after the last one, the first at
+  Welcome.held + 1.
+- Ack never decreases and never passes what was sent. A CompareResult answers an open Compare with as many blocks, a
+  Reply an open Request; of both only a bounded number is open.
+- After a Failure, or after any broken rule, nothing more is said: CLOSED.
+
+Use: `send` gives the buffers to put on the wire; `receive_data` what came from there, then `next_event` until None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Final, get_args
+
+from dedup.types import Aggregate, Record, Seq
+from replication.errors import LocalProtocolError, ProtocolError
+from replication.messages import (
+    DIGEST_BYTES,
+    PROTOCOL_VERSION,
+    Ack,
+    Compare,
+    CompareResult,
+    Failure,
+    Hello,
+    Message,
+    Reply,
+    Request,
+    Role,
+    SyncRequest,
+    VolumePage,
+    Welcome,
+)
+from replication.wire import Buffer, Decoder, encode
+
+COMPARES_OPEN_MAX: Final = 64
+"""Most Compares without their CompareResult."""
+REQUESTS_OPEN_MAX: Final = 64
+"""Most Requests without their Reply."""
+
+
+class Side(Enum):
+    """The two ends: CLIENT connects and says Hello (an agent's first appliance, a command); SERVER answers."""
+
+    CLIENT = "client"
+    SERVER = "server"
+
+
+class State(Enum):
+    CONNECTING = "connecting"
+    """Nothing was said. The client says Hello."""
+    GREETED = "greeted"
+    """Hello was said. The server answers Welcome or Failure."""
+    LISTING = "listing"
+    """Welcome was said to an agent. The server lists the volumes."""
+    STREAMING = "streaming"
+    """Records, commands and their answers."""
+    CLOSED = "closed"
+    """Nothing more is said."""
+
+
+RECORD_TYPES: Final[frozenset[type]] = frozenset(get_args(Record))
+"""Messages that consume a seq and are journalled."""
+NUMBERED_TYPES: Final[frozenset[type]] = RECORD_TYPES | {Compare}
+"""Messages that consume a seq."""
+
+TABLE: Final[dict[State, dict[Side, dict[type, State]]]] = {
+    State.CONNECTING: {
+        Side.CLIENT: {Hello: State.GREETED},
+        Side.SERVER: {Failure: State.CLOSED},
+    },
+    State.GREETED: {
+        Side.CLIENT: {Failure: State.CLOSED},
+        Side.SERVER: {Welcome: State.LISTING, Failure: State.CLOSED},
+    },
+    State.LISTING: {
+        Side.CLIENT: {Failure: State.CLOSED},
+        Side.SERVER: {VolumePage: State.LISTING, Failure: State.CLOSED},
+    },
+    State.STREAMING: {
+        Side.CLIENT: {
+            **dict.fromkeys(NUMBERED_TYPES, State.STREAMING),
+            SyncRequest: State.STREAMING,
+            Request: State.STREAMING,
+            Failure: State.CLOSED,
+        },
+        Side.SERVER: {
+            Ack: State.STREAMING,
+            CompareResult: State.STREAMING,
+            Reply: State.STREAMING,
+            Failure: State.CLOSED,
+        },
+    },
+    State.CLOSED: {Side.CLIENT: {}, Side.SERVER: {}},
+}
+"""State → who speaks → what may be said → the state after it. Two messages have a say in it themselves: the last
+VolumePage leads to STREAMING, and so does Welcome when the role is no agent's."""
+
+AGENT_ONLY_TYPES: Final[frozenset[type]] = NUMBERED_TYPES | {SyncRequest, Ack, CompareResult}
+"""What only an agent's session carries."""
+
+
+class Session:
+    """One end of one connection. Not to be shared between tasks that wait; no method waits."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.peer = Side.SERVER if side is Side.CLIENT else Side.CLIENT
+        self.state = State.CONNECTING
+        self.role: Role | None = None
+        self.last_seq = Seq(0)
+        """Seq of the last record or Compare said on this session, or Welcome.held."""
+        self.received = Seq(0)
+        self.durable = Seq(0)
+        self._version = PROTOCOL_VERSION
+        self._compares: dict[int, int] = {}
+        self._requests: set[int] = set()
+        self._decoder = Decoder()
+
+    @property
+    def compares_open(self) -> int:
+        return len(self._compares)
+
+    @property
+    def requests_open(self) -> int:
+        return len(self._requests)
+
+    def send(self, message: Message) -> list[Buffer]:
+        """The message's frame, counted as said. Raises LocalProtocolError and changes nothing when it is not allowed.
+
+        The caller puts all of it on the wire, in the order of the calls, or gives the connection up.
+        """
+        buffers = encode(message)
+        self._say(self.side, message)
+        return buffers
+
+    def sending(self, kind: type, first_seq: Seq, seq: Seq) -> None:
+        """Counts a record, encoded before, as said: what `send` does for one, apart from the encoding.
+
+        For a queue that keeps frames and sends them again. `kind` is the record's class; a Compare needs `send`.
+        """
+        if self.state is not State.STREAMING or self.side is not Side.CLIENT or kind not in RECORD_TYPES:
+            raise LocalProtocolError(f"{kind.__name__} may not be sent when {self.state.value}")
+        if self.role is not Role.AGENT or first_seq != self.last_seq + 1 or seq < first_seq:
+            raise LocalProtocolError(f"record {first_seq}..{seq} does not follow {self.last_seq}")
+        self.last_seq = seq
+
+    def receive_data(self, data: Buffer) -> None:
+        """Takes what arrived; read the events after each call. `data` must not change afterwards."""
+        self._decoder.receive_data(data)
+
+    def next_event(self) -> Message | None:
+        """The next message of the peer, or None until more arrives. Raises ProtocolError; then CLOSED."""
+        try:
+            message = self._decoder.next_message()
+            if message is not None:
+                self._say(self.peer, message)
+        except ProtocolError:
+            self.state = State.CLOSED
+            raise
+        return message
+
+    def receive_eof(self) -> None:
+        """The connection ended. Raises ProtocolError when that cut a frame; the session is CLOSED."""
+        self.state = State.CLOSED
+        if self._decoder.incomplete:
+            raise ProtocolError("the connection ended within a frame")
+
+    def _say(self, speaker: Side, message: Message) -> None:
+        kind = type(message)
+        following = TABLE[self.state][speaker].get(kind)
+        if following is None:
+            raise self._broken(speaker, f"{kind.__name__} is not allowed when {self.state.value}")
+        if self.role is not Role.AGENT and kind in AGENT_ONLY_TYPES:
+            raise self._broken(speaker, f"{kind.__name__} in a session whose role is not agent")
+        rule = _RULES.get(kind)
+        if rule is not None:
+            following = rule(self, speaker, message, following)
+        self.state = following
+
+    def _broken(self, speaker: Side, text: str) -> LocalProtocolError | ProtocolError:
+        return (
+            LocalProtocolError(text) if speaker is self.side else ProtocolError(f"the peer broke the protocol: {text}")
+        )
+
+
+# Each rule gets (session, speaker, message, the state that the table names) and returns the state that follows.
+
+
+def _hello(session: Session, speaker: Side, message: Hello, following: State) -> State:
+    session.role = message.role
+    session._version = message.version
+    return following
+
+
+def _welcome(session: Session, speaker: Side, message: Welcome, following: State) -> State:
+    if message.version != session._version:
+        raise session._broken(speaker, f"Welcome in version {message.version} after Hello in {session._version}")
+    session.last_seq = session.received = message.held
+    session.durable = message.durable
+    return following if session.role is Role.AGENT else State.STREAMING
+
+
+def _volume_page(session: Session, speaker: Side, message: VolumePage, following: State) -> State:
+    return State.STREAMING if message.last else following
+
+
+def _record(session: Session, speaker: Side, message: Any, following: State) -> State:
+    if message.seq != session.last_seq + 1:
+        raise session._broken(speaker, f"record {message.seq} does not follow {session.last_seq}")
+    session.last_seq = message.seq
+    return following
+
+
+def _aggregate(session: Session, speaker: Side, message: Aggregate, following: State) -> State:
+    if message.first_seq != session.last_seq + 1:
+        raise session._broken(speaker, f"aggregate from {message.first_seq} does not follow {session.last_seq}")
+    session.last_seq = message.seq
+    return following
+
+
+def _compare(session: Session, speaker: Side, message: Compare, following: State) -> State:
+    if len(session._compares) >= COMPARES_OPEN_MAX:
+        raise session._broken(speaker, f"more than {COMPARES_OPEN_MAX} compares are open")
+    _record(session, speaker, message, following)
+    session._compares[message.seq] = len(message.digests) // DIGEST_BYTES
+    return following
+
+
+def _compare_result(session: Session, speaker: Side, message: CompareResult, following: State) -> State:
+    blocks = session._compares.get(message.seq)
+    if blocks != len(message.differing):
+        raise session._broken(
+            speaker, f"a result of {len(message.differing)} blocks for compare {message.seq}: {blocks}"
+        )
+    del session._compares[message.seq]
+    return following
+
+
+def _ack(session: Session, speaker: Side, message: Ack, following: State) -> State:
+    if message.received < session.received or message.durable < session.durable:
+        raise session._broken(speaker, f"{message} after received {session.received}, durable {session.durable}")
+    if message.received > session.last_seq:
+        raise session._broken(speaker, f"{message} when {session.last_seq} is the last record sent")
+    session.received = message.received
+    session.durable = message.durable
+    return following
+
+
+def _request(session: Session, speaker: Side, message: Request, following: State) -> State:
+    if len(session._requests) >= REQUESTS_OPEN_MAX:
+        raise session._broken(speaker, f"more than {REQUESTS_OPEN_MAX} requests are open")
+    if message.id in session._requests:
+        raise session._broken(speaker, f"request id {message.id} is open already")
+    session._requests.add(message.id)
+    return following
+
+
+def _reply(session: Session, speaker: Side, message: Reply, following: State) -> State:
+    if message.id not in session._requests:
+        raise session._broken(speaker, f"a reply to request {message.id}, which is not open")
+    session._requests.discard(message.id)
+    return following
+
+
+_RULES: Final[dict[type, Callable[[Session, Side, Any, State], State]]] = {
+    **dict.fromkeys(RECORD_TYPES, _record),
+    Hello: _hello,
+    Welcome: _welcome,
+    VolumePage: _volume_page,
+    Aggregate: _aggregate,
+    Compare: _compare,
+    CompareResult: _compare_result,
+    Ack: _ack,
+    Request: _request,
+    Reply: _reply,
+}

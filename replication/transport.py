@@ -1,0 +1,298 @@
+"""The only place with sockets: connections that carry buffers in order, and how they are made.
+
+Invariants:
+- One task sends on a connection at a time, one receives; a second one raises trio.BusyResourceError.
+- A `send` that did not return leaves the stream cut at an unknown byte: the connection must be closed.
+- A socket file has mode 0600 from its first instant, and only the holder of the store's lock replaces a stale one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from replication.errors import LinkDown, ReplicationError
+from replication.wire import Buffer
+
+RECEIVE_BYTES_MAX: Final = 1 << 20
+RECEIVE_BYTES_MIN: Final = 64 << 10
+SOCKET_BUFFER_BYTES: Final = 1 << 20
+GATHER_BUFFERS_MAX: Final = 1024
+"""IOV_MAX of Linux."""
+BACKLOG: Final = 16
+SOCKET_PATH_BYTES_MAX: Final = 107
+"""sun_path holds 108 bytes with its NUL."""
+
+
+class Connection(ABC):
+    """A byte stream in both directions. Errors of the link are LinkDown, whatever the system calls them."""
+
+    @abstractmethod
+    async def send(self, buffers: Sequence[Buffer]) -> None:
+        """Puts all of the buffers on the stream, in order. May return without a checkpoint when the link takes them at
+        once. Cancelled or failed: an unknown part was sent, close the connection. Raises LinkDown."""
+
+    @abstractmethod
+    def send_nowait(self, buffers: Sequence[Buffer]) -> int:
+        """Puts as many bytes of the buffers on the stream as it takes at once, 0 when a `send` is under way or the link
+        is congested, and returns how many. Raises LinkDown."""
+
+    @abstractmethod
+    async def receive(self) -> bytes:
+        """The next bytes, at most RECEIVE_BYTES_MAX; b"" at the end of the stream. Always a checkpoint; cancelled, it
+        has consumed nothing. Raises LinkDown."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Closes both directions at once; waiting calls raise LinkDown. Harmless when closed. Does not wait."""
+
+    async def __aenter__(self) -> Connection:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.aclose()
+
+
+class SocketConnection(Connection):
+    """A connected stream socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        self._sock = sock
+        self._sending = False
+        self._receiving = False
+        self._receive_bytes = RECEIVE_BYTES_MIN
+
+    async def send(self, buffers: Sequence[Buffer]) -> None:
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this connection")
+        self._sending = True
+        try:
+            await self._send_all(buffers)
+        except OSError as error:
+            raise LinkDown(f"the link to the peer broke: {error}") from error
+        except trio.ClosedResourceError as error:
+            raise LinkDown("the connection was closed") from error
+        finally:
+            self._sending = False
+
+    async def _send_all(self, buffers: Sequence[Buffer]) -> None:
+        pending = list(buffers)
+        while pending:
+            try:
+                sent = self._open_socket().sendmsg(pending[:GATHER_BUFFERS_MAX])
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._sock)
+                continue
+            pending = _after(pending, sent)
+
+    def send_nowait(self, buffers: Sequence[Buffer]) -> int:
+        if self._sending:
+            return 0
+        try:
+            return self._open_socket().sendmsg(buffers[:GATHER_BUFFERS_MAX])
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise LinkDown(f"the link to the peer broke: {error}") from error
+
+    async def receive(self) -> bytes:
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving on this connection")
+        self._receiving = True
+        try:
+            return await self._receive_some()
+        except OSError as error:
+            raise LinkDown(f"the link to the peer broke: {error}") from error
+        except trio.ClosedResourceError as error:
+            raise LinkDown("the connection was closed") from error
+        finally:
+            self._receiving = False
+
+    async def _receive_some(self) -> bytes:
+        while True:
+            # A checkpoint before the bytes are taken: a peer that never pauses must not starve the other tasks, and
+            # a cancelled receive must lose nothing.
+            await trio.lowlevel.wait_readable(self._open_socket())
+            try:
+                data = self._sock.recv(self._receive_bytes)
+            except BlockingIOError:
+                continue
+            # Large buffers only while they are filled: making one costs more than a small message.
+            full = len(data) == self._receive_bytes
+            self._receive_bytes = RECEIVE_BYTES_MAX if full else RECEIVE_BYTES_MIN
+            return data
+
+    def _open_socket(self) -> socket.socket:
+        if self._sock.fileno() < 0:
+            raise LinkDown("the connection was closed")
+        return self._sock
+
+    async def aclose(self) -> None:
+        if self._sock.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
+
+
+class MemoryConnection(Connection):
+    """One end of `memory_pair`: for tests, and for what trio's streams can do and a socket cannot."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self._sending = False
+
+    async def send(self, buffers: Sequence[Buffer]) -> None:
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this connection")
+        self._sending = True
+        try:
+            await self._stream.send_all(b"".join(buffers))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise LinkDown(f"the link to the peer broke: {error}") from error
+        finally:
+            self._sending = False
+
+    def send_nowait(self, buffers: Sequence[Buffer]) -> int:
+        return 0
+
+    async def receive(self) -> bytes:
+        try:
+            return bytes(await self._stream.receive_some(RECEIVE_BYTES_MAX))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise LinkDown(f"the link to the peer broke: {error}") from error
+
+    async def aclose(self) -> None:
+        with trio.CancelScope(shield=True):
+            await self._stream.aclose()
+
+
+def memory_pair() -> tuple[MemoryConnection, MemoryConnection]:
+    """Two connections joined in memory, unbounded."""
+    import trio.testing  # here, because no process but a test's needs it
+
+    one, other = trio.testing.memory_stream_pair()
+    return MemoryConnection(one), MemoryConnection(other)
+
+
+def socket_pair() -> tuple[SocketConnection, SocketConnection]:
+    """Two connections over a Unix socket pair."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return SocketConnection(one), SocketConnection(other)
+
+
+class Listener:
+    """A listening Unix socket; made by `listen_unix`."""
+
+    def __init__(self, sock: socket.socket, path: Path) -> None:
+        self._sock = sock
+        self._path = path
+
+    async def accept(self) -> SocketConnection:
+        """The next connection. Cancelled, it has accepted none. Raises trio.ClosedResourceError when closed."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                sock, _address = self._sock.accept()
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._sock)
+            except ConnectionAbortedError:
+                continue
+            else:
+                return SocketConnection(sock)
+
+    async def aclose(self) -> None:
+        """Stops listening and removes the socket file; the caller still holds the store's lock. Does not wait."""
+        if self._sock.fileno() >= 0:
+            self._path.unlink(missing_ok=True)
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
+
+
+async def connect_unix(path: Path) -> SocketConnection:
+    """Connects to the socket at `path`. Raises LinkDown when nobody listens, or more are waiting than it takes."""
+    await trio.lowlevel.checkpoint()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        _with_address(path, sock.connect)
+    except OSError as error:
+        sock.close()
+        raise LinkDown(f"cannot connect to {path}: {error.strerror or error}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return SocketConnection(sock)
+
+
+def listen_unix(path: Path, *, replace_stale: bool = False) -> Listener:
+    """Listens at `path` with mode 0600.
+
+    `replace_stale` removes a socket file that is there: only for the caller who holds the lock that says that no other
+    listener lives. Raises ReplicationError when the path is taken or too long.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        # The mode of the socket is the mode of the file that bind makes: there is no instant at which it is wider.
+        os.fchmod(sock.fileno(), stat.S_IRUSR | stat.S_IWUSR)
+        if replace_stale and _is_socket(path):
+            path.unlink(missing_ok=True)
+        _with_address(path, sock.bind)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ReplicationError(f"cannot listen at {path}: {error.strerror or error}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return Listener(sock, path)
+
+
+def _is_socket(path: Path) -> bool:
+    try:
+        return stat.S_ISSOCK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _with_address(path: Path, call: Callable[[bytes], None]) -> None:
+    """Calls with an address that the kernel takes for `path`, however long its directory is."""
+    plain = os.fsencode(path)
+    if len(plain) <= SOCKET_PATH_BYTES_MAX:
+        call(plain)
+        return
+    with _directory(path.parent) as descriptor:
+        short = f"/proc/self/fd/{descriptor}/".encode() + os.fsencode(path.name)
+        if len(short) > SOCKET_PATH_BYTES_MAX:
+            raise OSError(errno.ENAMETOOLONG, f"the name of the socket is too long: {path.name}")
+        call(short)
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _after(buffers: list[Buffer], sent: int) -> list[Buffer]:
+    """What remains of the buffers after `sent` bytes of them."""
+    for index, buffer in enumerate(buffers):
+        if sent < len(buffer):
+            rest = buffers[index:]
+            if sent:
+                rest[0] = memoryview(buffer)[sent:]
+            return rest
+        sent -= len(buffer)
+    return []
