@@ -1,0 +1,287 @@
+"""Reading the metadata journal: every entry from a position on, verified, in bounded memory.
+
+Any number of readers beside the writer, in other processes too; nothing here changes a file. See `metadata_journal`
+for the invariants that are relied on here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import xxhash
+
+from dedup.errors import Damaged
+from dedup.journal_entry import KINDS, EntryKind, Logged, decode
+from dedup.layout import (
+    CHECKSUM_BYTES,
+    ENTRY_BYTES_MAX,
+    ENTRY_HEADER,
+    ENTRY_HEADER_BYTES,
+    ENTRY_PADDING_MASK,
+    SEGMENT_HEADER_BYTES,
+    checksum,
+    segment_named,
+    segment_path,
+    unpack_segment_header,
+)
+from dedup.storage import Storage
+from dedup.types import ClockRun, JournalId, Seq, TimeNs
+
+CHUNK_BYTES: Final = 1 << 20
+"""Read at a time; more only for one entry that is larger."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class JournalPosition:
+    """A place between entries: the first seq of a segment, and an offset in its file."""
+
+    segment: Seq
+    offset: int
+
+
+FIRST_POSITION: Final = JournalPosition(Seq(1), SEGMENT_HEADER_BYTES)
+"""Where the first entry of a group's life goes."""
+
+
+class Scanned(NamedTuple):
+    """An entry's header, its checksum verified; `raw` is the whole entry, for `extents_of` and `decode`."""
+
+    kind: EntryKind
+    first_seq: Seq
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    journal: JournalId
+    raw: memoryview
+    segment: Seq
+    end: int
+    """Offset of the entry's end in the segment's file."""
+
+    @property
+    def position(self) -> JournalPosition:
+        """The position after the entry."""
+        return JournalPosition(self.segment, self.end)
+
+
+def segments(storage: Storage, directory: Path) -> list[Seq]:
+    """The first seqs of the segments that are there, ascending; none when the directory is not there."""
+    try:
+        names = storage.listdir(directory)
+    except FileNotFoundError:
+        return []
+    return sorted(first for name in names if (first := segment_named(name)) is not None)
+
+
+def first_position(storage: Storage, directory: Path) -> JournalPosition:
+    """Where the oldest entry starts, or will start."""
+    found = segments(storage, directory)
+    return JournalPosition(found[0], SEGMENT_HEADER_BYTES) if found else FIRST_POSITION
+
+
+def scan(
+    storage: Storage,
+    directory: Path,
+    start: JournalPosition,
+    *,
+    limit: JournalPosition | None = None,
+    torn: bool = False,
+) -> Iterator[Scanned]:
+    """Every entry from `start` on, in order, its checksum and its place in the sequence verified.
+
+    Sees everything appended before the first step. Ends before an entry at the end of the last segment that is not
+    whole: one that is being written, or was when a process died. Damaged (naming file and offset) for anything else
+    that is not an entry, so also for a bad entry with a whole one somewhere behind it.
+
+    `torn` is for the writer's recovery after a power cut, which may leave later pages of a segment without earlier
+    ones: then the first bad entry of the last segment is the end, whatever follows. `limit` is a position known to be
+    held: the scan ends there, and anything bad or missing before it is Damaged.
+    """
+    found = [first for first in segments(storage, directory) if first >= start.segment]
+    if not found and start == FIRST_POSITION and limit is None:
+        return
+    if not found or found[0] != start.segment:
+        raise Damaged(f"{segment_path(directory, start.segment)}: offset {start.offset}: the segment is missing")
+    previous = Seq(start.segment - 1) if start.offset == SEGMENT_HEADER_BYTES else None
+    for index, first in enumerate(found):
+        if limit is not None and first > limit.segment:
+            return
+        path = segment_path(directory, first)
+        if previous is not None and first - 1 != previous:
+            raise Damaged(f"{path}: offset 0: the segment before it ends at seq {previous}")
+        is_last = index == len(found) - 1
+        stop = limit.offset if limit is not None and limit.segment == first else None
+        if index > 0:
+            previous = Seq(first - 1)
+        segment = _SegmentScan(storage, path, first, is_last and limit is None, torn)
+        for scanned in segment.entries(start.offset if index == 0 else SEGMENT_HEADER_BYTES, previous, stop):
+            previous = scanned.seq
+            yield scanned
+    if limit is not None and found[-1] < limit.segment:
+        raise Damaged(f"{segment_path(directory, limit.segment)}: offset {limit.offset}: the segment is missing")
+
+
+def read(
+    storage: Storage,
+    directory: Path,
+    start: JournalPosition,
+    *,
+    limit: JournalPosition | None = None,
+    torn: bool = False,
+) -> Iterator[tuple[Logged, JournalPosition]]:
+    """Like `scan`, whole values: each entry with the position after it."""
+    for scanned in scan(storage, directory, start, limit=limit, torn=torn):
+        try:
+            logged = decode(scanned.raw)
+        except Damaged as error:
+            path = segment_path(directory, scanned.segment)
+            raise Damaged(f"{path}: offset {scanned.end - len(scanned.raw)}: {error}") from error
+        yield logged, scanned.position
+
+
+class _SegmentScan:
+    """One pass over one segment's file."""
+
+    def __init__(self, storage: Storage, path: Path, first: Seq, tail_may_be_torn: bool, torn: bool) -> None:
+        self._storage = storage
+        self._path = path
+        self._first = first
+        self._tail_may_be_torn = tail_may_be_torn
+        self._torn = torn
+        self._fd = -1
+        self._seed = 0
+
+    def entries(self, offset: int, previous: Seq | None, stop: int | None) -> Iterator[Scanned]:
+        try:
+            self._fd = self._storage.open(self._path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise Damaged(f"{self._path}: offset {offset}: the segment is missing") from error
+        try:
+            size = self._storage.size(self._fd)
+            if size < offset and not (self._tail_may_be_torn and offset == SEGMENT_HEADER_BYTES):
+                raise self._damaged(size, f"the segment ends before offset {offset}")
+            if size <= SEGMENT_HEADER_BYTES and self._tail_may_be_torn:
+                return  # just made, or not even that: nothing was ever acknowledged in it
+            header = unpack_segment_header(self._storage.pread(self._fd, SEGMENT_HEADER_BYTES, 0), self._path)
+            if header.first_seq != self._first:
+                raise self._damaged(0, f"the segment is that of seq {header.first_seq}")
+            self._seed = header.seed
+            yield from self._chunks(offset, previous, stop)
+        finally:
+            self._storage.close(self._fd)
+
+    def _chunks(self, base: int, previous: Seq | None, stop: int | None) -> Iterator[Scanned]:
+        want = CHUNK_BYTES
+        retried = -1
+        while stop is None or base < stop:
+            chunk = self._storage.pread(self._fd, want, base)
+            view = memoryview(chunk)
+            at = 0
+            fault: str | None = None
+            need = 0
+            for scanned, length in self._whole_entries(view, base, previous):
+                if scanned is None:
+                    need = length
+                    break
+                previous = scanned.seq
+                at += length
+                yield scanned
+                if stop is not None and base + at >= stop:
+                    break
+            base += at
+            if stop is not None and base >= stop:
+                if base > stop:
+                    raise self._damaged(stop, "no entry ends here")
+                return
+            left = len(chunk) - at
+            at_end = len(chunk) < want
+            if need < 0:
+                fault = "not an entry, or one that does not match its checksum"
+            elif at_end and left:
+                fault = "the entry is cut short"
+            elif at_end:
+                break
+            if fault is None:
+                want = max(CHUNK_BYTES, need)
+            elif base != retried:
+                # The writer may have cut a failed append off and written over it while this chunk was read.
+                retried = base
+                want = CHUNK_BYTES
+            else:
+                if self._is_tail(base, previous):
+                    return
+                raise self._damaged(base, fault)
+        if stop is not None:
+            raise self._damaged(base, f"the segment ends before offset {stop}")
+
+    def _whole_entries(self, view: memoryview, base: int, previous: Seq | None) -> Iterator[tuple[Scanned | None, int]]:
+        """(entry, its length) of each whole entry; then (None, bytes needed) if more is needed, (None, -1) if bad."""
+        unpack = ENTRY_HEADER.struct.unpack_from
+        digest = xxhash.xxh3_64_intdigest
+        seed = self._seed
+        first = self._first
+        have = len(view)
+        at = 0
+        while have - at >= ENTRY_HEADER_BYTES:
+            stored, length, number, flags, journal, seq, first_seq, at_time, run, _ = unpack(view, at)
+            end = at + length
+            if not ENTRY_HEADER_BYTES <= length <= ENTRY_BYTES_MAX or length & 7 or not 0 < number < len(KINDS):
+                yield None, -1
+                return
+            if end > have:
+                yield None, length
+                return
+            raw = view[at:end]
+            if digest(raw[CHECKSUM_BYTES:], seed) != stored or flags > ENTRY_PADDING_MASK:
+                yield None, -1
+                return
+            kind = KINDS[number]
+            assert kind is not None
+            if first_seq > seq or (previous is not None and not follows(previous, kind, first_seq, seq)):
+                raise self._damaged(base + at, f"seq {first_seq}..{seq} does not follow seq {previous}")
+            previous = seq
+            yield Scanned(kind, first_seq, seq, at_time, run, journal, raw, first, base + end), length
+            at = end
+
+    def _is_tail(self, offset: int, previous: Seq | None) -> bool:
+        """Whether what is bad at `offset` is merely the end of the journal."""
+        if not self._tail_may_be_torn:
+            return False
+        return self._torn or not self._entryfollows(offset + 8, previous)
+
+    def _entryfollows(self, offset: int, previous: Seq | None) -> bool:
+        """Whether a whole later entry starts anywhere at or after `offset` (a multiple of 8)."""
+        size = self._storage.size(self._fd)
+        lowest = 1 if previous is None else previous
+        highest = lowest + (1 << 32)
+        while offset + ENTRY_HEADER_BYTES <= size:
+            chunk = self._storage.pread(self._fd, CHUNK_BYTES, offset)
+            words = np.frombuffer(chunk, dtype="<u8", count=len(chunk) // 8)
+            count = len(words) - ENTRY_HEADER_BYTES // 8 + 1
+            if count <= 0:
+                break
+            lengths = words[1 : count + 1] & np.uint64(0xFFFFFFFF)
+            seqs = words[2 : count + 2]
+            likely = (lengths >= ENTRY_HEADER_BYTES) & (lengths <= ENTRY_BYTES_MAX) & (lengths & np.uint64(7) == 0)
+            likely &= (seqs >= lowest) & (seqs <= highest) & (words[3 : count + 3] <= seqs)
+            for index in np.flatnonzero(likely):
+                raw = self._storage.pread(self._fd, int(lengths[index]), offset + int(index) * 8)
+                stored = int.from_bytes(raw[:CHECKSUM_BYTES], "little")
+                if len(raw) == lengths[index] and checksum(raw[CHECKSUM_BYTES:], self._seed) == stored:
+                    return True
+            offset += count * 8
+        return False
+
+    def _damaged(self, offset: int, what: str) -> Damaged:
+        return Damaged(f"{self._path}: offset {offset}: {what}")
+
+
+def follows(previous: Seq, kind: EntryKind, first_seq: int, seq: int) -> bool:
+    """Whether an entry may come after seq `previous`."""
+    if kind.consumes_seq:
+        return first_seq == previous + 1
+    return first_seq == seq == previous
