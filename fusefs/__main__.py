@@ -1,0 +1,5 @@
+"""`python -m fusefs` equals `rewindfs`."""
+
+from fusefs.cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""The command `rewindfs`: joins the commands of the three packages, and reports errors.
+
+The commands are loaded when they are used, so that help and completion cost no import of numpy or pyfuse3.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Final, NoReturn
+
+import click
+
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "mount": ("fusefs.mount_cli:mount", "Mount SOURCE at MOUNTPOINT and protect it."),
+    "unmount": ("fusefs.mount_cli:unmount", "Drain to durable, then unmount."),
+    "bookmark": ("fusefs.mount_cli:bookmark", "Name this moment, across all volumes, after a flush."),
+    "browse": ("fusefs.mount_cli:browse", "Mount the snapshots of STORE, read-only."),
+    "status": ("fusefs.mount_cli:status", "How a mount or a store is doing."),
+    "snapshot": ("dedup.cli:snapshot", "Create, list and delete snapshots."),
+    "points": ("dedup.cli:points", "What can be restored: ranges, gaps, flushes, bookmarks."),
+    "verify": ("dedup.cli:verify", "Check a store."),
+    "appliance": ("replication.cli:appliance", "Run an appliance as a process of its own."),
+}
+"""Each command's `module:attribute` and its line in the help."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are modules' attributes, imported when they are invoked."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{module}:{attribute} is no click command")
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no such command: {args[0]}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Log more, and show the traceback of an error.")
+@click.version_option(package_name="rewindfs", prog_name="rewindfs", message="%(prog)s %(version)s")
+@click.pass_context
+def rewindfs(ctx: click.Context, debug: bool) -> None:
+    """Continuous data protection for volumes that are plain files.
+
+    Mount a directory of disk images through rewindfs and work on the mount: any past moment is a file.
+    """
+    ctx.obj = {"debug": debug}
+
+
+def main() -> NoReturn:
+    """Runs one command and exits: 0 success, 1 a failure, 2 wrong usage, 130 interrupted."""
+    # --debug counts wherever it stands: who needs it repeats the command with it at the end.
+    args = sys.argv[1:]
+    own = args[: args.index("--")] if "--" in args else args
+    debug = "--debug" in own
+    args = [*["--debug"][:debug], *[arg for arg in own if arg != "--debug"], *args[len(own) :]]
+    try:
+        status = rewindfs.main(args, prog_name="rewindfs", standalone_mode=False)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "rewindfs"
+        fail(f"{error.format_message().rstrip('.')}; {command} --help says more", 2)
+    except click.ClickException as error:
+        fail(error.format_message(), 1)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted", 130)
+    except Exception as error:
+        # Imported here: it brings trio, which the other ways out of here do not need.
+        from replication.background import cause, explain, is_expected
+
+        if debug:
+            raise
+        reason = cause(error)
+        hint = "" if is_expected(reason) else " (a bug: run it with --debug to see where)"
+        fail(explain(reason) + hint, 1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def fail(text: str, status: int) -> NoReturn:
+    """The one form of an error message, then exit."""
+    click.echo(f"rewindfs: error: {' '.join(text.split())}", err=True)
+    sys.exit(status)

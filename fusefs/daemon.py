@@ -1,0 +1,110 @@
+"""The life of a mount: mounted, serving, unmounted, drained.
+
+`replication.background.run` is the outermost call of such a process; `serve` is what it awaits once its `Operations`
+exist.
+
+Invariants:
+- Every orderly way out (signal, `stop`, unmounted by somebody else) ends in the same `drain`, after the last request
+  has been answered. Only a bug, a cancellation or a kill leaves without it.
+- A mountpoint is never unmounted by a process whose own mount has already gone from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import pyfuse3
+import trio
+
+from dedup.errors import RewindError
+from fusefs.mountpoint import MountBusy, unmount
+
+log = logging.getLogger("rewindfs.daemon")
+
+TASKS_MAX: Final = 64
+"""Requests served at a time, unless the caller knows better."""
+
+
+class MountFailed(RewindError):
+    """The kernel or libfuse refused the mount; libfuse's own reason is on stderr."""
+
+
+async def serve(
+    operations: pyfuse3.Operations,
+    mountpoint: Path,
+    options: set[str],
+    *,
+    drain: Callable[[], Awaitable[None]],
+    stop: trio.Event | None = None,
+    max_tasks: int = TASKS_MAX,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Mounts `operations` at `mountpoint` and serves it until SIGTERM, SIGINT, `stop`, or an unmount by others.
+
+    `task_status.started()` is called when the mount is in place; requests wait for the next moment and are answered.
+    On a signal or `stop` it unmounts; files that are still open there get errors from then on. However it ended: when
+    the last request has been answered it awaits `drain()` and returns. A second signal cancels requests that are stuck
+    and the drain. An exception of a handler unmounts and is raised, without drain; so does cancelling this.
+    Raises MountFailed.
+    """
+    stop = trio.Event() if stop is None else stop
+    ended = trio.Event()
+    patience = trio.CancelScope()
+    try:
+        pyfuse3.init(operations, str(mountpoint), options)
+    except RuntimeError as error:
+        raise MountFailed(f"{mountpoint}: could not be mounted: {error}") from error
+    unmounted = False
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def main_loop() -> None:
+                await pyfuse3.main(max_tasks=max_tasks)
+                ended.set()
+                stop.set()
+
+            await nursery.start(_watch_signals, stop, patience)
+            nursery.start_soon(main_loop)
+            log.info("%s: mounted", mountpoint)
+            task_status.started()
+            await stop.wait()
+            if not ended.is_set():
+                await trio.to_thread.run_sync(_leave, mountpoint)
+                unmounted = True
+                pyfuse3.terminate()
+            with patience:
+                await ended.wait()
+                log.info("%s: unmounted, draining", mountpoint)
+                await drain()
+            nursery.cancel_scope.cancel()
+    finally:
+        pyfuse3.close(unmount=not unmounted)
+    log.info("%s: left", mountpoint)
+
+
+def _leave(mountpoint: Path) -> None:
+    """Unmounts this process's own mount. Blocks while the kernel writes back."""
+    try:
+        unmount(mountpoint)
+    except MountBusy:
+        log.warning("%s: files are still open there; they get errors from now on", mountpoint)
+        unmount(mountpoint, lazy=True)
+
+
+async def _watch_signals(
+    stop: trio.Event, patience: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Sets `stop` at the first signal that asks to leave, and cancels `patience` at the second."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            if stop.is_set():
+                log.warning("%s while draining: leaving at once", signal.Signals(number).name)
+                patience.cancel()
+            else:
+                log.info("%s: leaving", signal.Signals(number).name)
+                stop.set()
