@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-from collections.abc import Awaitable, Callable
-from typing import ParamSpec, TypeVar
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 
@@ -50,7 +51,7 @@ def fuse_error(operation: str, error: Exception) -> pyfuse3.FUSEError:
     return pyfuse3.FUSEError(errno.EIO)
 
 
-def handler(function: Callable[_P, Awaitable[_T]]) -> Callable[_P, Awaitable[_T]]:
+def handler(function: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
     """Wraps a FUSE handler so that the only exceptions it lets out are FUSEError and cancellation."""
 
     @functools.wraps(function)
@@ -61,3 +62,9 @@ def handler(function: Callable[_P, Awaitable[_T]]) -> Callable[_P, Awaitable[_T]
             raise fuse_error(function.__name__, error) from None
 
     return wrapped
+
+
+def refused(what: str) -> OSError:
+    """The EPERM to raise for what is refused on purpose; the log says what and why."""
+    _log.warning("refused with EPERM: %s", what)
+    return OSError(errno.EPERM, os.strerror(errno.EPERM))
