@@ -89,6 +89,8 @@ class Storage:
             if count == 0:
                 break
             total += count
+            if len(pending) == 1 and count == pending[0].nbytes:
+                break
             pending = _after(pending, count)
         return total
 

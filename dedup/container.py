@@ -1,0 +1,373 @@
+"""Containers: append-only files of unique blocks. The writer of the raw form, the reader of either, the pool.
+
+A raw file is header page | fingerprint table | slots; slot × 4096 is where a block is. `sealed` replaces it by the
+sealed form under the same name; addresses stay.
+
+Invariants:
+- `no-wrong-bytes`: no block leaves a `ContainerReader` that does not match its stored fingerprint;
+- a slot is written once: after a failed append the slots that it was for are never used again;
+- blocks are written before their fingerprints: a table entry that is not zeros was meant to name a whole block;
+- the pool keeps at most `open_max` descriptors besides those in use at the moment; one in use is never closed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from dedup.errors import Damaged, StoreFailed, WouldBlock
+from dedup.layout import (
+    CONTAINER_PAGE_BYTES,
+    FINGERPRINT_BYTES,
+    RAW_SLOTS_OFFSET,
+    RAW_TABLE_OFFSET,
+    SLOT_BITS,
+    SLOT_MASK,
+    SLOTS_MAX,
+    ZERO_BLOCK,
+    ContainerHeader,
+    container_path,
+    pack_container_header,
+    unpack_container_header,
+)
+from dedup.sealed_form import GroupCache, SealedForm
+from dedup.storage import Buffer, Storage
+from dedup.types import BLOCK_BYTES, Address, ContainerForm, ContainerId, JournalId, TimeNs
+
+_TABLE_PAGE_SLOTS: Final = 256
+"""Fingerprints cached at a time: 4096 bytes of the table."""
+_RUN_BLOCKS_MAX: Final = 1024
+"""Blocks of one read."""
+
+
+class RawContainerWriter:
+    """Fills one new container. Called by one thread at a time, but `sync`, which may run beside `append`."""
+
+    def __init__(self, storage: Storage, path: Path, fd: int, container: ContainerId, journal: JournalId) -> None:
+        """Use `create`."""
+        self._storage = storage
+        self._path = path
+        self._fd = fd
+        self.container = container
+        self.journal = journal
+        self.next_slot = 0
+
+    @classmethod
+    def create(
+        cls, storage: Storage, directory: Path, container: ContainerId, journal: JournalId
+    ) -> RawContainerWriter:
+        """A new, empty container; its header and its name are durable. StoreFull leaves no file; StoreFailed may."""
+        path = container_path(directory, container)
+        header = ContainerHeader(container, journal, ContainerForm.RAW, TimeNs(time.time_ns()))
+        try:
+            fd = storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        except FileExistsError as error:
+            raise StoreFailed(f"{path}: a container of that number is there already; open the store anew") from error
+        try:
+            storage.pwritev(fd, [pack_container_header(header)], 0)
+            storage.datasync(fd)
+            storage.sync_directory(directory)
+        except BaseException:
+            storage.close(fd)
+            storage.unlink(path)
+            raise
+        return cls(storage, path, fd, container, journal)
+
+    @property
+    def slots_free(self) -> int:
+        return SLOTS_MAX - self.next_slot
+
+    def append(self, blocks: Sequence[Buffer], fingerprints: Sequence[bytes]) -> int:
+        """Writes the blocks (4096 bytes each, at most `slots_free`) and returns the first slot. DURABLE after `sync`.
+
+        StoreFull, StoreFailed: the slots that it was for are spent.
+        """
+        first = self.next_slot
+        if len(blocks) != len(fingerprints) or len(blocks) > self.slots_free:
+            raise ValueError(f"{len(blocks)} blocks, {len(fingerprints)} fingerprints, {self.slots_free} slots free")
+        if any(len(block) != BLOCK_BYTES for block in blocks):
+            raise ValueError(f"a block has {BLOCK_BYTES} bytes")
+        self.next_slot = first + len(blocks)
+        self._storage.pwritev(self._fd, blocks, RAW_SLOTS_OFFSET + first * BLOCK_BYTES)
+        table = b"".join(fingerprints)
+        self._storage.pwritev(self._fd, [table], RAW_TABLE_OFFSET + first * FINGERPRINT_BYTES)
+        return first
+
+    def sync(self) -> None:
+        """Everything appended before the call is DURABLE when it returns. StoreFailed."""
+        self._storage.datasync(self._fd)
+
+    def close(self) -> None:
+        """Gives the descriptor back. Not a sync; must not run beside one."""
+        self._storage.close(self._fd)
+
+
+class _Form(Protocol):
+    """Where a container's bytes are, whatever they are."""
+
+    def slots(self) -> list[int]: ...
+
+    def offset_of(self, slot: int) -> int: ...
+
+    def fingerprints(self, slot: int, count: int, *, wait: bool = True) -> bytes: ...
+
+    def refresh(self) -> bool: ...
+
+    def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None: ...
+
+
+class _RawForm:
+    """An open raw file, which another may still be appending to: table pages are read when they are first needed."""
+
+    def __init__(self, storage: Storage, path: Path, fd: int) -> None:
+        self._storage = storage
+        self._path = path
+        self._fd = fd
+        self._pages: dict[int, bytes] = {}
+
+    def slots(self) -> list[int]:
+        """The slots that were filled: inside the file, with a fingerprint."""
+        whole = max(0, self._storage.size(self._fd) - RAW_SLOTS_OFFSET) // BLOCK_BYTES
+        table = self._storage.pread(self._fd, min(whole, SLOTS_MAX) * FINGERPRINT_BYTES, RAW_TABLE_OFFSET)
+        rows = np.frombuffer(table, dtype="<u8").reshape(-1, 2)
+        slots: list[int] = np.flatnonzero(rows.any(axis=1)).tolist()
+        return slots
+
+    def offset_of(self, slot: int) -> int:
+        return RAW_SLOTS_OFFSET + slot * BLOCK_BYTES
+
+    def fingerprints(self, slot: int, count: int, *, wait: bool = True) -> bytes:
+        number, start = divmod(slot, _TABLE_PAGE_SLOTS)
+        end = start + count
+        if end <= _TABLE_PAGE_SLOTS:
+            page = self._pages.get(number) or self._page(number, wait)
+            return page[start * FINGERPRINT_BYTES : end * FINGERPRINT_BYTES]
+        last = (slot + count - 1) // _TABLE_PAGE_SLOTS
+        pages = b"".join([self._pages.get(n) or self._page(n, wait) for n in range(number, last + 1)])
+        return pages[start * FINGERPRINT_BYTES : end * FINGERPRINT_BYTES]
+
+    def _page(self, number: int, wait: bool) -> bytes:
+        length = _TABLE_PAGE_SLOTS * FINGERPRINT_BYTES
+        page = bytearray(length)
+        self._storage.pread_into(self._fd, [memoryview(page)], RAW_TABLE_OFFSET + number * length, wait=wait)
+        kept = self._pages[number] = bytes(page)
+        return kept
+
+    def refresh(self) -> bool:
+        """Drops what is cached; True when that was anything, so that a second look may differ."""
+        was_cached = bool(self._pages)
+        self._pages = {}
+        return was_cached
+
+    def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None:
+        offset = RAW_SLOTS_OFFSET + slot * BLOCK_BYTES
+        if slot + count > SLOTS_MAX or self._storage.pread_into(self._fd, [out], offset, wait=wait) != len(out):
+            raise Damaged(f"{self._path}: offset {offset}: slots {slot}..{slot + count - 1} are past the file's end")
+
+
+class ContainerReader:
+    """One open container, in either form. Safe between threads, `close` excepted."""
+
+    def __init__(self, storage: Storage, path: Path, fd: int, header: ContainerHeader, form: _Form) -> None:
+        """Use `open`."""
+        self._storage = storage
+        self._path = path
+        self._fd = fd
+        self._form = form
+        self.header = header
+        self.users = 0
+        """Kept by the pool, under its lock."""
+
+    @classmethod
+    def open(
+        cls, storage: Storage, directory: Path, container: ContainerId, *, cache: GroupCache | None = None
+    ) -> ContainerReader:
+        """Looks at the header and opens whichever form it is. Damaged, UnknownFormat."""
+        path = container_path(directory, container)
+        try:
+            fd = storage.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise Damaged(f"{path}: offset 0: the container is missing") from error
+        try:
+            page = storage.pread(fd, CONTAINER_PAGE_BYTES, 0)
+            header = unpack_container_header(page, path)
+            if header.container != container:
+                raise Damaged(f"{path}: offset 0: the file is container {header.container}")
+            form: _Form = (
+                _RawForm(storage, path, fd)
+                if header.form is ContainerForm.RAW
+                else SealedForm(storage, path, fd, page, cache or GroupCache())
+            )
+        except BaseException:
+            storage.close(fd)
+            raise
+        return cls(storage, path, fd, header, form)
+
+    def slots(self) -> list[int]:
+        """The slots that hold a block, ascending. Says nothing about whether it is sound: `read_into` does."""
+        return self._form.slots()
+
+    def fingerprints(self, slot: int, count: int) -> bytes:
+        """The stored fingerprints of the slots, 16 bytes each; zeros for one never filled. Damaged when not there."""
+        self._form.refresh()
+        return self._form.fingerprints(slot, count)
+
+    def read_into(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None:
+        """Fills `out` (count × 4096 bytes) with the slots' blocks, each verified against its fingerprint.
+
+        Damaged names file and offset; WouldBlock when not `wait` and the disk is needed. `out` is undefined then.
+        """
+        self._form.load(slot, count, out, wait=wait)
+        fingerprints = self._form.fingerprints(slot, count, wait=wait)
+        bad = _first_mismatch(out, fingerprints)
+        if bad is not None and self._form.refresh():
+            # The table may have been read before the slots were filled.
+            bad = _first_mismatch(out, self._form.fingerprints(slot, count, wait=wait))
+        if bad is not None:
+            raise Damaged(
+                f"{self._path}: offset {self._form.offset_of(slot + bad)}: "
+                f"the block in slot {slot + bad} does not match its fingerprint"
+            )
+
+    def read_block(self, slot: int) -> bytes:
+        """One slot's block, verified. Damaged."""
+        block = bytearray(BLOCK_BYTES)
+        self.read_into(slot, 1, memoryview(block))
+        return bytes(block)
+
+    def close(self) -> None:
+        self._storage.close(self._fd)
+
+
+def _first_mismatch(blocks: memoryview, fingerprints: bytes) -> int | None:
+    """The index of the first block that is not what its fingerprint says."""
+    digest = xxhash.xxh3_128_digest
+    if len(blocks) == BLOCK_BYTES:
+        return None if digest(blocks) == fingerprints else 0
+    found = b"".join([digest(blocks[at : at + BLOCK_BYTES]) for at in range(0, len(blocks), BLOCK_BYTES)])
+    if found == fingerprints:
+        return None
+    for index in range(len(blocks) // BLOCK_BYTES):
+        at = index * FINGERPRINT_BYTES
+        if found[at : at + FINGERPRINT_BYTES] != fingerprints[at : at + FINGERPRINT_BYTES]:
+            return index
+    raise ValueError(f"{len(fingerprints)} bytes of fingerprints for {len(blocks)} bytes of blocks")
+
+
+class ContainerPool:
+    """Reads blocks by address through a bounded set of open containers. Safe between threads, `close` excepted.
+
+    A container that was replaced meanwhile is read through its open descriptor until that is the oldest, or `forget`.
+    """
+
+    def __init__(self, storage: Storage, directory: Path, *, open_max: int = 64) -> None:
+        self._storage = storage
+        self._directory = directory
+        self._open_max = open_max
+        self._cache = GroupCache()
+        self._readers: OrderedDict[int, ContainerReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read_block(self, where: Address) -> bytes:
+        """One block that is not a hole, verified. Damaged."""
+        reader = self._borrow(where >> SLOT_BITS, True)
+        try:
+            return reader.read_block(where & SLOT_MASK)
+        finally:
+            self._give_back(reader)
+
+    def read_addresses(self, addresses: NDArray[np.uint64], out: memoryview, *, wait: bool = True) -> None:
+        """Fills `out` (4096 bytes per address) with the blocks, verified; a hole is zeros.
+
+        Runs of consecutive addresses are one read. Damaged names file and offset. With `wait` False: WouldBlock when
+        anything of it needs the disk, or a container is not open; `out` is undefined then.
+        """
+        count = len(addresses)
+        if count == 0:
+            return
+        starts = [0]
+        if count > 1:
+            before = addresses[:-1]
+            starts += (np.flatnonzero((addresses[1:] != before + np.uint64(1)) | (before == 0)) + 1).tolist()
+        for start, end in zip(starts, [*starts[1:], count], strict=True):
+            where = int(addresses[start])
+            if where == 0:
+                out[start * BLOCK_BYTES : end * BLOCK_BYTES] = ZERO_BLOCK
+                continue
+            reader = self._borrow(where >> SLOT_BITS, wait)
+            try:
+                for at in range(start, end, _RUN_BLOCKS_MAX):
+                    take = min(end - at, _RUN_BLOCKS_MAX)
+                    part = out[at * BLOCK_BYTES : (at + take) * BLOCK_BYTES]
+                    reader.read_into((where & SLOT_MASK) + at - start, take, part, wait=wait)
+            finally:
+                self._give_back(reader)
+
+    def fingerprints(self, where: Address, count: int = 1) -> bytes:
+        """The stored fingerprints of `count` slots from the address on. Damaged."""
+        reader = self._borrow(where >> SLOT_BITS, True)
+        try:
+            return reader.fingerprints(where & SLOT_MASK, count)
+        finally:
+            self._give_back(reader)
+
+    def _borrow(self, container: int, wait: bool) -> ContainerReader:
+        """The container's reader, not to be closed until it is given back."""
+        with self._lock:
+            reader = self._readers.get(container)
+            if reader is not None:
+                self._readers.move_to_end(container)
+                reader.users += 1
+                return reader
+        if not wait:
+            raise WouldBlock
+        opened = ContainerReader.open(self._storage, self._directory, ContainerId(container), cache=self._cache)
+        with self._lock:
+            reader = self._readers.setdefault(container, opened)
+            reader.users += 1
+            closing = [] if reader is opened else [opened]
+            closing += self._surplus()
+        for idle in closing:
+            idle.close()
+        return reader
+
+    def _give_back(self, reader: ContainerReader) -> None:
+        with self._lock:
+            reader.users -= 1
+            forgotten = reader.users == 0 and self._readers.get(reader.header.container) is not reader
+        if forgotten:
+            reader.close()
+
+    def _surplus(self) -> list[ContainerReader]:
+        """Takes the oldest readers out until the pool fits, and returns those that nobody uses: to be closed.
+
+        One in use is closed by the last to give it back.
+        """
+        idle = []
+        while len(self._readers) > self._open_max:
+            _, oldest = self._readers.popitem(last=False)
+            if oldest.users == 0:
+                idle.append(oldest)
+        return idle
+
+    def forget(self, container: ContainerId) -> None:
+        """The next read of the container opens its file anew."""
+        with self._lock:
+            reader = self._readers.pop(container, None)
+            idle = reader is not None and reader.users == 0
+        if reader is not None and idle:
+            reader.close()
+
+    def close(self) -> None:
+        """Closes every descriptor; nothing may be reading."""
+        while self._readers:
+            self._readers.popitem()[1].close()
