@@ -110,6 +110,11 @@ class RawContainerWriter:
         """Gives the descriptor back. Not a sync; must not run beside one."""
         self._storage.close(self._fd)
 
+    def discard(self) -> None:
+        """Closes and removes a container of which no block was kept. StoreFailed."""
+        self.close()
+        self._storage.unlink(self._path)
+
 
 class _Form(Protocol):
     """Where a container's bytes are, whatever they are."""
