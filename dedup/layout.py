@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import xxhash
 
 from dedup.errors import Damaged, NotAStore, UnknownFormat
@@ -409,3 +410,22 @@ FINGERPRINT_VALUE: Final = struct.Struct("<Q")
 
 LEAF_BLOCKS: Final = 512
 """Blocks of one leaf of a pointer map: 2 MiB of a volume."""
+
+POINTER_KEY: Final = struct.Struct(">HIIQ")
+"""Key of `pointers`: group, volume, leaf, seq of the checkpoint that wrote the version."""
+POINTER_WHOLE: Final = 0
+POINTER_DELTA: Final = 1
+"""First byte of a pointer-map value. WHOLE: a zero byte, then POINTER_RUN_DTYPE runs that make up the leaf. DELTA: its
+number on the whole leaf (u8), then n indexes (u16), then n addresses (u64)."""
+POINTER_RUN_DTYPE: Final = np.dtype([("count", "<u2"), ("address", "<u8")])
+"""`count` blocks: holes if `address` is HOLE, else consecutive addresses from it."""
+
+GROUP_KEY: Final = struct.Struct(">H")
+"""Prefix of every other key of a group: its id in this index. Then: a name (`names`), 16 bytes of xxh3_128 of the path
+(`paths`), the run (u32, `runs`)."""
+ANCHOR_KEY: Final = struct.Struct(">HQ")
+"""Key of `anchors` (group, seq) and of `gaps` (group, first refused seq)."""
+TIME_KEY: Final = struct.Struct(">HIQQ")
+"""Key of `times`: group, clock run, time, seq of a checkpoint; the value is empty."""
+VOLUME_KEY: Final = struct.Struct(">HIQ")
+"""Key of `volumes`: group, volume, seq of the checkpoint that wrote the state."""

@@ -133,7 +133,9 @@ def check_name(name: str) -> None:
     fault = _name_fault(name)
     if fault is None and name in ("latest", "base"):
         fault = "is a word with a meaning of its own"
-    if fault is None and (name.startswith(("seq=", "bookmark=")) or _clock_time(name) is not None or _age_ns(name) is not None):
+    if fault is None and (
+        name.startswith(("seq=", "bookmark=")) or _clock_time(name) is not None or _age_ns(name) is not None
+    ):
         fault = "parses as a TIME"
     if fault is not None:
         raise NameRefused(f"the name {name!r} {fault}; choose another")

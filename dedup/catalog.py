@@ -1,0 +1,206 @@
+"""The catalog: what LMDB knows of each group besides pointers. Written by checkpoints only, rebuilt from the journal.
+
+Databases (FORMAT.md, "Index"): `groups` name → id; `anchors` (group, seq) → Checkpoint; `times` (group, run, time,
+seq);
+`volumes` (group, volume, seq) → VolumeState; `paths`; `names` (group, name) → Snapshot; `gaps` (group, first) → Gap;
+`runs` (group, run) → RunStart; `pointers` and `fingerprints` of `pointer_map` and `fingerprint_index`.
+
+Invariants:
+- the last anchor of a group is the state that the index holds: everything in the other databases is of its seq or
+  older, since one transaction writes them all; LMDB never leads the journal;
+- an anchor's volumes and pointers are never changed by a later checkpoint, so each anchor stays a starting point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import lmdb
+import msgspec
+import xxhash
+
+from dedup.errors import Damaged
+from dedup.group_state import Checkpoint, GroupState, RunStart
+from dedup.layout import ANCHOR_KEY, GROUP_KEY, TIME_KEY, VOLUME_KEY
+from dedup.metadata_journal import JournalPosition
+from dedup.pointer_map import PointerMap
+from dedup.types import Gap, Seq, Snapshot, TimeNs, VolumeId, VolumeState
+
+MAP_BYTES: Final = 1 << 40
+"""Size of the LMDB map: address space only, the file grows as it is used. Fixed: a map cannot grow under readers."""
+READERS_MAX: Final = 1024
+_DATABASES: Final = (
+    "groups", "anchors", "times", "volumes", "paths", "names", "gaps", "runs", "pointers", "fingerprints", "store",
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    Txn = lmdb.Transaction[bytes]
+else:  # generic in its type stub only
+    Txn = lmdb.Transaction
+_Value = TypeVar("_Value")
+
+
+class Index:
+    """The LMDB environment of a store and its databases. One writer process; readers open it read-only beside it."""
+
+    def __init__(self, directory: Path, *, writer: bool) -> None:
+        try:
+            self.env = lmdb.open(
+                str(directory),
+                map_size=MAP_BYTES,
+                max_dbs=len(_DATABASES),
+                max_readers=READERS_MAX,
+                readonly=not writer,
+                create=writer,
+                readahead=False,
+                meminit=False,
+                max_spare_txns=4,
+            )
+            if writer:
+                self.env.reader_check()
+            self.db = {name: self.env.open_db(name.encode(), create=writer) for name in _DATABASES}
+        except lmdb.Error as error:
+            raise Damaged(
+                f"{directory}: the index cannot be opened ({error}); it can be rebuilt from the journal: "
+                "move the directory away and open the store again"
+            ) from error
+
+    def read(self) -> Txn:
+        """A read transaction; lasts one request (a long one keeps old pages alive)."""
+        return self.env.begin()
+
+    def write(self) -> Txn:
+        """The write transaction of a checkpoint; its commit is synced."""
+        return self.env.begin(write=True)
+
+    def pointers(self, group_id: int) -> PointerMap:
+        return PointerMap(self.db["pointers"], group_id)
+
+    def close(self) -> None:
+        self.env.close()
+
+    def group_ids(self, txn: Txn) -> dict[str, int]:
+        """Every group that a checkpoint has seen, by name."""
+        with txn.cursor(self.db["groups"]) as cursor:
+            return {key.decode(): int.from_bytes(value, "big") for key, value in cursor}
+
+    def add_group(self, txn: Txn, name: str) -> int:
+        """Gives `name` the next free id."""
+        group_id = max(self.group_ids(txn).values(), default=0) + 1
+        txn.put(name.encode(), group_id.to_bytes(2, "big"), db=self.db["groups"])
+        return group_id
+
+
+def _decode(value: bytes, kind: type[_Value]) -> _Value:
+    try:
+        return msgspec.msgpack.decode(value, type=kind)
+    except msgspec.MsgspecError as error:
+        raise Damaged(f"index: a {kind.__name__} does not decode ({error}); rebuild the index") from error
+
+
+class Catalog:
+    """One group's part of the index. Every method works inside a transaction that the caller makes."""
+
+    def __init__(self, index: Index, group_id: int) -> None:
+        self._db = index.db
+        self.group_id = group_id
+        self._prefix = GROUP_KEY.pack(group_id)
+        self.pointers = index.pointers(group_id)
+
+    def _under_prefix(self, txn: Txn, db: str, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        with txn.cursor(self._db[db]) as cursor:
+            if cursor.set_range(prefix):
+                for key, value in cursor:
+                    if not key.startswith(prefix):
+                        return
+                    yield key, value
+
+    def _last_at_or_before(self, txn: Txn, db: str, prefix: bytes, target: bytes) -> tuple[bytes, bytes] | None:
+        with txn.cursor(self._db[db]) as cursor:
+            found = cursor.set_range(target)
+            if not (found and cursor.key() == target):
+                found = cursor.prev() if found else cursor.last()
+            return (cursor.key(), cursor.value()) if found and cursor.key().startswith(prefix) else None
+
+    def anchor(self, txn: Txn, seq: Seq) -> Checkpoint | None:
+        """The last checkpoint at or before `seq`."""
+        found = self._last_at_or_before(txn, "anchors", self._prefix, ANCHOR_KEY.pack(self.group_id, seq))
+        return None if found is None else _decode(found[1], Checkpoint)
+
+    def anchor_by_time(self, txn: Txn, run: RunStart, time: TimeNs) -> Checkpoint | None:
+        """The last checkpoint of clock run `run` whose last record is at or before `time`."""
+        prefix = TIME_KEY.pack(self.group_id, run.run, 0, 0)[:6]
+        target = TIME_KEY.pack(self.group_id, run.run, time, (1 << 64) - 1)
+        found = self._last_at_or_before(txn, "times", prefix, target)
+        return None if found is None else self.anchor(txn, Seq(int.from_bytes(found[0][-8:], "big")))
+
+    def volumes(self, txn: Txn, seq: Seq) -> dict[VolumeId, VolumeState]:
+        """The volumes that exist at checkpoint `seq`."""
+        found: dict[VolumeId, VolumeState] = {}
+        with txn.cursor(self._db["volumes"]) as cursor:
+            volume = 0
+            while cursor.set_range(VOLUME_KEY.pack(self.group_id, volume, 0)) and cursor.key().startswith(self._prefix):
+                volume = int.from_bytes(cursor.key()[2:6], "big")
+                prefix = cursor.key()[:6]
+                at = self._last_at_or_before(txn, "volumes", prefix, VOLUME_KEY.pack(self.group_id, volume, seq))
+                if at is not None:
+                    state = _decode(at[1], VolumeState)
+                    if not state.retired:
+                        found[state.volume] = state
+                volume += 1
+        return found
+
+    def state(self, txn: Txn, checkpoint: Checkpoint) -> GroupState:
+        """The state as of an anchor."""
+        return GroupState.at(checkpoint, self.volumes(txn, checkpoint.held))
+
+    def paths(self, txn: Txn) -> set[str]:
+        """Every path a volume of the group has ever had."""
+        return {value.decode() for _, value in self._under_prefix(txn, "paths", self._prefix)}
+
+    def snapshots(self, txn: Txn) -> dict[str, Snapshot]:
+        return {
+            key[2:].decode(): _decode(value, Snapshot) for key, value in self._under_prefix(txn, "names", self._prefix)
+        }
+
+    def snapshot(self, txn: Txn, name: str) -> Snapshot | None:
+        value = txn.get(self._prefix + name.encode(), db=self._db["names"])
+        return None if value is None else _decode(value, Snapshot)
+
+    def gaps(self, txn: Txn) -> list[Gap]:
+        return [_decode(value, Gap) for _, value in self._under_prefix(txn, "gaps", self._prefix)]
+
+    def runs(self, txn: Txn) -> list[RunStart]:
+        return [_decode(value, RunStart) for _, value in self._under_prefix(txn, "runs", self._prefix)]
+
+    def put(self, txn: Txn, state: GroupState, position: JournalPosition) -> None:
+        """Writes all of `state` that is new since the last checkpoint; the caller commits, then `checkpointed()`."""
+        seq = state.held
+        for volume in state.overlay.volumes:
+            cut = state.overlay.cuts.get(volume)
+            if cut is not None:
+                self.pointers.clear_from(txn, volume, cut, seq)
+            for leaf, indexes, addresses in state.overlay.leaves(volume):
+                self.pointers.put(txn, volume, leaf, seq, indexes, addresses)
+        for volume_state in state.new_volumes.values():
+            encoded = msgspec.msgpack.encode(volume_state)
+            txn.put(VOLUME_KEY.pack(self.group_id, volume_state.volume, seq), encoded, db=self._db["volumes"])
+            path = volume_state.path.encode()
+            # Paths are longer than an LMDB key may be.
+            txn.put(self._prefix + xxhash.xxh3_128_digest(path), path, db=self._db["paths"])
+        for name, snapshot in state.new_snapshots.items():
+            key = self._prefix + name.encode()
+            if snapshot is None:
+                txn.delete(key, db=self._db["names"])
+            else:
+                txn.put(key, msgspec.msgpack.encode(snapshot), db=self._db["names"])
+        for gap in state.new_gaps:
+            txn.put(ANCHOR_KEY.pack(self.group_id, gap.first), msgspec.msgpack.encode(gap), db=self._db["gaps"])
+        for run in state.new_runs:
+            key = self._prefix + run.run.to_bytes(4, "big")
+            txn.put(key, msgspec.msgpack.encode(run), db=self._db["runs"])
+        anchor = msgspec.msgpack.encode(state.checkpoint(position))
+        txn.put(ANCHOR_KEY.pack(self.group_id, seq), anchor, db=self._db["anchors"])
+        txn.put(TIME_KEY.pack(self.group_id, state.run, state.time, seq), b"", db=self._db["times"])

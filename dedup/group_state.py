@@ -1,0 +1,264 @@
+"""What is known of a group after a journal entry: its volumes, names, gaps, clock runs and the overlay of its blocks.
+
+The writer's head, recovery, a reader's tail and the synthesis of a past moment all apply the same entries through
+`GroupState.apply`, so that they cannot disagree.
+
+Invariants:
+- `apply` is called with each entry of the journal once, in order (`order`);
+- what changed since the last checkpoint is in `overlay` and in the `new_*` fields, and nowhere else: a checkpoint that
+  writes these has written everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from dedup.errors import Damaged
+from dedup.metadata_journal import EntryKind, JournalPosition, Logged
+from dedup.overlay import Overlay
+from dedup.types import (
+    BLOCK_BYTES,
+    Attributes,
+    Bookmark,
+    ClockRun,
+    Correct,
+    Create,
+    Entry,
+    Epoch,
+    EpochStart,
+    Flush,
+    Gap,
+    PointKind,
+    ReconcileBegin,
+    ReconcileEnd,
+    Rename,
+    Resize,
+    Retire,
+    Seq,
+    Snapshot,
+    SnapshotCreate,
+    SnapshotDelete,
+    TimeNs,
+    VolumeId,
+    VolumeState,
+)
+
+BASE_NAME = "base"
+"""Name of the base snapshot: the state at the end of the first full reconcile."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStart:
+    """A clock run: its first record's seq and time, and the time of the record before it."""
+
+    run: ClockRun
+    first: Seq
+    time: TimeNs
+    previous_time: TimeNs
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The part of a group's state that a checkpoint stores as one value; the anchor of the moments that follow it."""
+
+    held: Seq
+    time: TimeNs
+    run: ClockRun
+    epoch: Epoch
+    base: Seq
+    next_volume: VolumeId
+    point: PointKind
+    last_flush: Seq
+    flushes: int
+    gap: Gap | None
+    position: JournalPosition
+    logical_bytes: int
+
+
+@dataclass(slots=True)
+class GroupState:
+    """Mutable; owned by one writer or one reader. Fields of a group without records are zero."""
+
+    held: Seq = Seq(0)
+    time: TimeNs = TimeNs(0)
+    run: ClockRun = ClockRun(0)
+    epoch: Epoch = Epoch(0)
+    base: Seq = Seq(0)
+    next_volume: VolumeId = VolumeId(1)
+    point: PointKind = PointKind.CRASH
+    last_flush: Seq = Seq(0)
+    flushes: int = 0
+    gap: Gap | None = None
+    logical_bytes: int = 0
+    volumes: dict[VolumeId, VolumeState] = field(default_factory=dict)
+    overlay: Overlay = field(default_factory=Overlay)
+    records: int = 0
+    """Entries applied since the last checkpoint."""
+    new_volumes: dict[VolumeId, VolumeState] = field(default_factory=dict)
+    new_snapshots: dict[str, Snapshot | None] = field(default_factory=dict)
+    """Names made (or forgotten: None) since the last checkpoint."""
+    new_gaps: list[Gap] = field(default_factory=list)
+    new_runs: list[RunStart] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, checkpoint: Checkpoint, volumes: dict[VolumeId, VolumeState]) -> GroupState:
+        """The state that a checkpoint stored."""
+        return cls(
+            held=checkpoint.held,
+            time=checkpoint.time,
+            run=checkpoint.run,
+            epoch=checkpoint.epoch,
+            base=checkpoint.base,
+            next_volume=checkpoint.next_volume,
+            point=checkpoint.point,
+            last_flush=checkpoint.last_flush,
+            flushes=checkpoint.flushes,
+            gap=checkpoint.gap,
+            logical_bytes=checkpoint.logical_bytes,
+            volumes=volumes,
+        )
+
+    def checkpoint(self, position: JournalPosition) -> Checkpoint:
+        """The value to store; `position` is where the journal goes on after the last entry applied."""
+        return Checkpoint(
+            held=self.held,
+            time=self.time,
+            run=self.run,
+            epoch=self.epoch,
+            base=self.base,
+            next_volume=self.next_volume,
+            point=self.point,
+            last_flush=self.last_flush,
+            flushes=self.flushes,
+            gap=self.gap,
+            position=position,
+            logical_bytes=self.logical_bytes,
+        )
+
+    def checkpointed(self) -> None:
+        """Forgets what a checkpoint has written."""
+        self.overlay = Overlay()
+        self.records = 0
+        self.new_volumes = {}
+        self.new_snapshots = {}
+        self.new_gaps = []
+        self.new_runs = []
+
+    @property
+    def reconciling(self) -> bool:
+        """Whether the store may differ from the source at `held`."""
+        return self.gap is not None
+
+    def apply(self, logged: Logged) -> None:
+        """Takes one journal entry into the state. Damaged when it contradicts what came before."""
+        previous_time = self.time
+        kind = logged.kind
+        self.records += 1
+        if logged.run != self.run or not self.held:
+            self.new_runs.append(RunStart(logged.run, logged.first_seq, logged.time, self.time))
+            self.run = logged.run
+        self.held, self.time = logged.seq, logged.time
+        if kind is EntryKind.HEARTBEAT:
+            return
+        if logged.body is not None:
+            self._apply_body(logged.body, previous_time)
+        for extent in logged.extents:
+            self.overlay.put(extent.volume, extent.offset // BLOCK_BYTES, extent.addresses)
+            self.logical_bytes += extent.length
+            volume = self.volume(extent.volume)
+            if extent.offset + extent.length > volume.size:
+                self._change(replace(volume, size=extent.offset + extent.length))
+        if kind not in _KEEPS_POINT:
+            self.point = PointKind.CRASH
+
+    def volume(self, volume: VolumeId) -> VolumeState:
+        """The volume's state now; Damaged if it does not exist (a record must not name it)."""
+        try:
+            return self.volumes[volume]
+        except KeyError:
+            raise Damaged(
+                f"journal: the entry of seq {self.held} names volume {volume}, which does not exist"
+            ) from None
+
+    def _change(self, volume: VolumeState) -> None:
+        self.new_volumes[volume.volume] = volume
+        if volume.retired:
+            del self.volumes[volume.volume]
+        else:
+            self.volumes[volume.volume] = volume
+
+    def _apply_body(self, body: Entry, previous_time: TimeNs) -> None:
+        match body:
+            case Resize(volume=volume, size=size):
+                self._resize(volume, size)
+            case Correct(refused=refused, size=size, extent=extent):
+                self._resize(extent.volume, size)
+                # Its moments are refused by seq; no stretch of time without records belongs to it.
+                self._record_gap(
+                    Gap(refused, Seq(body.seq - 1), body.time, body.time, "a write that the source refused")
+                )
+            case Create():
+                self._change(VolumeState(body.volume, body.path, body.size, body.mode, body.uid, body.gid))
+                self.next_volume = VolumeId(max(self.next_volume, body.volume + 1))
+            case Rename(moves=moves, retired=retired):
+                for gone in retired:
+                    self._change(replace(self.volume(gone), retired=True))
+                for moved, path in moves:
+                    self._change(replace(self.volume(moved), path=path))
+            case Retire(volume=volume):
+                self._change(replace(self.volume(volume), retired=True))
+            case Attributes(volume=volume):
+                self._change(replace(self.volume(volume), mode=body.mode, uid=body.uid, gid=body.gid))
+            case Bookmark(name=name):
+                self._flushed(body.seq, PointKind.BOOKMARK)
+                self.new_snapshots[name] = Snapshot(name, body.seq, body.time, "bookmark")
+            case SnapshotCreate():
+                self.new_snapshots[body.name] = Snapshot(
+                    body.name, body.at, body.at_time, "snapshot", body.volume, body.keep_until
+                )
+            case SnapshotDelete(name=name):
+                self.new_snapshots[name] = None
+            case EpochStart():
+                self.epoch = body.epoch
+                if not body.clean:
+                    self._open_gap(body.seq, previous_time, "an agent ended without a clean shutdown")
+            case ReconcileBegin():
+                self._open_gap(body.seq, previous_time, body.reason)
+            case Flush():
+                self._flushed(body.seq, PointKind.FLUSH)
+            case ReconcileEnd():
+                self._reconciled(body.seq, body.time)
+            case _:
+                raise Damaged(f"journal: the entry of seq {self.held} has a body of the wrong kind")
+
+    def _flushed(self, seq: Seq, kind: PointKind) -> None:
+        self.point = kind
+        self.last_flush = seq
+        self.flushes += 1
+
+    def _resize(self, number: VolumeId, size: int) -> None:
+        volume = self.volume(number)
+        if size < volume.size:
+            self.overlay.cut(number, -(-size // BLOCK_BYTES))
+        if size != volume.size:
+            self._change(replace(volume, size=size))
+
+    def _open_gap(self, first: Seq, since: TimeNs, reason: str) -> None:
+        if self.gap is None:
+            self.gap = Gap(first, None, since, None, reason)
+
+    def _record_gap(self, gap: Gap) -> None:
+        if self.base and self.gap is None:
+            self.new_gaps.append(gap)
+
+    def _reconciled(self, seq: Seq, time: TimeNs) -> None:
+        gap, self.gap = self.gap, None
+        if not self.base:
+            # Before the base there is no recovery point at all, so what lies there is no gap between two.
+            self.base = seq
+            self.new_snapshots[BASE_NAME] = Snapshot(BASE_NAME, seq, time, "base")
+        elif gap is not None:
+            self.new_gaps.append(replace(gap, last=Seq(seq - 1), to_time=time))
+
+
+_KEEPS_POINT = frozenset({EntryKind.FLUSH, EntryKind.BOOKMARK, EntryKind.SNAPSHOT_CREATE, EntryKind.SNAPSHOT_DELETE})

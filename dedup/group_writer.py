@@ -1,0 +1,328 @@
+"""One group of the store being written: its head, its journal, its recovery.
+
+Invariants:
+- `held` names the last entry in the journal, `durable` the last one that is synced; both only grow, except that
+  recovery may find less than an earlier process held;
+- `state` is what applying the journal up to `held` gives; it changes only after the journal has the entries;
+- the head's pointers are `state.overlay` over the pointer maps of the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from dedup import layout
+from dedup.catalog import Catalog
+from dedup.errors import Damaged, NameRefused, StoreError, UnknownName
+from dedup.group_state import BASE_NAME, GroupState
+from dedup.metadata_journal import EntryKind, JournalPosition, JournalWriter, Logged, read
+from dedup.moment import check_name, default_name
+from dedup.pointer_map import SEQ_MAX, Addresses
+from dedup.reader import GroupReader, StoreReader
+from dedup.synthesis import start_of
+from dedup.types import (
+    BASE_JOURNAL,
+    BLOCK_BYTES,
+    HOLE,
+    Address,
+    ClockRun,
+    Epoch,
+    Record,
+    Seq,
+    Snapshot,
+    SnapshotCreate,
+    SnapshotDelete,
+    TimeNs,
+    VolumeId,
+    VolumeState,
+)
+
+if TYPE_CHECKING:
+    from dedup.store import Store
+
+log = logging.getLogger(__name__)
+
+_HEAD_LEAVES_MAX: Final = 256
+"""Leaves of the last checkpoint's maps kept decoded for completing partial blocks: 1 MiB."""
+
+
+class GroupWriter:
+    """The writer's side of one group. Its methods are called one at a time; `sync` may run beside them."""
+
+    def __init__(
+        self, store: Store, name: str, catalog: Catalog, state: GroupState, journal: JournalWriter, durable: Seq
+    ) -> None:
+        self._store = store
+        self.name = name
+        self.catalog = catalog
+        self.state = state
+        self._journal = journal
+        self._durable = durable
+        self._durable_position = journal.position
+        self._head_leaves: dict[tuple[VolumeId, int], Addresses | None] = {}
+
+    @classmethod
+    def open(cls, store: Store, name: str) -> GroupWriter:
+        """Makes the group, or recovers it: the journal is replayed from the last checkpoint and a torn end cut off."""
+        directory = store.path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
+        if not store.storage.exists(directory):
+            if not store.storage.exists(directory.parent):
+                store.storage.mkdir(directory.parent)
+            store.storage.mkdir(directory)
+        with store.index.read() as txn:
+            group_id = store.index.group_ids(txn).get(name)
+        if group_id is None:
+            with store.index.write() as txn:
+                group_id = store.index.add_group(txn, name)
+        catalog = Catalog(store.index, group_id)
+        state, position = cls._recover(store, catalog, name)
+        journal = JournalWriter.open(store.storage, directory, position)
+        group = cls(store, name, catalog, state, journal, state.held)
+        journal.sync()
+        return group
+
+    @classmethod
+    def _recover(cls, store: Store, catalog: Catalog, name: str) -> tuple[GroupState, JournalPosition | None]:
+        directory = store.path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
+        if not any(layout.segment_named(found) for found in store.storage.listdir(directory)):
+            return GroupState(), None
+        with store.index.read() as txn:
+            anchor = catalog.anchor(txn, SEQ_MAX)
+            state, position = start_of(store.storage, directory, catalog, txn, anchor)
+        replayed = 0
+        for logged, after in read(store.storage, directory, position):
+            # With an index, what follows it may be torn by a power cut; without one (a rebuild) all of history follows,
+            # and a block that rotted since is no reason to cut history off there.
+            if anchor is not None and not _blocks_are_whole(store, logged):
+                log.warning(
+                    "group %s: the journal is cut at seq %d: its blocks did not reach the disk", name, logged.seq
+                )
+                break
+            state.apply(logged)
+            _note_fingerprints(store, logged)
+            position = after
+            replayed += 1
+            if anchor is None and state.overlay.count >= _REBUILD_POINTERS:
+                _store_progress(store, catalog, state, position)
+        if replayed:
+            log.info("group %s: %d journal entries replayed, up to seq %d", name, replayed, state.held)
+        return state, position
+
+    # -- what is held ------------------------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> Seq:
+        """The last seq in the journal (RECEIVED)."""
+        return self.state.held
+
+    @property
+    def durable(self) -> Seq:
+        """The last seq that is synced (DURABLE)."""
+        return self._durable
+
+    @property
+    def epoch(self) -> Epoch:
+        return self.state.epoch
+
+    @property
+    def time(self) -> TimeNs:
+        """Time of the last record."""
+        return self.state.time
+
+    @property
+    def run(self) -> ClockRun:
+        return self.state.run
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base snapshot exists, so that there are recovery points."""
+        return bool(self.state.base)
+
+    @property
+    def reconciling(self) -> bool:
+        """Whether a gap is open."""
+        return self.state.reconciling
+
+    @property
+    def next_volume(self) -> VolumeId:
+        return self.state.next_volume
+
+    @property
+    def position(self) -> JournalPosition:
+        """Where the journal goes on."""
+        return self._journal.position
+
+    def volumes(self) -> list[VolumeState]:
+        """The volumes that exist at `held`, by id."""
+        return [self.state.volumes[volume] for volume in sorted(self.state.volumes)]
+
+    # -- ingest ------------------------------------------------------------------------------------------------------
+
+    def ingest(self, records: Sequence[Record]) -> None:
+        """Takes records in seq order; RECEIVED when it returns, all of them or none.
+
+        OutOfOrder, StoreFull (nothing kept, try again when there is room), StoreFailed (open the store anew).
+        """
+        if records:
+            self._store.log_records(self, records)
+
+    def append(self, entries: Sequence[Logged]) -> None:
+        """Journals entries whose blocks are in place, then applies them."""
+        self._journal.append(entries)
+        for entry in entries:
+            self.state.apply(entry)
+
+    def sync(self, held: Seq, position: JournalPosition) -> None:
+        """Syncs the journal; what was held before the call is durable. Called by the store, containers first."""
+        self._journal.sync()
+        self._durable, self._durable_position = held, position
+
+    def discard_after_durable(self) -> None:
+        """After a failed sync: cuts the journal to what is durable, so that nothing else can pass for kept."""
+        try:
+            self._journal.truncate_to(self._durable_position)
+        except StoreError as error:
+            log.critical("group %s: cannot cut the journal back to seq %d: %s", self.name, self._durable, error)
+
+    def checkpointed(self) -> None:
+        """The index holds the state now."""
+        self.state.checkpointed()
+        self._head_leaves.clear()
+
+    # -- the head ----------------------------------------------------------------------------------------------------
+
+    def _head_address(self, volume: VolumeId, block: int) -> Address:
+        found = self.state.overlay.get(volume, block)
+        if found is not None:
+            return found
+        leaf, index = divmod(block, layout.LEAF_BLOCKS)
+        key = (volume, leaf)
+        if key not in self._head_leaves:
+            if len(self._head_leaves) >= _HEAD_LEAVES_MAX:
+                self._head_leaves.clear()
+            with self._store.index.read() as txn:
+                self._head_leaves[key] = self.catalog.pointers.leaf(txn, volume, leaf, SEQ_MAX)
+        addresses = self._head_leaves[key]
+        return HOLE if addresses is None else Address(int(addresses[index]))
+
+    def head_block(self, volume: VolumeId, block: int) -> bytes:
+        """The block as of `held`, checked. Damaged if its stored bytes are not what they were."""
+        address = self._head_address(volume, block)
+        return layout.ZERO_BLOCK if address == HOLE else self._store.pool.read_block(address)
+
+    def compare(self, volume: VolumeId, offset: int, blocks: int, digest: Callable[[bytes], bytes]) -> list[bytes]:
+        """Digests of `blocks` blocks at `offset` (aligned) as of `held`; past the end they are of zeros.
+
+        A damaged block gets the digest of nothing, so that the source's block is sent again and heals it.
+        """
+        zeros = digest(layout.ZERO_BLOCK)
+        digests: list[bytes] = []
+        first = offset // BLOCK_BYTES
+        for block in range(first, first + blocks):
+            if self._head_address(volume, block) == HOLE:
+                digests.append(zeros)
+                continue
+            try:
+                digests.append(digest(self.head_block(volume, block)))
+            except Damaged as damage:
+                log.error("group %s: %s; asking the source for it", self.name, damage)
+                digests.append(bytes(len(zeros)))
+        return digests
+
+    # -- names -------------------------------------------------------------------------------------------------------
+
+    def reader(self) -> GroupReader:
+        """A reader of this group that shares the writer's index."""
+        store = StoreReader(self._store.path, self._store.storage, self._store.index, self._store.pool)
+        return GroupReader(store, self.name, self.catalog.group_id)
+
+    def name_exists(self, name: str) -> bool:
+        """Whether a bookmark or snapshot has this name."""
+        if name in self.state.new_snapshots:
+            return self.state.new_snapshots[name] is not None
+        with self._store.index.read() as txn:
+            return self.catalog.snapshot(txn, name) is not None
+
+    def snapshot_count(self) -> int:
+        with self._store.index.read() as txn:
+            names = set(self.catalog.snapshots(txn))
+        for name, snapshot in self.state.new_snapshots.items():
+            names.discard(name) if snapshot is None else names.add(name)
+        return len(names)
+
+    def create_snapshot(self, name: str | None = None, at: str = "latest", volume: str | None = None) -> Snapshot:
+        """Keeps the recovery point `at` (TIME) under `name`; reads no source byte and writes no block (`no-copy`).
+
+        Journalled and durable when it returns. NameRefused, MomentRefused, BadTime, UnknownName.
+        """
+        if name is not None:
+            check_name(name)
+        reader = self.reader()
+        moment = reader.resolve(at)
+        chosen = None
+        if volume is not None:
+            state = reader.volumes_at(moment.seq).get(volume)
+            if state is None:
+                raise UnknownName(f"group {self.name} had no volume {volume!r} at seq={moment.seq}")
+            chosen = state.volume
+        name = name or default_name(moment.time)
+        if self.name_exists(name):
+            raise NameRefused(f"group {self.name} already has a snapshot or bookmark {name!r}; choose another name")
+        self._journal_store_entry(
+            EntryKind.SNAPSHOT_CREATE,
+            SnapshotCreate(self.held, self.time, self.run, name, moment.seq, moment.time, chosen),
+        )
+        return Snapshot(name, moment.seq, moment.time, "snapshot", chosen)
+
+    def delete_snapshot(self, name: str) -> None:
+        """Forgets the name; durable when it returns. The base cannot be deleted. UnknownName, NameRefused."""
+        if name == BASE_NAME:
+            raise NameRefused("the base snapshot cannot be deleted: every other snapshot points into it")
+        if not self.name_exists(name):
+            raise UnknownName(f"group {self.name} has no snapshot or bookmark {name!r}")
+        self._journal_store_entry(EntryKind.SNAPSHOT_DELETE, SnapshotDelete(self.held, self.time, self.run, name))
+
+    def _journal_store_entry(self, kind: EntryKind, body: SnapshotCreate | SnapshotDelete) -> None:
+        self._store.refuse_if_failed()
+        self.append([Logged(kind, self.held, self.held, self.time, self.run, BASE_JOURNAL, (), body)])
+        self._store.sync()
+
+    def close(self) -> None:
+        self._journal.close()
+
+
+_REBUILD_POINTERS: Final = 1 << 18
+"""Pointers after which a rebuild stores its progress: bounds its memory."""
+
+
+def _blocks_are_whole(store: Store, logged: Logged) -> bool:
+    for extent in logged.extents:
+        for address in extent.addresses.tolist():
+            if address == HOLE:
+                continue
+            try:
+                store.pool.read_block(Address(address))
+            except Damaged as damage:
+                log.warning("%s", damage)
+                return False
+    return True
+
+
+def _note_fingerprints(store: Store, logged: Logged) -> None:
+    width = layout.FINGERPRINT_BYTES
+    for extent in logged.extents:
+        for index, address in enumerate(extent.addresses.tolist()):
+            if address != HOLE:
+                store.fingerprints.note(extent.fingerprints[index * width : (index + 1) * width], Address(address))
+
+
+def _store_progress(store: Store, catalog: Catalog, state: GroupState, position: JournalPosition) -> None:
+    """One checkpoint in the middle of a rebuild: the journal up to here was durable long ago."""
+    store.fingerprints.freeze()
+    with store.index.write() as txn:
+        catalog.put(txn, state, position)
+        store.fingerprints.commit(txn)
+    store.fingerprints.committed()
+    state.checkpointed()

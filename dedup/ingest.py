@@ -1,0 +1,304 @@
+"""Ingest: records become blocks with addresses, and journal entries that name them (the hot path of a store).
+
+A record's bytes are cut at block boundaries. A block that a record covers only in part is completed from the head, so
+that a pointer always names a whole block. Blocks of zeros are holes; a fingerprint that is known is a candidate, and
+bytes are compared before its block is shared; the rest is appended to the data journal in use.
+
+Invariants:
+- records are taken in order; a record later in a batch sees what an earlier one wrote (`order`);
+- bytes of a volume's last block past its size are zeros;
+- nothing of the group's state changes here: the caller applies the entries once they are journalled, so a failure
+  costs at most slots that nothing names.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from dedup.container import ContainerPool
+from dedup.data_journal import DataJournal
+from dedup.errors import Damaged, OutOfOrder, StoreError
+from dedup.fingerprint_index import FingerprintIndex
+from dedup.group_state import GroupState
+from dedup.layout import ZERO_BLOCK, ZERO_FINGERPRINT, fingerprint
+from dedup.metadata_journal import EntryKind, Logged, LoggedExtent
+from dedup.pointer_map import Addresses
+from dedup.types import (
+    BLOCK_BYTES,
+    HOLE,
+    Address,
+    Aggregate,
+    Attributes,
+    Bookmark,
+    Correct,
+    Create,
+    EpochStart,
+    Extent,
+    Flush,
+    Heartbeat,
+    JournalId,
+    Reconcile,
+    ReconcileBegin,
+    ReconcileEnd,
+    Record,
+    Rename,
+    Resize,
+    Retire,
+    Seq,
+    VolumeId,
+    Write,
+)
+
+log = logging.getLogger(__name__)
+
+Block = bytes | bytearray | memoryview
+ZEROS_FINGERPRINT: Final = fingerprint(ZERO_BLOCK)
+_EMPTY_EXTENT: Final = b""
+_KINDS: Final[dict[type, EntryKind]] = {
+    Write: EntryKind.WRITE,
+    Aggregate: EntryKind.AGGREGATE,
+    Reconcile: EntryKind.RECONCILE,
+    Correct: EntryKind.CORRECT,
+    Resize: EntryKind.RESIZE,
+    Create: EntryKind.CREATE,
+    Rename: EntryKind.RENAME,
+    Retire: EntryKind.RETIRE,
+    Attributes: EntryKind.ATTRIBUTES,
+    Flush: EntryKind.FLUSH,
+    Bookmark: EntryKind.BOOKMARK,
+    Heartbeat: EntryKind.HEARTBEAT,
+    EpochStart: EntryKind.EPOCH_START,
+    ReconcileBegin: EntryKind.RECONCILE_BEGIN,
+    ReconcileEnd: EntryKind.RECONCILE_END,
+}
+_WITHOUT_BODY: Final = (Write, Aggregate, Reconcile, Heartbeat)
+
+
+class Piece(NamedTuple):
+    """One extent of a record as whole blocks, before they have addresses."""
+
+    volume: VolumeId
+    offset: int
+    length: int
+    blocks: list[Block]
+
+
+@dataclass(slots=True)
+class _Staging:
+    """What the records of a batch have done so far, over the head."""
+
+    head: GroupState
+    read_head: Callable[[VolumeId, int], bytes]
+    blocks: dict[tuple[VolumeId, int], Block] = field(default_factory=dict)
+    cuts: dict[VolumeId, int] = field(default_factory=dict)
+    sizes: dict[VolumeId, int] = field(default_factory=dict)
+
+    def size(self, volume: VolumeId) -> int:
+        size = self.sizes.get(volume)
+        if size is not None:
+            return size
+        state = self.head.volumes.get(volume)
+        if state is None:
+            raise StoreError(f"a record names volume {volume}, which does not exist")
+        return state.size
+
+    def block(self, volume: VolumeId, number: int) -> Block:
+        staged = self.blocks.get((volume, number))
+        if staged is not None:
+            return staged
+        cut = self.cuts.get(volume)
+        if cut is not None and number >= cut:
+            return ZERO_BLOCK
+        state = self.head.volumes.get(volume)
+        # A volume made in this batch has no head; neither has what lies past the head's end.
+        if state is None or number * BLOCK_BYTES >= state.size:
+            return ZERO_BLOCK
+        return self.read_head(volume, number)
+
+    def resize(self, volume: VolumeId, size: int) -> list[Piece]:
+        """Cuts or grows; the last block that remains is completed with zeros: the piece to store, if there is one."""
+        old = self.size(volume)
+        self.sizes[volume] = size
+        if size >= old:
+            return []
+        number, kept = divmod(size, BLOCK_BYTES)
+        pieces: list[Piece] = []
+        tail = self.block(volume, number) if kept else ZERO_BLOCK
+        cut = number + bool(kept)
+        self.cuts[volume] = min(cut, self.cuts.get(volume, cut))
+        for gone in [key for key in self.blocks if key[0] == volume and key[1] >= cut]:
+            del self.blocks[gone]
+        if kept:
+            zeroed = bytes(tail[:kept]) + bytes(BLOCK_BYTES - kept)
+            self.blocks[volume, number] = zeroed
+            pieces.append(Piece(volume, number * BLOCK_BYTES, kept, [zeroed]))
+        return pieces
+
+    def write(self, extent: Extent) -> Piece:
+        """The extent as whole blocks: its edges completed from what is there."""
+        volume, offset, length = extent.volume, extent.offset, extent.length
+        end = offset + length
+        self.sizes[volume] = max(self.size(volume), end)
+        first, skip = divmod(offset, BLOCK_BYTES)
+        if skip == 0 and length == BLOCK_BYTES and not extent.zeros:
+            blocks: list[Block] = [extent.data]
+        else:
+            blocks = self._cut_to_blocks(extent, first, skip, end)
+        for index, block in enumerate(blocks, first):
+            self.blocks[volume, index] = block
+        return Piece(volume, offset, length, blocks)
+
+    def _cut_to_blocks(self, extent: Extent, first: int, skip: int, end: int) -> list[Block]:
+        count = -(-end // BLOCK_BYTES) - first
+        if extent.zeros:
+            if skip == 0 and end % BLOCK_BYTES == 0:
+                return [ZERO_BLOCK] * count
+            data = memoryview(bytes(extent.zeros))
+        else:
+            data = memoryview(extent.data)
+        blocks: list[Block] = []
+        at = -skip
+        for number in range(first, first + count):
+            if at >= 0 and at + BLOCK_BYTES <= len(data):
+                blocks.append(data[at : at + BLOCK_BYTES])
+            else:
+                whole = bytearray(self.block(extent.volume, number))
+                start, stop = max(0, at), min(len(data), at + BLOCK_BYTES)
+                whole[start - at : stop - at] = data[start:stop]
+                blocks.append(whole)
+            at += BLOCK_BYTES
+        return blocks
+
+
+class Ingest:
+    """Turns records of one group into journal entries. Synchronous; one at a time per store."""
+
+    def __init__(self, index: FingerprintIndex, pool: ContainerPool, base: DataJournal) -> None:
+        self._index = index
+        self._pool = pool
+        self._base = base
+
+    def log(
+        self,
+        records: Sequence[Record],
+        state: GroupState,
+        read_head: Callable[[VolumeId, int], bytes],
+        journal: DataJournal,
+        journal_id: JournalId,
+    ) -> list[Logged]:
+        """Entries for `records`, their new blocks appended (not durable) to `journal`, Reconcile's to `base`.
+
+        OutOfOrder if a record does not follow the one before; StoreFull or StoreFailed from the disk.
+        """
+        staging = _Staging(state, read_head)
+        pieces: list[list[Piece]] = []
+        held = state.held
+        for record in records:
+            first = record.first_seq if isinstance(record, Aggregate) else record.seq
+            if first != held + 1 or record.seq < first:
+                raise OutOfOrder(f"record {first}..{record.seq} does not follow {held}")
+            held = record.seq
+            pieces.append(_pieces(staging, record))
+        placed = self._place_all(records, pieces, journal)
+        return [_logged(record, found, placed, journal_id) for record, found in zip(records, pieces, strict=True)]
+
+    def _place_all(
+        self, records: Sequence[Record], pieces: list[list[Piece]], journal: DataJournal
+    ) -> dict[int, tuple[Addresses, list[bytes]]]:
+        """id of each piece's block list → its addresses and fingerprints."""
+        placed: dict[int, tuple[Addresses, list[bytes]]] = {}
+        for target, wanted in ((self._base, True), (journal, False)):
+            chosen = [
+                piece
+                for record, found in zip(records, pieces, strict=True)
+                if isinstance(record, Reconcile) is wanted
+                for piece in found
+            ]
+            blocks = [block for piece in chosen for block in piece.blocks]
+            if not blocks:
+                continue
+            addresses, fingerprints = self._place(blocks, target)
+            at = 0
+            for piece in chosen:
+                count = len(piece.blocks)
+                placed[id(piece.blocks)] = (addresses[at : at + count], fingerprints[at : at + count])
+                at += count
+        return placed
+
+    def _place(self, blocks: list[Block], journal: DataJournal) -> tuple[Addresses, list[bytes]]:
+        """An address for each block: a hole, a block the store has, or a new one in `journal`."""
+        fingerprints = [fingerprint(block) for block in blocks]
+        known = self._index.lookup(fingerprints)
+        addresses = np.zeros(len(blocks), dtype=np.uint64)
+        fresh: dict[bytes, int] = {}
+        twins: list[tuple[int, int]] = []
+        new: list[int] = []
+        for index, (block, mark, address) in enumerate(zip(blocks, fingerprints, known, strict=True)):
+            if mark == ZEROS_FINGERPRINT and bytes(block) == ZERO_BLOCK:
+                fingerprints[index] = ZERO_FINGERPRINT
+            elif address is not None and self._same(address, block):
+                addresses[index] = address
+            elif (first := fresh.get(mark)) is not None and bytes(blocks[first]) == bytes(block):
+                twins.append((index, first))
+            else:
+                fresh.setdefault(mark, index)
+                new.append(index)
+        if new:
+            got = journal.append([blocks[index] for index in new], [fingerprints[index] for index in new])
+            addresses[new] = got
+            for index in new:
+                self._index.note(fingerprints[index], Address(int(addresses[index])))
+        for index, first in twins:
+            addresses[index] = addresses[first]
+        return addresses, fingerprints
+
+    def _same(self, address: Address, block: Block) -> bool:
+        """Whether the stored block has these very bytes; a damaged one is never shared, but stored anew."""
+        try:
+            return address != HOLE and self._pool.read_block(address) == bytes(block)
+        except Damaged as damage:
+            log.warning("not shared: %s", damage)
+            return False
+
+
+def _pieces(staging: _Staging, record: Record) -> list[Piece]:
+    match record:
+        case Write(extent=extent) | Reconcile(extent=extent):
+            return [staging.write(extent)]
+        case Aggregate(extents=extents):
+            return [staging.write(extent) for extent in extents]
+        case Resize(volume=volume, size=size):
+            return staging.resize(volume, size)
+        case Correct(size=size, extent=extent):
+            cut = staging.resize(extent.volume, size)
+            return [*cut, staging.write(extent)] if extent.length else cut
+        case Create(volume=volume, size=size):
+            staging.sizes[volume] = size
+    return []
+
+
+def _logged(
+    record: Record, pieces: list[Piece], placed: dict[int, tuple[Addresses, list[bytes]]], journal: JournalId
+) -> Logged:
+    extents = []
+    for piece in pieces:
+        addresses, fingerprints = placed[id(piece.blocks)]
+        extents.append(LoggedExtent(piece.volume, piece.offset, piece.length, addresses, b"".join(fingerprints)))
+    body = None if isinstance(record, _WITHOUT_BODY) else record
+    if isinstance(body, Correct):
+        body = replace(body, extent=Extent(body.extent.volume, body.extent.offset, _EMPTY_EXTENT))
+    return Logged(
+        _KINDS[type(record)],
+        record.first_seq if isinstance(record, Aggregate) else Seq(record.seq),
+        record.seq,
+        record.time,
+        record.run,
+        JournalId(0) if isinstance(record, Reconcile) else journal,
+        tuple(extents),
+        body,
+    )

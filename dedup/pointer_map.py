@@ -1,0 +1,168 @@
+"""Pointer maps: for each volume, which address each block had, at every checkpoint, in LMDB.
+
+A map is versions, not a tree: key (group, volume, leaf, seq), where a leaf is LEAF_BLOCKS blocks and seq is the
+checkpoint that wrote it. The value is either the whole leaf, run-coded, or only the pointers that changed since the
+version before it (at most DELTAS_MAX deltas lie on a whole leaf). A moment's pointer is found by one seek backward.
+
+Invariants:
+- a version, once committed, is never changed (`pointers-resolve`);
+- the oldest version of a leaf is whole, so a walk backward always ends;
+- a block with no version at or before a seq is a hole at that seq.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dedup.errors import Damaged
+from dedup.layout import LEAF_BLOCKS, POINTER_DELTA, POINTER_KEY, POINTER_RUN_DTYPE, POINTER_WHOLE
+from dedup.types import HOLE, Seq, VolumeId
+
+if TYPE_CHECKING:
+    import lmdb
+
+Addresses = npt.NDArray[np.uint64]
+
+DELTAS_MAX: Final = 8
+"""Deltas on one whole leaf: a read walks at most this many versions back (DESIGN: the leaf is whole after 8)."""
+DELTA_POINTERS_MAX: Final = LEAF_BLOCKS // 4
+"""Past this many changed pointers a whole leaf is about as small as the delta, and quicker to read."""
+SEQ_MAX: Final = Seq((1 << 64) - 1)
+_NO_HOLES: Final = np.uint64(0)
+
+
+def encode_whole(addresses: Addresses) -> bytes:
+    """A whole leaf, run-coded: runs of holes, and runs of consecutive addresses."""
+    steps = np.diff(addresses)
+    continues = np.where(addresses[1:] == HOLE, addresses[:-1] == HOLE, (steps == 1) & (addresses[:-1] != HOLE))
+    starts = np.concatenate(([0], np.flatnonzero(~continues) + 1))
+    runs = np.empty(len(starts), dtype=POINTER_RUN_DTYPE)
+    runs["count"] = np.diff(np.concatenate((starts, [len(addresses)])))
+    runs["address"] = addresses[starts]
+    return bytes((POINTER_WHOLE, 0)) + runs.tobytes()
+
+
+def decode_whole(value: bytes) -> Addresses:
+    """Inverse of encode_whole; Damaged when the runs do not make one leaf."""
+    body = value[2:]
+    if not body or len(body) % POINTER_RUN_DTYPE.itemsize:
+        raise Damaged("index: a pointer-map leaf has a bad length; rebuild the index with `rewindfs verify --repair`")
+    runs = np.frombuffer(body, dtype=POINTER_RUN_DTYPE)
+    counts = runs["count"].astype(np.int64)
+    if int(counts.sum()) != LEAF_BLOCKS:
+        raise Damaged("index: a pointer-map leaf has a bad run; rebuild the index with `rewindfs verify --repair`")
+    bases = np.repeat(runs["address"], counts)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    inside = (np.arange(LEAF_BLOCKS) - first).astype(np.uint64)
+    inside[bases == HOLE] = _NO_HOLES
+    result: Addresses = bases + inside
+    return result
+
+
+def encode_delta(indexes: npt.NDArray[np.uint16], addresses: Addresses, depth: int) -> bytes:
+    """The pointers that changed: `depth` is this delta's number on its whole leaf, from 1."""
+    return bytes((POINTER_DELTA, depth)) + indexes.astype("<u2").tobytes() + addresses.astype("<u8").tobytes()
+
+
+def _decode_delta(value: bytes) -> tuple[npt.NDArray[np.uint16], Addresses]:
+    count, rest = divmod(len(value) - 2, 10)
+    if rest or not count:
+        raise Damaged("index: a pointer-map delta has a bad length; rebuild with `rewindfs verify --repair`")
+    return (
+        np.frombuffer(value, dtype="<u2", count=count, offset=2),
+        np.frombuffer(value, dtype="<u8", count=count, offset=2 + 2 * count),
+    )
+
+
+class PointerMap:
+    """The pointer maps of one group, read and written within transactions that the caller makes."""
+
+    def __init__(self, db: lmdb._Database, group_id: int) -> None:
+        self._db = db
+        self._group_id = group_id
+
+    def leaf(self, txn: lmdb.Transaction[bytes], volume: VolumeId, leaf: int, seq: Seq) -> Addresses | None:
+        """The leaf as of `seq`: LEAF_BLOCKS addresses, or None where there is no version (all holes)."""
+        with txn.cursor(self._db) as cursor:
+            return self._leaf(cursor, volume, leaf, seq)
+
+    def _leaf(self, cursor: lmdb.Cursor[bytes], volume: VolumeId, leaf: int, seq: Seq) -> Addresses | None:
+        prefix = POINTER_KEY.pack(self._group_id, volume, leaf, 0)[:-8]
+        deltas: list[tuple[npt.NDArray[np.uint16], Addresses]] = []
+        found = self._seek_back(cursor, prefix, seq)
+        while found:
+            value = cursor.value()
+            if value[0] == POINTER_WHOLE:
+                addresses = decode_whole(value)
+                for indexes, changed in reversed(deltas):
+                    addresses[indexes] = changed
+                return addresses
+            deltas.append(_decode_delta(value))
+            found = cursor.prev() and cursor.key().startswith(prefix)
+        if deltas:
+            raise Damaged("index: a pointer-map leaf lacks its whole version; rebuild with `rewindfs verify --repair`")
+        return None
+
+    @staticmethod
+    def _seek_back(cursor: lmdb.Cursor[bytes], prefix: bytes, seq: Seq) -> bool:
+        """Stands on the last key with `prefix` at or before `seq`; False when there is none."""
+        target = prefix + seq.to_bytes(8, "big")
+        if cursor.set_range(target):
+            if cursor.key() == target:
+                return True
+            return cursor.prev() and cursor.key().startswith(prefix)
+        return cursor.last() and cursor.key().startswith(prefix)
+
+    def put(
+        self,
+        txn: lmdb.Transaction[bytes],
+        volume: VolumeId,
+        leaf: int,
+        seq: Seq,
+        indexes: npt.NDArray[np.uint16],
+        addresses: Addresses,
+    ) -> None:
+        """Writes the version of checkpoint `seq`: `indexes` (within the leaf, distinct) now have `addresses`."""
+        prefix = POINTER_KEY.pack(self._group_id, volume, leaf, 0)[:-8]
+        with txn.cursor(self._db) as cursor:
+            depth = DELTAS_MAX
+            # A version of this very checkpoint (a cut, just before) cannot carry a delta: both have one key.
+            if self._seek_back(cursor, prefix, SEQ_MAX) and not cursor.key().endswith(seq.to_bytes(8, "big")):
+                value = cursor.value()
+                depth = 0 if value[0] == POINTER_WHOLE else value[1]
+            if depth >= DELTAS_MAX or len(indexes) > DELTA_POINTERS_MAX:
+                whole = self._leaf(cursor, volume, leaf, SEQ_MAX)
+                if whole is None:
+                    whole = np.zeros(LEAF_BLOCKS, dtype=np.uint64)
+                whole[indexes] = addresses
+                encoded = encode_whole(whole)
+            else:
+                encoded = encode_delta(indexes, addresses, depth + 1)
+            cursor.put(prefix + seq.to_bytes(8, "big"), encoded)
+
+    def leaves(self, txn: lmdb.Transaction[bytes], volume: VolumeId, first: int = 0) -> Iterator[int]:
+        """The numbers of all leaves of `volume`, from `first` on, that have any version, ascending."""
+        prefix = POINTER_KEY.pack(self._group_id, volume, 0, 0)[:6]
+        leaf = first
+        with txn.cursor(self._db) as cursor:
+            while cursor.set_range(POINTER_KEY.pack(self._group_id, volume, leaf, 0)):
+                key = cursor.key()
+                if not key.startswith(prefix):
+                    return
+                leaf = int.from_bytes(key[6:10], "big")
+                yield leaf
+                leaf += 1
+
+    def clear_from(self, txn: lmdb.Transaction[bytes], volume: VolumeId, block: int, seq: Seq) -> None:
+        """From `block` on, everything is a hole as of checkpoint `seq` (the volume was cut there)."""
+        for leaf in list(self.leaves(txn, volume, block // LEAF_BLOCKS)):
+            start = max(0, block - leaf * LEAF_BLOCKS)
+            current = self.leaf(txn, volume, leaf, SEQ_MAX)
+            if current is None or not current[start:].any():
+                continue
+            indexes = np.arange(start, LEAF_BLOCKS, dtype=np.uint16)
+            self.put(txn, volume, leaf, seq, indexes, np.zeros(len(indexes), dtype=np.uint64))

@@ -1,0 +1,244 @@
+"""The store's one writer: opening with recovery, ingest, durability, checkpoints.
+
+Invariants:
+- log first: an entry's blocks are in their containers before the entry is in the journal, and nothing else is on the
+  hot path;
+- durable = containers synced, then the journal; a checkpoint = durable, then one synced index commit that carries the
+  seq and the journal position it holds: the index never leads the journal;
+- opening replays the journal from the last checkpoint; a torn end is cut off; a slot is never used twice, since each
+  opening starts new containers;
+- one writer: the lock is held from `open` to `close` (`one-writer`);
+- after a failed sync the writer stops (StoreFailed): what was not durable is cut off, so that nobody takes it for kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from dedup import layout
+from dedup.catalog import Index
+from dedup.container import ContainerPool
+from dedup.data_journal import DataJournal
+from dedup.errors import StoreBusy, StoreError, StoreFailed
+from dedup.fingerprint_index import FingerprintIndex
+from dedup.group_writer import GroupWriter
+from dedup.ingest import Ingest
+from dedup.marker import create_marker, read_marker, refuse_network
+from dedup.storage import Storage
+from dedup.types import BASE_JOURNAL, FINE_JOURNAL, ContainerId, Record
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_POINTERS: Final = 16_384
+"""Pointers put since the last checkpoint that make the next one due: 64 MiB of blocks, a few MB of memory."""
+CHECKPOINT_RECORDS: Final = 8_192
+"""Entries that make one due: what a moment's synthesis and an opening replay at most, some tens of milliseconds."""
+CHECKPOINT_SECONDS: Final = 60.0
+"""And its age, when there is anything to write."""
+GROUP_NAME_BYTES_MAX: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """What a store occupies, and what it stands for."""
+
+    bytes: int
+    logical_bytes: int
+    dedup_ratio: float
+    compression_ratio: float
+    containers: int
+    snapshots: int
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+class Store:
+    """The writer of one store. Not thread-safe except `sync`: the caller takes turns for everything else."""
+
+    def __init__(self, path: Path, storage: Storage, lock_fd: int, uuid: bytes) -> None:
+        self.path = path
+        self.storage = storage
+        self.uuid = uuid.hex()
+        self._lock_fd = lock_fd
+        self._failed: str | None = None
+        self._sync_lock = threading.Lock()
+        self.index = Index(path / layout.INDEX_NAME, writer=True)
+        containers = path / layout.CONTAINERS_NAME
+        self.pool = ContainerPool(storage, containers)
+        self.fingerprints = FingerprintIndex(self.index.env, self.index.db["fingerprints"])
+        self._next_container = 1 + max(
+            (layout.container_named(name) or 0 for name in storage.listdir(containers)), default=0
+        )
+        self.base_journal = DataJournal(storage, containers, BASE_JOURNAL, "base", self._allocate)
+        self.fine_journal = DataJournal(storage, containers, FINE_JOURNAL, "fine", self._allocate)
+        self.ingest = Ingest(self.fingerprints, self.pool, self.base_journal)
+        self._groups: dict[str, GroupWriter] = {}
+        self._checkpointed_at = time.monotonic()
+
+    @staticmethod
+    def create(path: Path, storage: Storage | None = None) -> None:
+        """Makes an empty store. NotAStore when the directory is neither new nor empty. Durable when it returns."""
+        create_marker(storage or Storage(), path)
+
+    @classmethod
+    def open(cls, path: Path, storage: Storage | None = None) -> Store:
+        """Takes the lock and recovers. StoreBusy, NotAStore, UnknownFormat, Damaged."""
+        storage = storage or Storage()
+        marker = read_marker(storage, path)
+        refuse_network(path)
+        lock_fd = storage.open(path / layout.LOCK_NAME, os.O_RDWR | os.O_CREAT)
+        try:
+            if not storage.lock(lock_fd):
+                raise StoreBusy(f"{path} is being written by another process; one store has one writer at a time")
+            store = cls(path, storage, lock_fd, marker.uuid)
+        except BaseException:
+            storage.close(lock_fd)
+            raise
+        try:
+            for name in sorted(storage.listdir(path / layout.GROUPS_NAME)):
+                store.group(name)
+            store.checkpoint()
+        except BaseException:
+            store.abandon()
+            raise
+        return store
+
+    def _allocate(self) -> ContainerId:
+        container = ContainerId(self._next_container)
+        self._next_container += 1
+        return container
+
+    def group(self, name: str) -> GroupWriter:
+        """The group of that name, made durably if it is new. StoreError for a name that cannot be one."""
+        group = self._groups.get(name)
+        if group is None:
+            _check_group_name(name)
+            group = self._groups[name] = GroupWriter.open(self, name)
+        return group
+
+    @property
+    def groups(self) -> Sequence[GroupWriter]:
+        """Every group of the store."""
+        return list(self._groups.values())
+
+    def refuse_if_failed(self) -> None:
+        """StoreFailed once a sync or a write has failed; open the store anew."""
+        if self._failed is not None:
+            raise StoreFailed(self._failed)
+
+    def fail(self, why: str) -> None:
+        """Stops the writer: every later call that would change the store raises StoreFailed."""
+        self._failed = self._failed or why
+        log.critical("the store at %s has stopped: %s", self.path, why)
+
+    def sync(self) -> None:
+        """Makes everything received before the call durable; each group's `durable` says so after.
+
+        May run in a worker thread while another thread ingests. On failure the journals are cut back to what is
+        durable, as far as the disk allows, and StoreFailed is raised now and ever after.
+        """
+        with self._sync_lock:
+            self.refuse_if_failed()
+            marks = [(group, group.held, group.position) for group in list(self._groups.values())]
+            try:
+                self.base_journal.sync()
+                self.fine_journal.sync()
+                for group, held, position in marks:
+                    group.sync(held, position)
+            except StoreError as error:
+                self.fail(f"{error}; what was not durable is discarded and will be sent again")
+                for group, _, _ in marks:
+                    group.discard_after_durable()
+                raise StoreFailed(str(error)) from error
+
+    def checkpoint_due(self) -> bool:
+        """Whether `checkpoint` should be called soon."""
+        pointers = sum(group.state.overlay.count for group in self._groups.values())
+        records = sum(group.state.records for group in self._groups.values())
+        if pointers >= CHECKPOINT_POINTERS or records >= CHECKPOINT_RECORDS:
+            return True
+        return bool(pointers) and time.monotonic() - self._checkpointed_at >= CHECKPOINT_SECONDS
+
+    def checkpoint(self) -> None:
+        """Durable, then the index catches up with the journal in one synced commit. No ingest meanwhile."""
+        self.sync()
+        self.fingerprints.freeze()
+        dirty = [group for group in self._groups.values() if group.state.records]
+        if dirty or self.fingerprints.pending_count:
+            with self.index.write() as txn:
+                for group in dirty:
+                    group.catalog.put(txn, group.state, group.position)
+                self.fingerprints.commit(txn)
+        self.fingerprints.committed()
+        for group in dirty:
+            group.checkpointed()
+        self._checkpointed_at = time.monotonic()
+
+    def log_records(self, group: GroupWriter, records: Sequence[Record]) -> None:
+        """GroupWriter.ingest's work; here because blocks and fingerprints are the store's."""
+        self.refuse_if_failed()
+        entries = self.ingest.log(records, group.state, group.head_block, self.fine_journal, FINE_JOURNAL)
+        try:
+            group.append(entries)
+        except StoreFailed as error:
+            self.fail(str(error))
+            raise
+
+    def usage(self) -> StoreUsage:
+        """Sizes now; walks the store's files."""
+        containers = self.path / layout.CONTAINERS_NAME
+        used = stored = count = 0
+        for directory, _, names in os.walk(self.path):
+            for name in names:
+                try:
+                    status = os.stat(Path(directory) / name)
+                except FileNotFoundError:
+                    continue  # replaced or removed while we walk: its successor is counted or will be next time
+                used += status.st_blocks * 512
+                if Path(directory) == containers:
+                    count += 1
+                    stored += max(0, status.st_size - layout.RAW_SLOTS_OFFSET)
+        logical = sum(group.state.logical_bytes for group in self._groups.values())
+        snapshots = sum(group.snapshot_count() for group in self._groups.values())
+        ratio = logical / stored if stored else 1.0
+        return StoreUsage(used, logical, round(ratio, 3), 1.0, count, snapshots)
+
+    def close(self) -> None:
+        """A last checkpoint, then the lock is given back. After StoreFailed only the latter."""
+        try:
+            if self._failed is None:
+                self.checkpoint()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Gives everything back without another write, as a killed process would."""
+        parts: list[_Closable] = [
+            *self._groups.values(),
+            self.base_journal,
+            self.fine_journal,
+            self.pool,
+            self.fingerprints,
+            self.index,
+        ]
+        for part in parts:
+            part.close()
+        self.storage.close(self._lock_fd)
+
+
+def _check_group_name(name: str) -> None:
+    plain = name.isascii() and name.replace("-", "a").replace("_", "a").replace(".", "a").isalnum()
+    if not plain or name.startswith(".") or len(name) > GROUP_NAME_BYTES_MAX:
+        raise StoreError(
+            f"{name!r} cannot name a group: use up to {GROUP_NAME_BYTES_MAX} letters, digits, `-`, `_` and `.`, "
+            "not starting with `.` (mount --name)"
+        )
