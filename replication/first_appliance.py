@@ -1,0 +1,500 @@
+"""The first appliance: takes records from the agent, answers by its mode, forwards them, loses none.
+
+Invariants:
+- Records enter in seq order, without a hole, and leave in that order, over any number of connections and modes.
+- A record stays in the queue until it is durable at the second appliance (`acknowledged-is-kept`). The queue and the
+  open aggregate together never pass `queue_bytes_max` by more than one record (`bounded`): whoever appends asked for
+  room, and between `room` returning and `append` there is no await.
+- What the mode says is said by its policy alone.
+- LOST is final: the store's history and the queue no longer meet, and no call waits any more. The agent makes a new
+  first appliance in a new epoch and reconciles.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from dedup.types import Aggregate, Epoch, Heartbeat, Record, Seq, VolumeState
+from replication.answers import Answers
+from replication.errors import (
+    HandshakeRefused,
+    HistoryLost,
+    LinkDown,
+    LinkReset,
+    LocalProtocolError,
+    OutageError,
+    ProtocolError,
+    RequestRefused,
+)
+from replication.link import Link, SessionEnded, greet
+from replication.messages import Ack, Compare, CompareResult, ErrorCode, Level, Message, Reply, Request, Welcome
+from replication.modes import Mode, ModePolicy, Outage, mode_policy
+from replication.outbox import FRAME_OVERHEAD_BYTES, QUEUE_BYTES_MAX, Frame, Outbox, frame_of
+from replication.progress import Progress
+from replication.room import RoomQueue
+from replication.session import COMPARES_OPEN_MAX, Session
+from replication.status import FirstApplianceStatus, LinkState
+from replication.transport import Connection
+
+RECONNECT_SECONDS_MIN: Final = 0.05
+RECONNECT_SECONDS_MAX: Final = 2.0
+OUTAGE_AFTER_SECONDS: Final = 10.0
+OUTAGE_CHECKS: Final = 8
+"""Times within `outage_after` that progress is looked at: an outage is noticed that much late at most."""
+REQUESTS_WAITING_MAX: Final = 256
+"""Most requests without an answer, sent or not."""
+
+log = logging.getLogger(__name__)
+
+__all__ = ["FirstAppliance", "FirstApplianceStatus", "LinkState"]
+
+
+class FirstAppliance:
+    """The near end of replication for one group and one epoch.
+
+    `start` makes the first connection and tells what the store holds; `run`, in a nursery of the caller, forwards and
+    reconnects until it is cancelled, or returns once the link is LOST. All calls are made from one trio thread.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[Connection]],
+        *,
+        group: str,
+        epoch: Epoch,
+        mode: Mode = Mode.ASYNC,
+        outage: Outage | None = None,
+        outage_after: float = OUTAGE_AFTER_SECONDS,
+        queue_bytes_max: int = QUEUE_BYTES_MAX,
+        on_change: Callable[[FirstApplianceStatus], None] | None = None,
+        on_lost: Callable[[HistoryLost], None] | None = None,
+    ) -> None:
+        """`connect` opens a connection to the second appliance or raises LinkDown. `epoch` is greater than any used
+        before. `outage` None leaves it to the mode. `on_change` is called when the link or the outage changes,
+        `on_lost` once; neither may wait or raise."""
+        self._connect = connect
+        self._group = group
+        self._epoch = epoch
+        self._policy: ModePolicy = mode_policy(mode, trio.current_time)
+        self._outage_chosen = outage
+        self._outage_after = outage_after
+        self._queue_bytes_max = queue_bytes_max
+        self._on_change = on_change
+        self._on_lost = on_lost
+        self._outbox = Outbox(Seq(0), bytes_max=queue_bytes_max)
+        self._progress = Progress()
+        self._last_seq = Seq(0)
+        self._store = ""
+        self._digest_key = b""
+        self._link: Link | None = None
+        self._link_state = LinkState.DOWN
+        self._error = "not connected yet"
+        self._outage = False
+        self._lost: HistoryLost | None = None
+        self._room = RoomQueue()
+        self._aggregate_opened = trio.Event()
+        self._compares: Answers[Seq, CompareResult] = Answers()
+        self._requests: Answers[int, Reply] = Answers()
+        self._next_request = 1
+
+    # --- what the agent reads ---
+
+    @property
+    def mode(self) -> Mode:
+        return self._policy.mode
+
+    @property
+    def link(self) -> LinkState:
+        return self._link_state
+
+    @property
+    def outage(self) -> bool:
+        """Whether there was no link, or no progress though someone needs it, for `outage_after`."""
+        return self._outage
+
+    @property
+    def last_seq(self) -> Seq:
+        """Of the newest record taken, or what the store held at the start."""
+        return self._last_seq
+
+    @property
+    def received(self) -> Seq:
+        return self._progress.received
+
+    @property
+    def durable(self) -> Seq:
+        return self._progress.durable
+
+    @property
+    def queued_bytes(self) -> int:
+        return self._outbox.bytes + self._policy.open_bytes
+
+    @property
+    def digest_key(self) -> bytes:
+        """Key of this session's Compare digests; another one after each reconnect."""
+        return self._digest_key
+
+    def status(self) -> FirstApplianceStatus:
+        oldest = self._outbox.oldest
+        return FirstApplianceStatus(
+            link=self._link_state,
+            outage=self._outage,
+            mode=self._policy.mode,
+            last_seq=self._last_seq,
+            received=self._progress.received,
+            durable=self._progress.durable,
+            queued_bytes=self.queued_bytes,
+            queued_records=self._outbox.records + self._policy.open_records,
+            oldest_queued=None if oldest is None else oldest.time,
+            error=self._error,
+        )
+
+    # --- what the agent does ---
+
+    async def start(self) -> tuple[Welcome, list[VolumeState]]:
+        """Connects for the first time. What the store holds, from which the agent numbers on: the first record is
+        Welcome.held + 1. Raises LinkDown, ProtocolError or HandshakeRefused; it may be tried again."""
+        connection, session, welcome, volumes = await self._open()
+        self._store = welcome.store
+        self._last_seq = welcome.held
+        self._outbox = Outbox(welcome.held, bytes_max=self._queue_bytes_max)
+        self._progress.advance(welcome.held, welcome.durable)
+        self._connected(connection, session, welcome)
+        return welcome, volumes
+
+    async def room(self, nbytes: int) -> bool:
+        """Waits until the queue can take a record of `nbytes` payload; at once, without a checkpoint, when it can.
+
+        True: append the record now, with no await between. False: the queue is full in an outage and the policy is to
+        continue; the record MUST NOT be appended, the agent only marks its region, and begins the records that come
+        after with a ReconcileBegin. Raises OutageError in an outage when the policy is to fail, HistoryLost when lost.
+        With the policy to block it waits as long as it takes.
+        """
+        if self.has_room(nbytes):
+            return True
+        return await self._room.wait(lambda: self._fits(nbytes), self._goes_on)
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether `room` would say True at once, so that a record may be appended in this step. False in an outage."""
+        return not self._room and self._lost is None and not self._outage and self._fits(nbytes)
+
+    def append(self, record: Record | Compare) -> None:
+        """Takes the next record, synchronously; call it right after `room`. The payload must not change from now on.
+
+        Raises LocalProtocolError for a record that does not follow the last one, or that may not be sent; it is not
+        taken then. Raises HistoryLost when lost.
+        """
+        if self._lost is not None:
+            raise self._lost
+        first_seq = record.first_seq if isinstance(record, Aggregate) else record.seq
+        if first_seq != self._last_seq + 1:
+            raise LocalProtocolError(f"record {first_seq} does not follow {self._last_seq}")
+        if isinstance(record, Compare):
+            record = self._expect_result(record)
+        policy = self._policy
+        frames = policy.add(record)
+        self._last_seq = record.seq
+        for frame in frames:
+            self._push(frame)
+        if policy.closes_at is not None and not self._aggregate_opened.is_set():
+            self._aggregate_opened.set()
+
+    async def acknowledged(self, seq: Seq) -> bool:
+        """Returns when the mode lets the write `seq` return: True. False: an outage lasts and the policy is to
+        continue; the record stays queued. Raises OutageError (to fail; the record stays queued too, so the agent
+        corrects it) or HistoryLost. No checkpoint when there is nothing to wait for."""
+        return await self._reached(seq, self._policy.write_waits_for)
+
+    async def flushed(self, seq: Seq) -> bool:
+        """Like `acknowledged`, for the flush record of an fsync."""
+        return await self._reached(seq, self._policy.flush_waits_for)
+
+    async def reached(self, seq: Seq, level: Level, *, hurry: bool = True) -> None:
+        """Waits until `seq` has reached the level, whatever the mode and through any outage. `hurry` closes the
+        aggregate that holds it, and asks for a sync if need be; else it comes with time. Raises HistoryLost."""
+        if self._progress.has_reached(seq, level):
+            return
+        self._check_lost()
+        if hurry:
+            self._hurry(seq, level)
+        await self._progress.wait(seq, level, releasable=False)
+
+    async def compared(self, seq: Seq) -> bytes:
+        """CompareResult.differing of the Compare `seq`. Raises LinkReset when the link went down before the answer
+        came, or the Compare was appended without a link; HistoryLost. One task asks, once."""
+        if seq not in self._compares:
+            raise LocalProtocolError(f"no compare {seq} is open")
+        return (await self._compares.take(seq)).differing
+
+    async def request(self, command: str, body: dict[str, object]) -> dict[str, object]:
+        """Runs a command at the second appliance. It may overtake queued records: wait with `reached` for those it
+        concerns. Raises RequestRefused with its error, LinkDown without a link, LinkReset when the link broke before
+        the answer: whether it ran is unknown then. Cancelled, it may still run."""
+        self._check_lost()
+        link = self._link
+        if link is None:
+            raise LinkDown(f"no link to the second appliance: {self._error}")
+        if len(self._requests) >= REQUESTS_WAITING_MAX:
+            raise RequestRefused(f"{REQUESTS_WAITING_MAX} commands are waiting already")
+        number = self._next_request
+        self._next_request += 1
+        self._requests.expect(number)
+        link.command(Request(number, command, body))
+        reply = await self._requests.take(number)
+        if reply.error:
+            raise RequestRefused(reply.error)
+        return reply.body
+
+    def switch_mode(self, mode: Mode) -> None:
+        """From now on the other mode. What is open goes out first, so order holds; a write that waits keeps waiting
+        for what it was promised."""
+        self._close_aggregate()
+        self._policy = mode_policy(mode, trio.current_time)
+        self._settle_waiters()
+
+    async def drain(self) -> None:
+        """Waits until everything taken so far is durable at the second appliance; the caller sets a limit of time.
+        Raises HistoryLost."""
+        await self.reached(self._last_seq, Level.DURABLE)
+
+    async def run(self) -> None:
+        """Forwards, reconnects, watches for outages. Returns once the link is LOST; else until cancelled, which closes
+        the connection and leaves what is queued unsent."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_progress)
+            nursery.start_soon(self._close_aggregates_in_time)
+            await self._keep_link()
+            nursery.cancel_scope.cancel()
+
+    # --- queue ---
+
+    def _push(self, frame: Frame) -> None:
+        if self._link is not None:
+            self._link.offer(frame, at_once=self._policy.sends_at_once)
+        else:
+            self._outbox.append(frame)
+
+    def _fits(self, nbytes: int) -> bool:
+        queued = self._outbox.bytes + self._policy.open_bytes
+        return not queued or queued + nbytes + FRAME_OVERHEAD_BYTES <= self._queue_bytes_max
+
+    def _close_aggregate(self) -> None:
+        for frame in self._policy.close():
+            self._push(frame)
+
+    async def _close_aggregates_in_time(self) -> None:
+        while True:
+            closes_at = self._policy.closes_at
+            if closes_at is None:
+                self._aggregate_opened = trio.Event()
+                await self._aggregate_opened.wait()
+                continue
+            await trio.sleep_until(closes_at)
+            if self._policy.closes_at is not None and self._policy.closes_at <= trio.current_time():
+                self._close_aggregate()
+
+    def _expect_result(self, compare: Compare) -> Compare | Heartbeat:
+        if len(self._compares) >= COMPARES_OPEN_MAX:
+            raise LocalProtocolError(f"more than {COMPARES_OPEN_MAX} compares are open")
+        frame_of(compare)  # refused now, before anything changes
+        self._compares.expect(compare.seq)
+        if self._link is not None:
+            return compare
+        self._compares.fail(compare.seq, LinkReset("the link is down, the comparison was not made"))
+        return Heartbeat(compare.seq, compare.time, compare.run)
+
+    # --- levels and outages ---
+
+    async def _reached(self, seq: Seq, level: Level) -> bool:
+        if self._progress.has_reached(seq, level):
+            return True
+        self._check_lost()
+        if not self._goes_on():
+            return False
+        self._hurry(seq, level)
+        return await self._progress.wait(seq, level, releasable=True)
+
+    def _hurry(self, seq: Seq, level: Level) -> None:
+        if seq > self._outbox.last_seq:
+            self._close_aggregate()
+        if level is Level.DURABLE and self._link is not None:
+            self._link.ask_for_sync(min(seq, self._last_seq))
+
+    def _outage_policy(self) -> Outage:
+        return self._policy.outage if self._outage_chosen is None else self._outage_chosen
+
+    def _goes_on(self) -> bool:
+        """Whether a writer has reason to wait. Raises what the policy, or the loss, has it meet instead."""
+        self._check_lost()
+        if self._outage and self._outage_policy() is Outage.FAIL:
+            raise self._outage_error()
+        return not (self._outage and self._outage_policy() is Outage.CONTINUE)
+
+    def _check_lost(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    def _outage_error(self) -> OutageError:
+        why = self._error or "the link stands"
+        return OutageError(f"no progress at the second appliance for {self._outage_after:g} s: {why}")
+
+    def _needs_progress(self) -> bool:
+        """Whether time without progress counts as an outage."""
+        return (
+            self._link_state is not LinkState.CONNECTED
+            or self._outbox.unreceived
+            or self._progress.waiting
+            or bool(self._room)
+        )
+
+    async def _watch_progress(self) -> None:
+        """Looks at the levels now and then, which costs the way of a write nothing."""
+        seen = (self.received, self.durable)
+        stuck_since = trio.current_time()
+        while True:
+            await trio.sleep(self._outage_after / OUTAGE_CHECKS)
+            now = trio.current_time()
+            levels = (self.received, self.durable)
+            if levels != seen or not self._needs_progress():
+                seen, stuck_since = levels, now
+            self._set_outage(now - stuck_since >= self._outage_after)
+
+    def _set_outage(self, outage: bool) -> None:
+        if outage == self._outage:
+            return
+        self._outage = outage
+        if outage:
+            log.warning("outage: no progress for %g s; policy: %s", self._outage_after, self._outage_policy().value)
+        else:
+            log.warning("the outage is over")
+        self._settle_waiters()
+        self._changed()
+
+    def _settle_waiters(self) -> None:
+        """Gives everyone who waits what the outage policy says."""
+        if self._outage:
+            policy = self._outage_policy()
+            if policy is not Outage.BLOCK:
+                self._progress.release(self._outage_error() if policy is Outage.FAIL else None)
+        self._room.ask_all()
+
+    # --- link ---
+
+    async def _open(self) -> tuple[Connection, Session, Welcome, list[VolumeState]]:
+        connection = await self._connect()
+        try:
+            session, welcome, volumes = await greet(connection, self._group, self._epoch)
+        except BaseException:
+            await connection.aclose()
+            raise
+        return connection, session, welcome, volumes
+
+    def _connected(self, connection: Connection, session: Session, welcome: Welcome) -> None:
+        self._digest_key = welcome.digest_key
+        self._link = Link(connection, session, self._outbox)
+        # A full store takes the session and refuses the record: only progress, or nothing to do, shows that it is over.
+        if self._link_state is not LinkState.FULL or not self._outbox.unreceived:
+            self._set_link_state(LinkState.CONNECTED, "")
+        if self._progress.waiting:
+            self._link.ask_for_sync(self._outbox.last_seq)
+
+    async def _keep_link(self) -> None:
+        backoff = RECONNECT_SECONDS_MIN
+        while self._lost is None:
+            if self._link is None:
+                await self._reconnect()
+            if self._link is not None:
+                before = self.received
+                reason = await self._link.run(self._handle)
+                self._disconnected(reason)
+                if self.received > before:
+                    backoff = RECONNECT_SECONDS_MIN
+            if self._lost is None:
+                await trio.sleep(backoff)
+                backoff = min(2 * backoff, RECONNECT_SECONDS_MAX)
+
+    async def _reconnect(self) -> None:
+        try:
+            connection, session, welcome, _volumes = await self._open()
+        except (LinkDown, ProtocolError, HandshakeRefused) as error:
+            full = isinstance(error, HandshakeRefused) and error.code is ErrorCode.STORE_FULL
+            self._set_link_state(LinkState.FULL if full else LinkState.DOWN, str(error))
+            return
+        try:
+            self._resume(welcome)
+        except HistoryLost as error:
+            await connection.aclose()
+            self._lose(error)
+            return
+        self._connected(connection, session, welcome)
+
+    def _resume(self, welcome: Welcome) -> None:
+        """From here to `_connected` there is no await: a record appended between would be sent twice or never."""
+        if welcome.store != self._store:
+            text = f"the second appliance now serves store {welcome.store}, not {self._store}"
+            raise HistoryLost(welcome.held, Seq(self._outbox.last_seq + 1), text)
+        self._outbox.rewind(welcome.held)
+        self._acknowledge(welcome.held, welcome.durable)
+
+    def _disconnected(self, reason: Exception) -> None:
+        self._link = None
+        full = isinstance(reason, SessionEnded) and reason.failure.code is ErrorCode.STORE_FULL
+        self._set_link_state(LinkState.FULL if full else LinkState.DOWN, str(reason))
+        self._fail_answers(LinkReset(f"the link broke before the answer came: {reason}"))
+
+    def _fail_answers(self, error: Exception) -> None:
+        self._compares.fail_all(error)
+        self._requests.fail_all(error)
+
+    def _lose(self, error: HistoryLost) -> None:
+        log.error("ordered replication of epoch %d is over: %s", self._epoch, error)
+        self._lost = error
+        self._set_link_state(LinkState.LOST, str(error))
+        self._progress.fail(error)
+        self._fail_answers(error)
+        self._settle_waiters()
+        if self._on_lost is not None:
+            self._on_lost(error)
+
+    def _set_link_state(self, state: LinkState, error: str) -> None:
+        if state is self._link_state and error == self._error:
+            return
+        if state is not self._link_state:
+            level = logging.INFO if state is LinkState.CONNECTED else logging.WARNING
+            log.log(level, "link to the second appliance: %s%s", state.value, f" ({error})" if error else "")
+        self._link_state, self._error = state, error
+        if state is LinkState.CONNECTED and not self._needs_progress():
+            self._set_outage(False)
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self.status())
+
+    # --- what the second appliance says ---
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Ack(received, durable):
+                self._acknowledge(received, durable)
+            case CompareResult(seq):
+                self._compares.settle(seq, message)
+            case Reply(number):
+                self._requests.settle(number, message)
+
+    def _acknowledge(self, received: Seq, durable: Seq) -> None:
+        room = self._outbox.acknowledge(received, durable)
+        if self._progress.advance(received, durable):
+            if self._link_state is LinkState.FULL and self._link is not None:
+                self._set_link_state(LinkState.CONNECTED, "")
+            if self._outage:
+                self._set_outage(False)
+        if room:
+            self._room.offer()
+        link = self._link
+        if link is not None and not link.sync_open and 2 * self._outbox.received_bytes > self._queue_bytes_max:
+            link.ask_for_sync(received)

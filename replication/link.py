@@ -1,0 +1,220 @@
+"""One session of the first appliance with the second, from Hello to its end: what goes out, in which order.
+
+Invariants:
+- One task sends. What `offer` puts on the socket itself goes out only while that task has nothing to send and no frame
+  is cut, so frames never mix and never change places.
+- A frame is counted by the session in the step in which its first byte may leave.
+- Whatever ends the session ends both tasks; the frames stay in the outbox.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from dedup.types import Epoch, Seq, VolumeState
+from replication.errors import HandshakeRefused, LinkDown, ProtocolError
+from replication.messages import (
+    PROTOCOL_VERSION,
+    Failure,
+    Hello,
+    Message,
+    Request,
+    Role,
+    SyncRequest,
+    VolumePage,
+    Welcome,
+)
+from replication.outbox import Frame, Outbox
+from replication.session import REQUESTS_OPEN_MAX, Session, Side, State
+from replication.transport import Connection
+from replication.wire import Buffer
+
+SEND_BYTES: Final = 1 << 20
+"""About how much goes to the socket in one call."""
+HANDSHAKE_SECONDS: Final = 10.0
+"""Longest that a peer may take from Hello to its last VolumePage."""
+VOLUMES_MAX: Final = 1 << 20
+"""Most volumes that a peer may list."""
+
+
+class SessionEnded(Exception):
+    """The peer said Failure. Never leaves this package."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.text)
+        self.failure = failure
+
+
+async def greet(connection: Connection, group: str, epoch: Epoch) -> tuple[Session, Welcome, list[VolumeState]]:
+    """Says Hello as an agent and takes the answer. Raises LinkDown, ProtocolError or HandshakeRefused; the caller
+    closes the connection then."""
+    session = Session(Side.CLIENT)
+    welcome: Welcome | None = None
+    volumes: list[VolumeState] = []
+    with trio.move_on_after(HANDSHAKE_SECONDS):
+        await connection.send(session.send(Hello(PROTOCOL_VERSION, Role.AGENT, group, epoch)))
+        while session.state is not State.STREAMING:
+            match await _next(connection, session):
+                case Welcome() as message:
+                    welcome = message
+                case VolumePage(volumes=page):
+                    volumes += page
+                    if len(volumes) > VOLUMES_MAX:
+                        raise ProtocolError(f"the peer lists more than {VOLUMES_MAX} volumes")
+                case Failure(code, text):
+                    raise HandshakeRefused(code, text)
+        if welcome is not None:
+            return session, welcome, volumes
+    raise LinkDown(f"no answer to Hello within {HANDSHAKE_SECONDS:g} s")
+
+
+async def _next(connection: Connection, session: Session) -> Message:
+    while (message := session.next_event()) is None:
+        data = await connection.receive()
+        if not data:
+            session.receive_eof()
+            raise LinkDown("the second appliance closed the connection")
+        session.receive_data(data)
+    return message
+
+
+class Link:
+    """A streaming session. `offer` and `command` put things on their way; `run` moves them until the session ends."""
+
+    def __init__(self, connection: Connection, session: Session, outbox: Outbox) -> None:
+        self._connection = connection
+        self._session = session
+        self._outbox = outbox
+        self._requests: deque[Request] = deque()
+        self._cut: list[Buffer] = []
+        """The rest of a frame of which a part has left."""
+        self._sync_after: Seq | None = None
+        """A SyncRequest is due once this record was sent."""
+        self._sync_wanted = Seq(0)
+        """The newest record for which somebody wants DURABLE."""
+        self._sync_asked = Seq(0)
+        """What the last SyncRequest covers."""
+        self._wake: trio.Event | None = None
+        """Set while the sender's task waits for something to send."""
+        self._scope = trio.CancelScope()
+        self._reason: Exception | None = None
+
+    def offer(self, frame: Frame, *, at_once: bool) -> None:
+        """Appends the frame to the outbox and sees that it is sent; `at_once`: now, if the socket takes it."""
+        self._outbox.append(frame)
+        if self._wake is None or self._reason is not None:
+            return
+        if at_once and not self._cut:
+            self._send_now()
+            if not self._cut and not self._due():
+                return
+        self._wake.set()
+
+    def command(self, request: Request) -> None:
+        """Sends the request when fewer than REQUESTS_OPEN_MAX are open. The caller bounds how many it gives."""
+        self._requests.append(request)
+        self.wake()
+
+    @property
+    def sync_open(self) -> bool:
+        """Whether a SyncRequest was sent that no Ack has answered yet."""
+        return self._session.durable < self._sync_asked
+
+    def ask_for_sync(self, seq: Seq) -> None:
+        """Asks for DURABLE of everything up to `seq`, once it is sent; one question covers all before it."""
+        if seq > self._sync_asked:
+            self._sync_wanted = max(self._sync_wanted, seq)
+            # The oldest wish goes first: newer ones must not put it off.
+            if self._sync_after is None:
+                self._sync_after = seq
+                self.wake()
+
+    def wake(self) -> None:
+        if self._wake is not None:
+            self._wake.set()
+
+    async def run(self, handle: Callable[[Message], None]) -> Exception:
+        """Sends and receives until the session ends; gives each message of the peer to `handle`. Returns why it ended:
+        LinkDown, ProtocolError or SessionEnded. The connection is closed then. Cancelled, it closes it as well."""
+        async with self._connection:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._until_broken, self._send)
+                    nursery.start_soon(self._until_broken, self._receive, handle)
+        return self._reason or LinkDown("the session ended")
+
+    async def _until_broken(self, task: Callable[..., object], *args: object) -> None:
+        try:
+            await task(*args)  # type: ignore[misc]
+        except (LinkDown, ProtocolError, SessionEnded) as error:
+            self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        if self._reason is None:
+            self._reason = error
+        self._scope.cancel()
+
+    async def _send(self) -> None:
+        while True:
+            if self._reason is not None:
+                await trio.sleep_forever()  # the session is over; the scope is cancelled
+            buffers = self._next_buffers()
+            if buffers:
+                await self._connection.send(buffers)
+                continue
+            self._wake = trio.Event()
+            try:
+                await self._wake.wait()
+            finally:
+                self._wake = None
+
+    def _send_now(self) -> None:
+        buffers = self._frames()
+        try:
+            sent = self._connection.send_nowait(buffers)
+        except LinkDown as error:
+            self._break(error)
+            return
+        for buffer in buffers:
+            if sent >= len(buffer):
+                sent -= len(buffer)
+            else:
+                self._cut.append(memoryview(buffer)[sent:] if sent else buffer)
+                sent = 0
+
+    def _due(self) -> bool:
+        return self._sync_after is not None and self._sync_after <= self._outbox.sent_seq
+
+    def _next_buffers(self) -> list[Buffer]:
+        buffers, self._cut = self._cut, []
+        buffers += self._frames()
+        while self._requests and self._session.requests_open < REQUESTS_OPEN_MAX:
+            buffers += self._session.send(self._requests.popleft())
+        if self._due():
+            self._sync_asked = self._session.last_seq
+            self._sync_after = self._sync_wanted if self._sync_wanted > self._sync_asked else None
+            buffers += self._session.send(SyncRequest())
+        return buffers
+
+    def _frames(self) -> list[Buffer]:
+        buffers: list[Buffer] = []
+        for frame in self._outbox.take(SEND_BYTES):
+            if frame.compare is not None:
+                buffers += self._session.send(frame.compare)
+            else:
+                self._session.sending(frame.kind, frame.first_seq, frame.seq)
+                buffers += frame.buffers
+        return buffers
+
+    async def _receive(self, handle: Callable[[Message], None]) -> None:
+        while True:
+            message = await _next(self._connection, self._session)
+            if isinstance(message, Failure):
+                raise SessionEnded(message)
+            handle(message)
+            if self._requests:
+                self.wake()

@@ -1,0 +1,108 @@
+"""How far the records have come, and who waits for it.
+
+Invariants:
+- Neither level ever decreases, and DURABLE never passes RECEIVED.
+- A waiter is woken once: by its level, by a release, or by a failure. A cancelled one leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush
+from itertools import count
+
+import trio
+
+from dedup.types import Seq
+from replication.messages import Level
+
+
+class _Waiter:
+    __slots__ = ("error", "event", "reached", "releasable")
+
+    def __init__(self, releasable: bool) -> None:
+        self.event = trio.Event()
+        self.releasable = releasable
+        self.reached = True
+        self.error: Exception | None = None
+
+
+_Heap = list[tuple[Seq, int, _Waiter]]
+
+
+class Progress:
+    """The two levels of a group's records, and the tasks that wait for one of them."""
+
+    def __init__(self) -> None:
+        self.received = Seq(0)
+        self.durable = Seq(0)
+        self._received: _Heap = []
+        self._durable: _Heap = []
+        self._order = count()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether any task waits."""
+        return bool(self._received or self._durable)
+
+    def advance(self, received: Seq, durable: Seq) -> bool:
+        """Raises the levels, wakes whose seq they reach, and says whether they rose."""
+        rose = False
+        if received > self.received:
+            self.received = received
+            rose = True
+            if self._received:
+                _wake(self._received, received)
+        if durable > self.durable:
+            self.durable = durable
+            rose = True
+            if self._durable:
+                _wake(self._durable, durable)
+        return rose
+
+    def has_reached(self, seq: Seq, level: Level) -> bool:
+        return seq <= (self.received, self.received, self.durable)[level] or level is Level.QUEUED
+
+    async def wait(self, seq: Seq, level: Level, *, releasable: bool) -> bool:
+        """Waits until `seq` has reached the level: True. A `releasable` wait may end earlier: False, or the error given
+        to `release`. Any wait may raise what was given to `fail`. Returns without a checkpoint when it is there."""
+        if self.has_reached(seq, level):
+            return True
+        heap = self._durable if level is Level.DURABLE else self._received
+        waiter = _Waiter(releasable)
+        heappush(heap, (seq, next(self._order), waiter))
+        try:
+            await waiter.event.wait()
+        except trio.Cancelled:
+            heap[:] = [entry for entry in heap if entry[2] is not waiter]
+            heapify(heap)
+            raise
+        if waiter.error is not None:
+            raise waiter.error
+        return waiter.reached
+
+    def release(self, error: Exception | None) -> None:
+        """Ends every releasable wait: with the error, or with False when there is none."""
+        for heap in (self._received, self._durable):
+            released = [entry[2] for entry in heap if entry[2].releasable]
+            heap[:] = [entry for entry in heap if not entry[2].releasable]
+            heapify(heap)
+            _end(released, error)
+
+    def fail(self, error: Exception) -> None:
+        """Ends every wait with the error."""
+        for heap in (self._received, self._durable):
+            failed = [entry[2] for entry in heap]
+            heap.clear()
+            _end(failed, error)
+
+
+def _wake(heap: _Heap, reached: Seq) -> None:
+    while heap and heap[0][0] <= reached:
+        heappop(heap)[2].event.set()
+
+
+def _end(waiters: list[_Waiter], error: Exception | None) -> None:
+    for waiter in waiters:
+        waiter.reached = False
+        waiter.error = error
+        waiter.event.set()

@@ -1,0 +1,38 @@
+"""What the first appliance says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from dedup.types import Seq, TimeNs
+from replication.modes import Mode
+
+
+class LinkState(Enum):
+    CONNECTED = "connected"
+    DOWN = "down"
+    """No session; connecting again and again."""
+    FULL = "full"
+    """The store's disk is full; records are kept and offered again."""
+    LOST = "lost"
+    """Ordered replication in this epoch is over; see HistoryLost."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstApplianceStatus:
+    """A picture of one instant."""
+
+    link: LinkState
+    outage: bool
+    mode: Mode
+    last_seq: Seq
+    received: Seq
+    durable: Seq
+    queued_bytes: int
+    queued_records: int
+    """Records that are not durable yet, those of the open aggregate included."""
+    oldest_queued: TimeNs | None
+    """Time of the oldest queued frame."""
+    error: str
+    """Why the link is not connected; empty when it is."""
