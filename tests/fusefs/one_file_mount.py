@@ -1,7 +1,7 @@
 """A process for the tests of `fusefs.daemon`: mounts a directory with one empty file, says when it drained.
 
-Arguments: mountpoint, log file, what to do: `serve`, `refuse` (fail before ready), `die` (before ready), `crash` (a bug
-in a handler), `stop` (leave by itself once somebody has looked).
+Arguments: mountpoint, log file, what to do: `serve`, `refuse` (fail before ready), `die` (before ready), `wait` (never
+be ready), `crash` (a bug in a handler), `stop` (leave by itself once somebody has looked).
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ def main() -> None:
             raise RewindError("refused,\nas the test wants")
         if behaviour == "die":
             os._exit(7)
+        if behaviour == "wait":
+            log.info("pid %d", os.getpid())
+            await trio.sleep_forever()
         check_mountpoint(mountpoint)
 
         async def drain() -> None:

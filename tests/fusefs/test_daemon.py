@@ -28,12 +28,16 @@ class Process:
         self.mountpoint = directory / "mnt"
         self.mountpoint.mkdir(exist_ok=True)
         self.log_file = directory / "log"
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def command(self, behaviour: str) -> list[str | Path]:
+        return [sys.executable, SCRIPT, self.mountpoint, self.log_file, behaviour]
 
     def start(self, behaviour: str = "serve") -> subprocess.CompletedProcess[str]:
         # Both outputs are pipes: communicate() would hang if the background process kept one of them.
         return subprocess.run(
-            [sys.executable, SCRIPT, self.mountpoint, self.log_file, behaviour],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            self.command(behaviour),
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -130,6 +134,16 @@ def test_death_before_ready_is_the_commands_error(process: Process) -> None:
     started = process.start("die")
     assert started.returncode == 1
     assert f"ended before it was ready; see {process.log_file}" in started.stderr
+
+
+def test_interrupting_the_command_ends_what_it_started(process: Process) -> None:
+    os.mkfifo(process.log_file)
+    with subprocess.Popen(process.command("wait"), env=process.environment, start_new_session=True) as command:
+        with open(process.log_file) as log:
+            pid = int(log.readline().split()[-1])
+            os.kill(command.pid, signal.SIGINT)
+            process.wait_for_end(pid)
+        assert command.wait(60) != 0
 
 
 def test_bug_in_a_handler_unmounts_and_is_logged(process: Process) -> None:
