@@ -1,0 +1,302 @@
+"""Raw containers and the pool: exact bytes, damage, and failures half way."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dedup import layout
+from dedup.container import ContainerPool, ContainerReader, RawContainerWriter
+from dedup.errors import Damaged, StoreError, StoreFailed, StoreFull, WouldBlock
+from dedup.layout import RAW_SLOTS_OFFSET, RAW_TABLE_OFFSET, address, container_path, fingerprint
+from dedup.storage import Storage
+from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId
+from tests.dedup.faults import FaultyStorage, open_descriptors
+
+ONE = ContainerId(1)
+FINE = JournalId(1)
+
+
+def blocks_of(count: int, seed: int = 0) -> list[bytes]:
+    """Different blocks, half of each of them random."""
+    source = random.Random(seed)
+    return [source.randbytes(2048) + bytes(2048) for _ in range(count)]
+
+
+def fill(storage: Storage, directory: Path, container: ContainerId, blocks: list[bytes]) -> RawContainerWriter:
+    writer = RawContainerWriter.create(storage, directory, container, FINE)
+    writer.append(blocks, [fingerprint(block) for block in blocks])
+    return writer
+
+
+def read_slots(directory: Path, slot: int, count: int) -> bytes:
+    out = bytearray(count * BLOCK_BYTES)
+    reader = ContainerReader.open(Storage(), directory, ONE)
+    try:
+        reader.read_into(slot, count, memoryview(out))
+    finally:
+        reader.close()
+    return bytes(out)
+
+
+def test_exact_bytes(tmp_path: Path) -> None:
+    blocks = blocks_of(3)
+    fill(Storage(), tmp_path, ONE, blocks).close()
+    data = container_path(tmp_path, ONE).read_bytes()
+    header = layout.unpack_container_header(data, tmp_path)
+    assert (header.container, header.journal, header.form) == (1, 1, ContainerForm.RAW)
+    assert data[RAW_TABLE_OFFSET : RAW_TABLE_OFFSET + 48] == b"".join(map(fingerprint, blocks))
+    assert not any(data[RAW_TABLE_OFFSET + 48 : RAW_SLOTS_OFFSET])
+    assert data[RAW_SLOTS_OFFSET:] == b"".join(blocks)
+
+
+def test_appends_are_readable_at_once_and_durable_after_sync(tmp_path: Path) -> None:
+    storage = FaultyStorage()
+    writer = RawContainerWriter.create(storage, tmp_path, ONE, FINE)
+    path = container_path(tmp_path, ONE)
+    assert storage.synced == [path]
+    reader = ContainerReader.open(storage, tmp_path, ONE)
+    blocks = blocks_of(600)
+    out = memoryview(bytearray(BLOCK_BYTES))
+    for index, block in enumerate(blocks):
+        assert writer.append([block], [fingerprint(block)]) == index
+        reader.read_into(index, 1, out)
+        assert out == block
+    assert reader.slots() == list(range(600))
+    assert reader.fingerprints(250, 10) == b"".join(map(fingerprint, blocks[250:260]))
+    assert read_slots(tmp_path, 200, 400) == b"".join(blocks[200:])
+    writer.sync()
+    assert storage.synced == [path, path]
+    reader.close()
+    writer.close()
+
+
+def test_an_empty_container_has_no_slots(tmp_path: Path) -> None:
+    RawContainerWriter.create(Storage(), tmp_path, ONE, FINE).close()
+    reader = ContainerReader.open(Storage(), tmp_path, ONE)
+    assert reader.slots() == []
+    with pytest.raises(Damaged, match="past the file's end"):
+        reader.read_into(0, 1, memoryview(bytearray(BLOCK_BYTES)))
+    reader.close()
+
+
+def test_a_container_is_never_made_over_another(tmp_path: Path) -> None:
+    writer = fill(Storage(), tmp_path, ONE, blocks_of(1))
+    writer.close()
+    with pytest.raises(StoreFailed, match="there already"):
+        RawContainerWriter.create(Storage(), tmp_path, ONE, FINE)
+    assert read_slots(tmp_path, 0, 1) == blocks_of(1)[0]
+
+
+def test_a_full_disk_leaves_no_half_made_container(tmp_path: Path) -> None:
+    storage = FaultyStorage()
+    storage.refuse_write_after = 10
+    before = open_descriptors()
+    with pytest.raises(StoreFull):
+        RawContainerWriter.create(storage, tmp_path, ONE, FINE)
+    assert os.listdir(tmp_path) == []
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("written", [0, 1, BLOCK_BYTES, BLOCK_BYTES + 100, 2 * BLOCK_BYTES, 2 * BLOCK_BYTES + 17])
+def test_slots_of_a_failed_append_are_never_used_again(tmp_path: Path, written: int) -> None:
+    storage = FaultyStorage()
+    blocks = blocks_of(5)
+    writer = fill(storage, tmp_path, ONE, blocks[:1])
+    storage.refuse_write_after = written
+    with pytest.raises(StoreFull):
+        writer.append(blocks[1:3], [fingerprint(block) for block in blocks[1:3]])
+    storage.refuse_write_after = None
+    assert writer.next_slot == 3
+    assert writer.append(blocks[3:], [fingerprint(block) for block in blocks[3:]]) == 3
+    writer.close()
+    assert read_slots(tmp_path, 0, 1) == blocks[0]
+    assert read_slots(tmp_path, 3, 2) == b"".join(blocks[3:])
+    for slot in (1, 2):
+        try:
+            found = read_slots(tmp_path, slot, 1)
+        except Damaged as error:
+            assert f"offset {RAW_SLOTS_OFFSET + slot * BLOCK_BYTES}" in str(error)
+        else:
+            assert found == blocks[slot]
+
+
+def test_append_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    writer = RawContainerWriter.create(Storage(), tmp_path, ONE, FINE)
+    writer.next_slot = layout.SLOTS_MAX - 1
+    blocks = blocks_of(2)
+    fingerprints = [fingerprint(block) for block in blocks]
+    with pytest.raises(ValueError, match="1 slots free"):
+        writer.append(blocks, fingerprints)
+    with pytest.raises(ValueError, match="4096"):
+        writer.append([b"short"], fingerprints[:1])
+    assert writer.append(blocks[:1], fingerprints[:1]) == layout.SLOTS_MAX - 1
+    assert writer.slots_free == 0
+    writer.close()
+    assert read_slots(tmp_path, layout.SLOTS_MAX - 1, 1) == blocks[0]
+
+
+def test_no_flipped_byte_gives_wrong_bytes(tmp_path: Path) -> None:
+    blocks = blocks_of(2)
+    fill(Storage(), tmp_path, ONE, blocks).close()
+    path = container_path(tmp_path, ONE)
+    good = path.read_bytes()
+    used_table = range(RAW_TABLE_OFFSET, RAW_TABLE_OFFSET + 32)
+    slots = range(RAW_SLOTS_OFFSET, len(good))
+    places = [
+        *range(layout.CONTAINER_HEADER.size),
+        40,
+        4095,
+        *used_table,
+        RAW_TABLE_OFFSET + 33,
+        *slots[::61],
+        slots[-1],
+    ]
+    with path.open("r+b", buffering=0) as file:
+        for place in places:
+            os.pwrite(file.fileno(), bytes([good[place] ^ 0x10]), place)
+            seen = 0
+            for slot in (0, 1):
+                try:
+                    assert read_slots(tmp_path, slot, 1) == blocks[slot]
+                    seen += 1
+                except StoreError as error:
+                    assert str(path) in str(error)
+            is_slot_byte = place in used_table or place in slots
+            assert seen == (0 if place < layout.CONTAINER_HEADER.size else 1 if is_slot_byte else 2), place
+            os.pwrite(file.fileno(), good[place : place + 1], place)
+
+
+def test_no_cut_gives_wrong_bytes(tmp_path: Path) -> None:
+    blocks = blocks_of(2)
+    fill(Storage(), tmp_path, ONE, blocks).close()
+    path = container_path(tmp_path, ONE)
+    size = path.stat().st_size
+    for length in [*range(size - 1, RAW_SLOTS_OFFSET - 1, -97), RAW_SLOTS_OFFSET, RAW_TABLE_OFFSET, 40, 39, 1, 0]:
+        os.truncate(path, length)
+        readable = max(0, length - RAW_SLOTS_OFFSET) // BLOCK_BYTES
+        for slot in (0, 1):
+            if slot < readable:
+                assert read_slots(tmp_path, slot, 1) == blocks[slot]
+            else:
+                with pytest.raises(Damaged, match=str(path)):
+                    read_slots(tmp_path, slot, 1)
+
+
+def test_the_file_of_another_container_is_refused(tmp_path: Path) -> None:
+    fill(Storage(), tmp_path, ContainerId(2), blocks_of(1)).close()
+    os.rename(container_path(tmp_path, ContainerId(2)), container_path(tmp_path, ONE))
+    before = open_descriptors()
+    with pytest.raises(Damaged, match="is container 2"):
+        ContainerReader.open(Storage(), tmp_path, ONE)
+    with pytest.raises(Damaged, match="is missing"):
+        ContainerReader.open(Storage(), tmp_path, ContainerId(2))
+    assert open_descriptors() == before
+
+
+def make_pool(directory: Path, containers: int, *, open_max: int = 64) -> tuple[ContainerPool, dict[int, bytes]]:
+    blocks = {}
+    for number in range(1, containers + 1):
+        mine = blocks_of(40, seed=number)
+        fill(Storage(), directory, ContainerId(number), mine).close()
+        blocks |= {address(ContainerId(number), slot): block for slot, block in enumerate(mine)}
+    return ContainerPool(Storage(), directory, open_max=open_max), blocks
+
+
+def test_pool_reads_runs_holes_and_single_blocks(tmp_path: Path) -> None:
+    pool, blocks = make_pool(tmp_path, 3, open_max=2)
+    source = random.Random(7)
+    places = sorted(blocks)
+    for _ in range(200):
+        wanted: list[int] = []
+        while len(wanted) < 30:
+            start = source.randrange(len(places))
+            wanted += source.choice([[0] * source.randrange(4), places[start : start + source.randrange(9)]])
+        out = bytearray(b"x" * (len(wanted) * BLOCK_BYTES))
+        pool.read_addresses(np.array(wanted, dtype=np.uint64), memoryview(out))
+        assert bytes(out) == b"".join(blocks.get(where, bytes(BLOCK_BYTES)) for where in wanted)
+        assert pool.read_block(places[start]) == blocks[places[start]]
+        assert pool.fingerprints(places[start]) == fingerprint(blocks[places[start]])
+    pool.read_addresses(np.array([], dtype=np.uint64), memoryview(b""))
+    pool.close()
+
+
+def test_pool_reads_a_run_at_once(tmp_path: Path) -> None:
+    pool, blocks = make_pool(tmp_path, 1)
+    sizes = []
+
+    class Counting(Storage):
+        def pread_into(self, fd: int, buffers: list[memoryview], offset: int, *, wait: bool = True) -> int:
+            sizes.append(sum(buffer.nbytes for buffer in buffers))
+            return super().pread_into(fd, buffers, offset, wait=wait)
+
+    pool = ContainerPool(Counting(), tmp_path)
+    out = memoryview(bytearray(32 * BLOCK_BYTES))
+    pool.read_addresses(np.array(sorted(blocks)[:32], dtype=np.uint64), out)
+    assert sizes == [32 * BLOCK_BYTES, 4096]
+    pool.close()
+
+
+def test_pool_keeps_few_descriptors_and_gives_all_back(tmp_path: Path) -> None:
+    before = open_descriptors()
+    pool, blocks = make_pool(tmp_path, 12, open_max=4)
+    for where, block in blocks.items():
+        assert pool.read_block(where) == block
+        assert open_descriptors() <= before + 4
+    pool.close()
+    assert open_descriptors() == before
+
+
+def test_pool_never_closes_what_another_thread_reads(tmp_path: Path) -> None:
+    before = open_descriptors()
+    pool, blocks = make_pool(tmp_path, 6, open_max=1)
+    faults: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        source = random.Random(seed)
+        try:
+            for _ in range(400):
+                where = source.choice(list(blocks))
+                assert pool.read_block(where) == blocks[where]
+                if source.random() < 0.1:
+                    pool.forget(ContainerId(source.randrange(1, 7)))
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+            faults.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    pool.close()
+    assert open_descriptors() == before
+
+
+def test_pool_does_not_wait_when_told_not_to(tmp_path: Path) -> None:
+    pool, blocks = make_pool(tmp_path, 1)
+    wanted = np.array([0, *sorted(blocks)[:2]], dtype=np.uint64)
+    out = memoryview(bytearray(3 * BLOCK_BYTES))
+    with pytest.raises(WouldBlock):
+        pool.read_addresses(wanted, out, wait=False)
+    pool.read_addresses(wanted, out)
+    out[:] = bytes(len(out))
+    pool.read_addresses(wanted, out, wait=False)
+    assert bytes(out) == bytes(BLOCK_BYTES) + b"".join(blocks[int(where)] for where in wanted[1:])
+    pool.close()
+
+
+def test_an_address_that_names_nothing_is_damage(tmp_path: Path) -> None:
+    pool, _ = make_pool(tmp_path, 1)
+    out = memoryview(bytearray(2 * BLOCK_BYTES))
+    for wanted in ([1, 2], [0, 1], [address(ONE, 39), address(ONE, 40)], [address(ContainerId(9), 0), 0]):
+        with pytest.raises(Damaged, match=r"\.rwc: offset"):
+            pool.read_addresses(np.array(wanted, dtype=np.uint64), out)
+    with pytest.raises(Damaged, match="past the file's end"):
+        pool.read_block(address(ONE, layout.SLOTS_MAX))
+    pool.close()

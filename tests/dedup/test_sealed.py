@@ -1,0 +1,247 @@
+"""Sealing and the sealed form: what is live stays, damage is said, failures leave the container as it was."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dedup import layout
+from dedup.container import ContainerPool, ContainerReader, RawContainerWriter
+from dedup.errors import Damaged, StoreError, StoreFailed, StoreFull
+from dedup.layout import address, container_path, fingerprint
+from dedup.sealed import seal
+from dedup.sealed_form import GroupCache
+from dedup.storage import Storage
+from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId
+from tests.dedup.faults import FaultyStorage, open_descriptors
+
+ONE = ContainerId(1)
+
+
+def make(directory: Path, blocks: list[bytes]) -> None:
+    writer = RawContainerWriter.create(Storage(), directory, ONE, JournalId(3))
+    writer.append(blocks, [fingerprint(block) for block in blocks])
+    writer.close()
+
+
+def mixed_blocks(count: int, seed: int = 0) -> list[bytes]:
+    """A few groups that compress, a few that do not."""
+    source = random.Random(seed)
+    return [source.randbytes(BLOCK_BYTES) if index // 32 % 2 else source.randbytes(64) * 64 for index in range(count)]
+
+
+def read_slot(directory: Path, slot: int, count: int = 1) -> bytes:
+    reader = ContainerReader.open(Storage(), directory, ONE)
+    out = bytearray(count * BLOCK_BYTES)
+    try:
+        reader.read_into(slot, count, memoryview(out))
+    finally:
+        reader.close()
+    return bytes(out)
+
+
+def test_exact_bytes(tmp_path: Path) -> None:
+    blocks = [b"a" * BLOCK_BYTES, b"b" * BLOCK_BYTES, random.Random(1).randbytes(BLOCK_BYTES)]
+    make(tmp_path, blocks)
+    size = seal(Storage(), tmp_path, ONE, [0, 1])
+    data = container_path(tmp_path, ONE).read_bytes()
+    assert len(data) == size
+    header = layout.unpack_container_header(data, tmp_path)
+    assert (header.form, header.container, header.journal) == (ContainerForm.SEALED, 1, 3)
+    assert layout.unpack_sealed_header(data, tmp_path).slots == 2
+    assert data[4096:4104] == bytes([0, 0, 1, 0, 0, 0, 0, 0])
+    assert data[4104:4136] == fingerprint(blocks[0]) + fingerprint(blocks[1])
+    offset, stored, count, coding, checksum = layout.SEALED_GROUP.struct.unpack_from(data, 4136)
+    assert (offset, stored, count, coding) == (4160, len(data) - 4160, 2, layout.CODING_ZSTD)
+    assert checksum == layout.checksum(data[4160:])
+    assert zstandard.decompress(data[4160:]) == blocks[0] + blocks[1]
+
+
+@settings(max_examples=25)
+@given(st.sets(st.integers(0, 99)), st.sets(st.integers(0, 99)))
+def test_live_slots_stay_and_no_other(
+    tmp_path_factory: pytest.TempPathFactory, live: set[int], later: set[int]
+) -> None:
+    directory = tmp_path_factory.mktemp("containers")
+    blocks = mixed_blocks(100)
+    make(directory, blocks)
+    seal(Storage(), directory, ONE, live)
+    for kept in (live, live & later):
+        reader = ContainerReader.open(Storage(), directory, ONE)
+        assert reader.header.form is ContainerForm.SEALED
+        assert reader.slots() == sorted(kept)
+        for slot in range(100):
+            if slot in kept:
+                assert reader.read_block(slot) == blocks[slot]
+                assert reader.fingerprints(slot, 1) == fingerprint(blocks[slot])
+            else:
+                with pytest.raises(Damaged, match=f"slot {slot} is not in the container"):
+                    reader.read_block(slot)
+        reader.close()
+        seal(Storage(), directory, ONE, live & later)  # a sealed container is sealed again
+    assert os.listdir(directory) == ["0000000000000001.rwc"]
+
+
+def test_all_slots_and_runs_across_groups(tmp_path: Path) -> None:
+    blocks = mixed_blocks(100)
+    make(tmp_path, blocks)
+    raw_bytes = container_path(tmp_path, ONE).stat().st_size
+    assert seal(Storage(), tmp_path, ONE, None) < raw_bytes
+    assert read_slot(tmp_path, 0, 100) == b"".join(blocks)
+    assert read_slot(tmp_path, 30, 40) == b"".join(blocks[30:70])
+    with pytest.raises(Damaged, match="slot 100 is not"):
+        read_slot(tmp_path, 90, 11)
+
+
+def test_a_run_with_a_missing_slot_inside_is_damage(tmp_path: Path) -> None:
+    make(tmp_path, mixed_blocks(10))
+    seal(Storage(), tmp_path, ONE, {0, 1, 2, 4, 5})
+    with pytest.raises(Damaged, match="slot 3 is not"):
+        read_slot(tmp_path, 1, 4)
+
+
+def test_slots_of_a_failed_append_are_not_sealed(tmp_path: Path) -> None:
+    storage = FaultyStorage()
+    blocks = mixed_blocks(4)
+    writer = RawContainerWriter.create(storage, tmp_path, ONE, JournalId(1))
+    storage.refuse_write_after = BLOCK_BYTES
+    with pytest.raises(StoreFull):
+        writer.append(blocks[:2], [fingerprint(block) for block in blocks[:2]])
+    storage.refuse_write_after = None
+    writer.append(blocks[2:], [fingerprint(block) for block in blocks[2:]])
+    writer.close()
+    seal(Storage(), tmp_path, ONE, None)
+    assert read_slot(tmp_path, 2, 2) == b"".join(blocks[2:])
+    with pytest.raises(Damaged):
+        read_slot(tmp_path, 0)
+
+
+def test_damage_is_never_sealed_in(tmp_path: Path) -> None:
+    blocks = mixed_blocks(40)
+    make(tmp_path, blocks)
+    path = container_path(tmp_path, ONE)
+    with path.open("r+b") as file:
+        file.seek(layout.RAW_SLOTS_OFFSET + 7 * BLOCK_BYTES + 5)
+        file.write(b"?")
+    before = path.read_bytes()
+    descriptors = open_descriptors()
+    with pytest.raises(Damaged, match="slot 7 does not match"):
+        seal(Storage(), tmp_path, ONE, range(40))
+    with pytest.raises(Damaged):
+        seal(Storage(), tmp_path, ONE, [50])
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+    assert open_descriptors() == descriptors
+    seal(Storage(), tmp_path, ONE, set(range(40)) - {7})
+    assert read_slot(tmp_path, 8) == blocks[8]
+
+
+@pytest.mark.parametrize("fault", ["full", "sync"])
+def test_a_failed_seal_leaves_the_container_as_it_was(tmp_path: Path, fault: str) -> None:
+    make(tmp_path, mixed_blocks(70))
+    path = container_path(tmp_path, ONE)
+    before = path.read_bytes()
+    size = 0
+    while True:
+        storage = FaultyStorage()
+        storage.refuse_sync = fault == "sync"
+        storage.refuse_write_after = size if fault == "full" else None
+        try:
+            seal(storage, tmp_path, ONE, None)
+        except (StoreFull, StoreFailed):
+            assert path.read_bytes() == before
+            assert os.listdir(tmp_path) == [path.name]
+        else:
+            break
+        if fault == "sync":
+            return
+        size += 20_011
+    assert size > 100_000
+    assert storage.synced == [path.with_name(path.name + ".tmp")]
+
+
+def test_no_flipped_byte_and_no_cut_gives_wrong_bytes(tmp_path: Path) -> None:
+    blocks = [random.Random(3).randbytes(64) * 64, random.Random(4).randbytes(BLOCK_BYTES)]
+    make(tmp_path, blocks)
+    seal(Storage(), tmp_path, ONE, None)
+    path = container_path(tmp_path, ONE)
+    good = path.read_bytes()
+
+    def readable() -> int:
+        count = 0
+        for slot, block in enumerate(blocks):
+            try:
+                assert read_slot(tmp_path, slot) == block
+                count += 1
+            except StoreError as error:
+                assert str(path) in str(error)
+        return count
+
+    header = layout.SEALED_HEADER_OFFSET + layout.SEALED_HEADER.size
+    for place in [*range(header), *range(4096, 4096 + 100), *range(4196, len(good), 13)]:
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0x04]) + good[place + 1 :])
+        unused = layout.CONTAINER_HEADER.size <= place < layout.SEALED_HEADER_OFFSET
+        assert readable() == (2 if unused else 0), place
+    for length in [*range(header), *range(4096, len(good), 17), len(good) - 1]:
+        path.write_bytes(good[:length])
+        assert readable() == 0, length
+    path.write_bytes(good)
+    assert readable() == 2
+
+
+def test_a_table_that_says_what_cannot_be_is_damage(tmp_path: Path) -> None:
+    make(tmp_path, mixed_blocks(2))
+    seal(Storage(), tmp_path, ONE, None)
+    path = container_path(tmp_path, ONE)
+    good = path.read_bytes()
+    end = layout.unpack_sealed_header(good, path).table_end
+    for at, value in ((4096, b"\x01\x00\x01\x00"), (4098, b"\xff\xff"), (end - 12, b"\x09"), (end - 10, b"\x07")):
+        bad = bytearray(good)
+        bad[at : at + len(value)] = value
+        header = layout.SealedHeader(2, 1, layout.checksum(bytes(bad[4096:end])))
+        bad[64:88] = layout.pack_sealed_header(header)
+        path.write_bytes(bad)
+        with pytest.raises(Damaged, match="cannot be"):
+            ContainerReader.open(Storage(), tmp_path, ONE)
+
+
+def test_open_readers_and_the_pool_survive_sealing(tmp_path: Path) -> None:
+    blocks = mixed_blocks(64)
+    make(tmp_path, blocks)
+    pool = ContainerPool(Storage(), tmp_path)
+    wanted = np.arange(64, dtype=np.uint64) + np.uint64(address(ONE, 0))
+    out = memoryview(bytearray(64 * BLOCK_BYTES))
+    pool.read_addresses(wanted, out)
+    seal(Storage(), tmp_path, ONE, None)
+    for _ in range(2):
+        out[:] = bytes(len(out))
+        pool.read_addresses(wanted, out)
+        assert bytes(out) == b"".join(blocks)
+        assert pool.read_block(address(ONE, 33)) == blocks[33]
+        pool.forget(ONE)
+    pool.read_addresses(wanted, out)
+    pool.read_addresses(wanted, out, wait=False)
+    seal(Storage(), tmp_path, ONE, [5])
+    pool.forget(ONE)
+    assert pool.read_block(address(ONE, 5)) == blocks[5]
+    pool.close()
+
+
+def test_group_cache_is_bounded() -> None:
+    cache = GroupCache(1000)
+    for number in range(50):
+        cache.put((1, number), bytes(300))
+        cache.put((1, number), bytes(300))
+    held = [number for number in range(50) if cache.get((1, number)) is not None]
+    assert held == [47, 48, 49]
+    cache.get((1, 47))
+    cache.put((1, 50), bytes(300))
+    assert cache.get((1, 47)) is not None
+    assert cache.get((1, 48)) is None
