@@ -1,0 +1,170 @@
+"""Control commands that a second appliance answers: who may give them, what they take, what they reply.
+
+A body and a reply are JSON-like. Times are integers of nanoseconds, sizes bytes. Errors are one line for a person.
+
+    name.check       {group?, name}                            → {"exists": bool}
+    status           {group?}                                  → {"store": {…}, "groups": [{…}], "sessions": N}
+    sync             {}                                        → {}; all that was received before is durable
+    checkpoint       {}                                        → {}
+    snapshot.create  {group?, name?, at?, volume?}             → {"group", "name", "seq", "time", "kind", "volume"}
+    snapshot.delete  {group?, name}                            → {"group", "name"}
+
+`group` is the session's own where it has one, else the store's only one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from dedup.errors import NameRefused, RewindError, UnknownName
+from replication.messages import Role
+from replication.store_writer import StoreWriter
+
+if TYPE_CHECKING:
+    from dedup.group_writer import GroupWriter
+
+Body = dict[str, object]
+
+RESERVATION_SECONDS: Final = 60.0
+"""How long a name that an agent checked is kept for its bookmark: the record may not be refused when it arrives."""
+RESERVATIONS_MAX: Final = 1024
+
+
+class BadRequest(RewindError):
+    """The request is none that this version knows, lacks a field, or is not for this role."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. `group` is the one of an agent's session, or the one a command named; empty: none."""
+
+    role: Role
+    group: str
+
+
+class Commands:
+    """The commands of one appliance."""
+
+    def __init__(self, writer: StoreWriter, sessions: Callable[[], Mapping[str, int]]) -> None:
+        """`sessions` gives the number of live agent sessions per group, and of all sessions under ""."""
+        self._writer = writer
+        self._sessions = sessions
+        self._reserved: dict[tuple[str, str], float] = {}
+
+    async def run(self, caller: Caller, command: str, body: Body) -> Body:
+        """Raises BadRequest, or what the store raises: StoreFull, StoreFailed, UnknownName, NameRefused, …"""
+        entry = _COMMANDS.get(command)
+        if entry is None:
+            raise BadRequest(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}")
+        roles, function = entry
+        if caller.role not in roles:
+            raise BadRequest(f"{command} is not for the role {caller.role.value}")
+        return await function(self, caller, body)
+
+    async def _name_check(self, caller: Caller, body: Body) -> Body:
+        group = self._group(caller, body)
+        name = _text(body, "name")
+        exists = await self._writer.run(group.name_exists, name)
+        if not exists and caller.role is Role.AGENT:
+            self._reserve(group.name, name)
+        return {"exists": exists}
+
+    async def _status(self, caller: Caller, body: Body) -> Body:
+        usage = await self._writer.run(self._writer.store.usage)
+        sessions = self._sessions()
+        groups = [group for group in self._writer.store.groups if caller.group in ("", group.name)]
+        return {
+            "store": {**dataclasses.asdict(usage), "uuid": self._writer.store.uuid},
+            "groups": [_group_status(group, sessions.get(group.name, 0)) for group in groups],
+            "sessions": sessions[""],
+        }
+
+    async def _sync(self, caller: Caller, body: Body) -> Body:
+        await self._writer.sync()
+        return {}
+
+    async def _checkpoint(self, caller: Caller, body: Body) -> Body:
+        await self._writer.checkpoint()
+        return {}
+
+    async def _snapshot_create(self, caller: Caller, body: Body) -> Body:
+        group = self._group(caller, body)
+        name, at = _text(body, "name", "") or None, _text(body, "at", "latest")
+        volume = _text(body, "volume", "") or None
+        if name is not None:
+            self._check_reservation(group.name, name)
+        snapshot = await self._writer.run(group.create_snapshot, name, at, volume)
+        return {"group": group.name, **dataclasses.asdict(snapshot)}
+
+    async def _snapshot_delete(self, caller: Caller, body: Body) -> Body:
+        group = self._group(caller, body)
+        name = _text(body, "name")
+        await self._writer.run(group.delete_snapshot, name)
+        return {"group": group.name, "name": name}
+
+    def _group(self, caller: Caller, body: Body) -> GroupWriter:
+        """The group meant; never makes one."""
+        name = caller.group if caller.role is Role.AGENT else _text(body, "group", caller.group)
+        known = {group.name: group for group in self._writer.store.groups}
+        if not name and len(known) == 1:
+            return next(iter(known.values()))
+        if name in known:
+            return known[name]
+        listed = ", ".join(sorted(known)) or "none"
+        if name:
+            raise UnknownName(f"no group {name!r} in the store; it holds {listed}")
+        raise UnknownName(f"name a group with --group; the store holds {listed}")
+
+    def _reserve(self, group: str, name: str) -> None:
+        now = trio.current_time()
+        self._reserved = {key: until for key, until in self._reserved.items() if until > now}
+        if len(self._reserved) < RESERVATIONS_MAX:
+            self._reserved[group, name] = now + RESERVATION_SECONDS
+
+    def _check_reservation(self, group: str, name: str) -> None:
+        if self._reserved.get((group, name), 0.0) > trio.current_time():
+            raise NameRefused(f"the name {name!r} is being given to a bookmark; choose another one")
+
+
+def _text(body: Body, key: str, default: str | None = None) -> str:
+    value = body.get(key)
+    if value is None:
+        if default is None:
+            raise BadRequest(f"the request lacks {key!r}")
+        return default
+    if not isinstance(value, str):
+        raise BadRequest(f"{key!r} of the request is not text")
+    return value
+
+
+def _group_status(group: GroupWriter, agents: int) -> Body:
+    return {
+        "group": group.name,
+        "epoch": group.epoch,
+        "held": group.held,
+        "durable": group.durable,
+        "time": group.time,
+        "run": group.run,
+        "has_base": group.has_base,
+        "reconciling": group.reconciling,
+        "agents": agents,
+    }
+
+
+_Function = Callable[[Commands, Caller, Body], Awaitable[Body]]
+_ALL: Final = frozenset(Role)
+_ADMIN: Final = frozenset({Role.ADMIN})
+_NOT_READER: Final = frozenset({Role.ADMIN, Role.AGENT})
+_COMMANDS: Final[dict[str, tuple[frozenset[Role], _Function]]] = {
+    "name.check": (_ALL, Commands._name_check),
+    "status": (_ALL, Commands._status),
+    "sync": (_NOT_READER, Commands._sync),
+    "checkpoint": (_ADMIN, Commands._checkpoint),
+    "snapshot.create": (_ADMIN, Commands._snapshot_create),
+    "snapshot.delete": (_ADMIN, Commands._snapshot_delete),
+}

@@ -1,0 +1,166 @@
+"""The second appliance: serves agents and commands over connections, and is the one writer of the store.
+
+Invariants:
+- order: the records of a session are ingested in the order of its stream, a Compare is answered after all before it
+  were, and each Ack is sent after the ingest or sync it reports.
+- one-writer: a group has at most one live agent session. A newer agent's Welcome is said only when the older session
+  has ended and its last batch with it.
+- bounded: sessions, records per batch, compares and requests per session have limits; a peer that does not read
+  stops its own session only.
+- A peer can end nothing but its own session; only the store's failure, a signal or a bug ends the appliance.
+
+Fencing: an agent is admitted when its epoch is greater than the group's, or equal to it: the same agent connecting
+again. While an older session of the group lives, a newcomer of a higher epoch ends it; one of the same epoch waits
+`SAME_EPOCH_SECONDS` for it to end, and is refused when it has not; one of a lower epoch is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from dedup.errors import StoreError, StoreFailed, StoreFull
+from dedup.types import Epoch
+from replication.commands import Commands
+from replication.messages import ErrorCode, Hello
+from replication.server_session import Refused, ServerSession
+from replication.store_writer import StoreWriter
+from replication.transport import Connection
+
+if TYPE_CHECKING:
+    from dedup.group_writer import GroupWriter
+    from dedup.store import Store
+
+log = logging.getLogger("rewindfs.second_appliance")
+
+SESSIONS_MAX: Final = 64
+SAME_EPOCH_SECONDS: Final = 5.0
+DRAIN_SECONDS: Final = 10.0
+"""How long `stop` lets sessions finish their batch and the answers to it."""
+
+
+class Listener(Protocol):
+    """What connections come from; `transport.listen_unix` makes one."""
+
+    async def accept(self) -> Connection: ...
+
+    async def aclose(self) -> None: ...
+
+
+class SecondAppliance:
+    """Serves sessions for one store, which the caller opens before and closes after."""
+
+    def __init__(self, store: Store, *, sessions_max: int = SESSIONS_MAX) -> None:
+        self.writer = StoreWriter(store)
+        self.commands = Commands(self.writer, self.live)
+        self._sessions_max = sessions_max
+        self._sessions: set[ServerSession] = set()
+        self._agents: dict[str, ServerSession] = {}
+        self._fences: dict[str, Epoch] = {}
+        self._stop = trio.Event()
+        self._left = trio.Event()
+
+    def live(self) -> Counter[str]:
+        """Number of live agent sessions per group, and of all sessions under ""."""
+        count = Counter({"": len(self._sessions)})
+        count.update(self._agents.keys())
+        return count
+
+    def stop(self) -> None:
+        """Have `serve` accept nothing more, let each session finish its batch, and return."""
+        self._stop.set()
+
+    async def serve(
+        self, listeners: Sequence[Listener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serve until `stop`; close the listeners. All that was acknowledged is in the store, received at least.
+
+        Raises StoreFailed once every session was told: the store must then be opened anew, by a new process.
+        """
+        async with trio.open_nursery() as background:
+            background.start_soon(self.writer.serve)
+            async with trio.open_nursery() as sessions:
+                sessions.start_soon(self._watch_failure)
+                try:
+                    async with trio.open_nursery() as accepting:
+                        for listener in listeners:
+                            accepting.start_soon(self._accept, listener, sessions)
+                        task_status.started()
+                        await self._stop.wait()
+                        accepting.cancel_scope.cancel()
+                finally:
+                    for listener in listeners:
+                        await listener.aclose()
+                for session in self._sessions:
+                    session.drain(DRAIN_SECONDS)
+                while self._sessions:
+                    await self._left.wait()
+                sessions.cancel_scope.cancel()
+            background.cancel_scope.cancel()
+        if self.writer.error is not None:
+            raise self.writer.error
+
+    async def serve_connection(self, connection: Connection) -> None:
+        """One session, from Hello to its end; closes the connection. Raises nothing of the peer's making."""
+        session = ServerSession(self, connection)
+        if len(self._sessions) >= self._sessions_max:
+            session.end(ErrorCode.REFUSED, f"{self._sessions_max} sessions are open already; try again later")
+        self._sessions.add(session)
+        try:
+            if self._stop.is_set():
+                session.drain(0)
+            await session.run()
+        finally:
+            self._sessions.discard(session)
+            left, self._left = self._left, trio.Event()
+            left.set()
+
+    async def admit(self, session: ServerSession, hello: Hello) -> GroupWriter:
+        """The group that an agent may feed from now on, alone. Raises Refused, or what the store raises."""
+        try:
+            group = await self.writer.run(self.writer.store.group, hello.group)
+        except (StoreFull, StoreFailed):
+            raise
+        except StoreError as error:
+            raise Refused(str(error)) from error
+        with trio.move_on_after(SAME_EPOCH_SECONDS):
+            while True:
+                newest = max(group.epoch, self._fences.get(hello.group, Epoch(0)))
+                if hello.epoch < newest:
+                    raise Refused(f"epoch {hello.epoch} of group {hello.group!r} is over: epoch {newest} has begun")
+                other = self._agents.get(hello.group)
+                if other is None:
+                    # No await since the check: from here on the group is this session's.
+                    self._fences[hello.group] = hello.epoch
+                    self._agents[hello.group] = session
+                    return group
+                if hello.epoch > other.epoch:
+                    self._fences[hello.group] = hello.epoch
+                    other.end(ErrorCode.REFUSED, f"a newer agent, epoch {hello.epoch}, feeds group {hello.group!r}")
+                await other.ended.wait()
+        raise Refused(f"another agent of epoch {hello.epoch} feeds group {hello.group!r}; unmount that one first")
+
+    def release(self, session: ServerSession, group: str) -> None:
+        """The session feeds the group no longer."""
+        if self._agents.get(group) is session:
+            del self._agents[group]
+
+    async def _accept(self, listener: Listener, sessions: trio.Nursery) -> None:
+        while True:
+            try:
+                connection = await listener.accept()
+            except OSError as error:
+                log.error("cannot accept a connection, trying again in 1 s: %s", error)
+                await trio.sleep(1)
+            else:
+                sessions.start_soon(self.serve_connection, connection)
+
+    async def _watch_failure(self) -> None:
+        await self.writer.failed.wait()
+        for session in self._sessions:
+            session.end(ErrorCode.STORE_FAILED, str(self.writer.error))
+        self._stop.set()

@@ -1,0 +1,403 @@
+"""The server end of one connection: greets, takes records in batches, acknowledges, answers.
+
+Invariants:
+- order: records are ingested in the order of the stream; a Compare or Request is answered after all records before it
+  were ingested; an Ack reports only what an ingest or a sync has returned for.
+- bounded: a batch, the open compares and requests, and the tasks of a session have limits.
+- Whatever the peer does or the store refuses ends this session only, with a typed Failure as its last word where the
+  stream still is at the end of a frame.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from dedup.errors import Damaged, RewindError, StoreError, StoreFailed, StoreFull
+from dedup.types import (
+    Aggregate,
+    ClockRun,
+    Correct,
+    Epoch,
+    EpochStart,
+    Heartbeat,
+    Reconcile,
+    Record,
+    Seq,
+    TimeNs,
+    VolumeId,
+    Write,
+)
+from replication.commands import Caller, Commands
+from replication.errors import LinkDown, LocalProtocolError, ProtocolError, ReplicationError
+from replication.messages import (
+    DIGEST_BYTES,
+    PROTOCOL_VERSION,
+    VOLUMES_PER_PAGE_MAX,
+    Ack,
+    Compare,
+    CompareResult,
+    ErrorCode,
+    Failure,
+    Hello,
+    Message,
+    Reply,
+    Request,
+    Role,
+    SyncRequest,
+    VolumePage,
+    Welcome,
+)
+from replication.session import Session, Side
+from replication.store_writer import Round, StoreWriter
+from replication.transport import Connection
+from replication.wire import encode
+
+if TYPE_CHECKING:
+    from dedup.group_writer import GroupWriter
+
+log = logging.getLogger("rewindfs.second_appliance")
+
+BATCH_RECORDS_MAX: Final = 1024
+BATCH_BYTES_MAX: Final = 4 << 20
+HELLO_SECONDS: Final = 10.0
+"""How long a peer may take to say Hello."""
+CONTROL_IDLE_SECONDS: Final = 600.0
+"""How long an admin's or reader's session may say nothing. An agent's may do so for ever."""
+FAREWELL_SECONDS: Final = 2.0
+"""How long a session that is being ended may take to send what it owes, its Failure included."""
+DIGEST_KEY_BYTES: Final = 32
+ERROR_CHARACTERS_MAX: Final = 1000
+RECORD_BYTES: Final = 128
+"""What a record counts in a batch, apart from the bytes it covers."""
+
+
+class Refused(ReplicationError):
+    """The session is not admitted; the message goes to the peer."""
+
+    def __init__(self, text: str, code: ErrorCode = ErrorCode.REFUSED) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Host(Protocol):
+    """The appliance, as a session sees it."""
+
+    writer: StoreWriter
+    commands: Commands
+
+    async def admit(self, session: ServerSession, hello: Hello) -> GroupWriter:
+        """The group that the agent may feed from now on, alone. Raises Refused, StoreError."""
+
+    def release(self, session: ServerSession, group: str) -> None:
+        """The session feeds the group no longer."""
+
+
+class ServerSession:
+    """One connection's server end. `run` is its life; the other methods may be called at any time."""
+
+    def __init__(self, host: Host, connection: Connection) -> None:
+        self.epoch = Epoch(0)
+        self.ended = trio.Event()
+        """Set when nothing of this session touches the store any more."""
+        self._host = host
+        self._writer = host.writer
+        self._connection = connection
+        self._session = Session(Side.SERVER)
+        self._sending = trio.Lock()
+        self._cut = False
+        self._scope = trio.CancelScope()
+        self._reading = trio.CancelScope()
+        self._draining = False
+        self._farewell: Failure | None = None
+        self._digest_key = secrets.token_bytes(DIGEST_KEY_BYTES)
+        self._sync_asked: Round | None = None
+        self._name = "a session without Hello"
+
+    def end(self, code: ErrorCode, text: str) -> None:
+        """End it soon, with this Failure as its last word; a batch that is being ingested is finished."""
+        if self._farewell is None:
+            self._farewell = Failure(code, _line(text))
+            log.warning("%s: ended: %s", self._name, text)
+        self.drain(FAREWELL_SECONDS)
+
+    def drain(self, seconds: float) -> None:
+        """Receive nothing more; end after the answers to what was received, at the latest after `seconds`."""
+        self._draining = True
+        self._reading.cancel()
+        self._scope.deadline = min(self._scope.deadline, trio.current_time() + seconds)
+
+    async def run(self) -> None:
+        """From Hello to the end; closes the connection. Raises only what is a bug."""
+        try:
+            with self._scope, self._guard():
+                await self._converse()
+        finally:
+            self.ended.set()
+            with trio.move_on_after(FAREWELL_SECONDS) as patience:
+                patience.shield = True
+                await self._say_farewell()
+            await self._connection.aclose()
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """What may happen to a session ends it, from whichever of its tasks."""
+        try:
+            yield
+        except LinkDown as error:
+            log.info("%s: %s", self._name, error)
+            self.drain(0)
+        except ProtocolError as error:
+            self.end(ErrorCode.PROTOCOL, str(error))
+        except Refused as error:
+            self.end(error.code, str(error))
+        except StoreFull as error:
+            self.end(ErrorCode.STORE_FULL, str(error))
+        except (StoreFailed, Damaged) as error:
+            self.end(ErrorCode.STORE_FAILED, str(error))
+        except StoreError as error:
+            # The store refused what the peer sent: an unknown volume, a name that is taken.
+            self.end(ErrorCode.PROTOCOL, str(error))
+
+    async def _say_farewell(self) -> None:
+        if self._farewell is None or self._cut:
+            return
+        try:
+            # Not by way of the session: after what the peer broke, that one says nothing more.
+            await self._connection.send(encode(self._farewell))
+        except LinkDown as error:
+            log.info("%s: %s", self._name, error)
+
+    async def _converse(self) -> None:
+        hello = await self._hello()
+        if hello is None:
+            return
+        if hello.version != PROTOCOL_VERSION:
+            text = f"protocol version {hello.version} is not spoken here, {PROTOCOL_VERSION} is; use equal versions"
+            raise Refused(text, ErrorCode.VERSION)
+        self._name = f"{hello.role.value} of {hello.group or 'no group'}, epoch {hello.epoch}"
+        if hello.role is Role.AGENT:
+            await self._serve_agent(hello)
+        else:
+            await self._serve_control(hello)
+
+    async def _hello(self) -> Hello | None:
+        """The first message, or None when there is none and nothing to say about it."""
+        deadline = trio.current_time() + HELLO_SECONDS
+        while data := await self._receive(deadline):
+            self._session.receive_data(data)
+            message = self._session.next_event()
+            if isinstance(message, Hello):
+                return message
+        if trio.current_time() >= deadline:
+            raise Refused(f"no Hello within {HELLO_SECONDS:g} s", ErrorCode.PROTOCOL)
+        return None
+
+    async def _serve_agent(self, hello: Hello) -> None:
+        self.epoch = hello.epoch
+        group = await self._host.admit(self, hello)
+        try:
+            await self._welcome(group)
+            log.info("%s: feeds from record %d", self._name, group.held + 1)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._tell_durable, group)
+                async with trio.open_nursery() as answers:
+                    with self._guard():
+                        await self._stream(Caller(Role.AGENT, hello.group), group, answers)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._host.release(self, hello.group)
+
+    async def _serve_control(self, hello: Hello) -> None:
+        nothing = Seq(0)
+        await self._send(
+            Welcome(
+                version=PROTOCOL_VERSION,
+                store=self._writer.store.uuid,
+                epoch=Epoch(0),
+                held=nothing,
+                durable=nothing,
+                time=TimeNs(0),
+                run=ClockRun(0),
+                has_base=False,
+                reconciling=False,
+                next_volume=VolumeId(0),
+                digest_key=b"",
+            )
+        )
+        async with trio.open_nursery() as answers:
+            with self._guard():
+                await self._stream(Caller(hello.role, hello.group), None, answers)
+
+    async def _welcome(self, group: GroupWriter) -> None:
+        # One synchronous look: what is listed is what exists at `held`.
+        volumes = group.volumes()
+        welcome = Welcome(
+            version=PROTOCOL_VERSION,
+            store=self._writer.store.uuid,
+            epoch=group.epoch,
+            held=group.held,
+            durable=group.durable,
+            time=group.time,
+            run=group.run,
+            has_base=group.has_base,
+            reconciling=group.reconciling,
+            next_volume=group.next_volume,
+            digest_key=self._digest_key,
+        )
+        if group.durable < group.held:
+            self._writer.expect_sync()
+        await self._send(welcome)
+        for start in range(0, max(len(volumes), 1), VOLUMES_PER_PAGE_MAX):
+            end = start + VOLUMES_PER_PAGE_MAX
+            await self._send(VolumePage(tuple(volumes[start:end]), last=end >= len(volumes)))
+
+    async def _receive(self, deadline: float = float("inf")) -> bytes:
+        """What arrived; b"" at the end, at the deadline, and when draining."""
+        if self._draining:
+            return b""
+        with trio.CancelScope(deadline=deadline) as self._reading:
+            data = await self._connection.receive()
+            if not data:
+                self._session.receive_eof()
+            return data
+        return b""
+
+    async def _stream(self, caller: Caller, group: GroupWriter | None, answers: trio.Nursery) -> None:
+        while True:
+            await self._take(caller, group, answers)
+            idle = float("inf") if group is not None else trio.current_time() + CONTROL_IDLE_SECONDS
+            data = await self._receive(idle)
+            if not data:
+                return
+            self._session.receive_data(data)
+
+    async def _take(self, caller: Caller, group: GroupWriter | None, answers: trio.Nursery) -> None:
+        """Everything that has arrived completely, the records in batches."""
+        batch: list[Record] = []
+        batch_bytes = 0
+        next_event = self._session.next_event
+        while (message := next_event()) is not None and self._farewell is None:
+            if isinstance(message, Compare):
+                batch.append(Heartbeat(message.seq, message.time, message.run))
+                batch_bytes += RECORD_BYTES
+            elif not isinstance(message, (Request, SyncRequest, Failure)):
+                batch.append(self._record(message))
+                batch_bytes += _weight(message)
+                if len(batch) < BATCH_RECORDS_MAX and batch_bytes < BATCH_BYTES_MAX:
+                    continue
+            if batch:
+                await self._ingest(group, batch, batch_bytes)
+                batch, batch_bytes = [], 0
+            if isinstance(message, Compare):
+                await self._compare(group, message)
+            elif isinstance(message, SyncRequest):
+                self._sync(group, answers)
+            elif isinstance(message, Request):
+                answers.start_soon(self._answer, caller, message)
+            elif isinstance(message, Failure):
+                log.warning("%s: the peer gave up: %s", self._name, message.text)
+                self.drain(0)
+        if batch:
+            await self._ingest(group, batch, batch_bytes)
+
+    def _record(self, message: Message) -> Record:
+        if isinstance(message, (Hello, Welcome, VolumePage, CompareResult, Ack, Reply, Compare, Request)):
+            raise ProtocolError(f"{type(message).__name__} is not for this side")
+        if isinstance(message, (SyncRequest, Failure)):
+            raise ProtocolError(f"{type(message).__name__} is no record")
+        if isinstance(message, EpochStart) and message.epoch > self.epoch:
+            raise ProtocolError(f"epoch {message.epoch} starts in a session of epoch {self.epoch}")
+        return message
+
+    async def _ingest(self, group: GroupWriter | None, batch: list[Record], batch_bytes: int) -> None:
+        assert group is not None, "the session's table lets only agents send records"
+        await self._writer.ingest(group, batch, batch_bytes)
+        await self._ack(group)
+
+    async def _compare(self, group: GroupWriter | None, message: Compare) -> None:
+        assert group is not None, "the session's table lets only agents compare"
+        theirs = message.digests
+        blocks = len(theirs) // DIGEST_BYTES
+        ours = await self._writer.run(group.compare, message.volume, message.offset, blocks, self._digest)
+        differing = bytes(
+            ours[block] != theirs[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES] for block in range(blocks)
+        )
+        await self._send(CompareResult(message.seq, differing))
+
+    def _digest(self, block: bytes) -> bytes:
+        return blake2b(block, key=self._digest_key, digest_size=DIGEST_BYTES).digest()
+
+    def _sync(self, group: GroupWriter | None, answers: trio.Nursery) -> None:
+        turn = self._writer.request_sync()
+        if turn is not self._sync_asked:
+            # One answer per sync, however often it was asked for: an Ack is cumulative.
+            self._sync_asked = turn
+            answers.start_soon(self._answer_sync, group, turn)
+
+    async def _answer_sync(self, group: GroupWriter | None, turn: Round) -> None:
+        await turn.done.wait()
+        if turn.error is None and group is not None:
+            with self._guard():
+                await self._ack(group)
+
+    async def _tell_durable(self, group: GroupWriter) -> None:
+        with self._guard():
+            while True:
+                changed = self._writer.changed
+                if group.durable > self._session.durable:
+                    await self._ack(group)
+                await changed.wait()
+
+    async def _answer(self, caller: Caller, request: Request) -> None:
+        with self._guard():
+            try:
+                reply = Reply(request.id, await self._host.commands.run(caller, request.command, request.body))
+            except StoreFailed:
+                raise
+            except RewindError as error:
+                reply = Reply(request.id, {}, _line(str(error)) or type(error).__name__)
+            try:
+                await self._send(reply)
+            except LocalProtocolError as error:
+                await self._send(Reply(request.id, {}, _line(f"{request.command} has no answer that fits: {error}")))
+
+    async def _ack(self, group: GroupWriter) -> None:
+        # Made when it is this task's turn to send: an Ack never decreases.
+        await self._turn(lambda: Ack(group.held, group.durable))
+
+    async def _send(self, message: Message) -> None:
+        await self._turn(lambda: message)
+
+    async def _turn(self, make: Callable[[], Message]) -> None:
+        try:
+            self._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
+            frame = self._session.send(make())
+            self._cut = True
+            await self._connection.send(frame)
+            self._cut = False
+        finally:
+            self._sending.release()
+
+
+def _weight(message: Message) -> int:
+    """What a record counts in a batch: bytes of volumes it covers, zeros too, for they cost pointers."""
+    if isinstance(message, (Write, Reconcile, Correct)):
+        return RECORD_BYTES + message.extent.length
+    if isinstance(message, Aggregate):
+        return RECORD_BYTES + sum(extent.length for extent in message.extents)
+    return RECORD_BYTES
+
+
+def _line(text: str) -> str:
+    """One line that fits a Failure or a Reply."""
+    return " ".join(text.split())[:ERROR_CHARACTERS_MAX].replace("\0", "")

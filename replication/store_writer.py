@@ -1,0 +1,193 @@
+"""The one store of a second appliance, shared by its sessions: ingest, sync and checkpoint in their order.
+
+Invariants:
+- order: one lock serialises ingest, checkpoint and commands; a sync runs beside ingest, but never two syncs at once.
+- A sync answers exactly the requests made before it began; all of them share it. One made meanwhile waits for the next.
+- Whatever was received becomes durable within about SYNC_SECONDS, or the store has failed.
+- After StoreFailed nothing is given to the store any more; every later call raises it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, TypeVar, TypeVarTuple
+
+import trio
+
+from dedup.errors import StoreError, StoreFailed, StoreFull
+from dedup.types import Record
+
+if TYPE_CHECKING:
+    from dedup.group_writer import GroupWriter
+    from dedup.store import Store
+
+log = logging.getLogger("rewindfs.second_appliance")
+
+SYNC_SECONDS: Final = 1.0
+"""Longest that received records wait for a sync that nobody asked for."""
+SYNC_BYTES: Final = 64 << 20
+"""Payload received after which a sync begins at once."""
+THREAD_BYTES: Final = 256 << 10
+"""Batches from this size on are ingested in a thread: a smaller one costs less than the way there and back."""
+CHECKPOINT_RETRY_SECONDS: Final = 5.0
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+
+@dataclass(slots=True)
+class Round:
+    """One sync, and those who wait for it."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    error: StoreError | None = None
+
+
+class StoreWriter:
+    """Gives a store's synchronous calls to trio tasks. `serve` must run for anything to become durable."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.failed = trio.Event()
+        """Set when the store has stopped; `error` says why."""
+        self.error: StoreFailed | None = None
+        self.syncs = 0
+        self._lock = trio.Lock()
+        self._unsynced_bytes = 0
+        self._dirty = trio.Event()
+        self._now = trio.Event()
+        self._next = Round()
+        self._checkpoint_due = trio.Event()
+        self._changed = trio.Event()
+
+    @property
+    def changed(self) -> trio.Event:
+        """The event that the next sync or checkpoint sets. Take it before looking at what is durable."""
+        return self._changed
+
+    async def ingest(self, group: GroupWriter, records: Sequence[Record], nbytes: int) -> None:
+        """All records are RECEIVED when it returns, or none when it raises (StoreFull, StoreFailed, OutOfOrder, …).
+
+        Cancelled: none, unless they are being ingested in a thread: then it ends first and returns.
+        """
+        await self._acquire()
+        try:
+            self._check()
+            if nbytes < THREAD_BYTES:
+                group.ingest(records)
+            else:
+                await trio.to_thread.run_sync(group.ingest, records)
+        except StoreFailed as error:
+            self.fail(error)
+            raise
+        finally:
+            self._lock.release()
+        self._unsynced_bytes += nbytes
+        self._dirty.set()
+        if self._unsynced_bytes >= SYNC_BYTES:
+            self._now.set()
+        if self.store.checkpoint_due():
+            self._checkpoint_due.set()
+
+    async def run(self, function: Callable[[*Args], T], *args: *Args) -> T:
+        """Calls in a thread, with the store to itself. Raises what the call raises. Cancelled: it ends first."""
+        async with self._lock:
+            self._check()
+            try:
+                return await trio.to_thread.run_sync(function, *args)
+            except StoreFailed as error:
+                self.fail(error)
+                raise
+
+    async def sync(self) -> None:
+        """Return when all that was received before the call is DURABLE. Raises StoreFull, StoreFailed."""
+        turn = self.request_sync()
+        await turn.done.wait()
+        if turn.error is not None:
+            raise turn.error
+
+    def request_sync(self) -> Round:
+        """Have a sync begin soon, without waiting for it."""
+        self._check()
+        self._dirty.set()
+        self._now.set()
+        return self._next
+
+    def expect_sync(self) -> None:
+        """Something is held and not durable: let the next regular sync include it."""
+        self._dirty.set()
+
+    async def checkpoint(self) -> None:
+        """Return when all that was received is in a checkpoint, and so durable. Raises StoreFull, StoreFailed."""
+        self._checkpoint_due = trio.Event()
+        await self.run(self.store.checkpoint)
+        self._tell()
+
+    async def serve(self) -> None:
+        """Syncs and checkpoints until cancelled, or until the store has failed."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._sync_loop)
+            nursery.start_soon(self._checkpoint_loop)
+            await self.failed.wait()
+            nursery.cancel_scope.cancel()
+
+    def fail(self, error: StoreFailed) -> None:
+        """The store has stopped: everyone who waits for a sync is told, and every later call."""
+        if self.error is None:
+            log.critical("the store has failed: %s", error)
+            self.error = error
+            self._next.error = error
+            self._next.done.set()
+            self.failed.set()
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    async def _acquire(self) -> None:
+        # Without a checkpoint when nobody holds it: a small ingest must not cost a turn of the loop.
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    async def _sync_loop(self) -> None:
+        while True:
+            await self._dirty.wait()
+            with trio.move_on_after(SYNC_SECONDS):
+                await self._now.wait()
+            turn, self._next = self._next, Round()
+            self._dirty, self._now = trio.Event(), trio.Event()
+            self._unsynced_bytes = 0
+            try:
+                await trio.to_thread.run_sync(self.store.sync)
+            except StoreFull as error:
+                log.error("cannot sync, trying again: %s", error)
+                turn.error = error
+                self._dirty.set()
+            except StoreFailed as error:
+                turn.error = error
+                self.fail(error)
+            else:
+                self.syncs += 1
+                self._tell()
+            finally:
+                turn.done.set()
+
+    async def _checkpoint_loop(self) -> None:
+        while True:
+            await self._checkpoint_due.wait()
+            try:
+                await self.checkpoint()
+            except StoreFull as error:
+                log.error("cannot checkpoint, trying again in %d s: %s", CHECKPOINT_RETRY_SECONDS, error)
+                await trio.sleep(CHECKPOINT_RETRY_SECONDS)
+                self._checkpoint_due.set()
+            except StoreFailed:
+                return  # `fail` has told everyone
