@@ -3,7 +3,7 @@
 A body and a reply are JSON-like. Times are integers of nanoseconds, sizes bytes. Errors are one line for a person.
 
     name.check       {group?, name}                            → {"exists": bool}
-    status           {group?}                                  → {"store": {…}, "groups": [{…}], "sessions": N}
+    status           {group?}                                  → {"store": {…}, "groups": [{…}], "sessions", "pid"}
     sync             {}                                        → {}; all that was received before is durable
     checkpoint       {}                                        → {}
     snapshot.create  {group?, name?, at?, volume?}             → {"group", "name", "seq", "time", "kind", "volume"}
@@ -15,6 +15,7 @@ A body and a reply are JSON-like. Times are integers of nanoseconds, sizes bytes
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -82,6 +83,7 @@ class Commands:
             "store": {**dataclasses.asdict(usage), "uuid": self._writer.store.uuid},
             "groups": [_group_status(group, sessions.get(group.name, 0)) for group in groups],
             "sessions": sessions[""],
+            "pid": os.getpid(),
         }
 
     async def _sync(self, caller: Caller, body: Body) -> Body:

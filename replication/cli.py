@@ -1,0 +1,123 @@
+"""The commands of this package: `appliance second`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import click
+import trio
+
+from dedup.errors import RewindError
+from dedup.store import Store
+from replication.background import Ready, cause, explain, run
+from replication.control import SOCKET_NAME, UNIX_PREFIX, NoAppliance, request, socket_path
+from replication.errors import ReplicationError
+from replication.second_appliance import SecondAppliance
+from replication.supervisor import Guardian
+from replication.transport import Listener, listen_unix
+
+
+@click.group()
+def appliance() -> None:
+    """Run an appliance as a process of its own."""
+
+
+@appliance.command()
+@click.option("--store", required=True, type=click.Path(path_type=Path, file_okay=False), help="Made if absent.")
+@click.option("--listen", "listen", multiple=True, metavar="ADDR", help="unix:PATH; the store's own socket always is.")
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
+@click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Log there instead of to stderr.")
+@click.option("--ready-fd", type=int, hidden=True)
+@click.option("--debug", is_flag=True, help="Log more, and show the traceback of an error.")
+@click.pass_context
+def second(
+    context: click.Context,
+    store: Path,
+    listen: tuple[str, ...],
+    foreground: bool,
+    log_file: Path | None,
+    ready_fd: int | None,
+    debug: bool,
+) -> None:
+    """Write STORE: receive, journal, deduplicate. Leaves with a last checkpoint at SIGTERM."""
+    if ready_fd is not None and not foreground:
+        raise click.UsageError("--ready-fd needs -f")
+    debug = debug or bool((context.obj or {}).get("debug"))
+    store = store.absolute()
+    sockets = [store / SOCKET_NAME]
+    for address in listen:
+        if not address.startswith(UNIX_PREFIX):
+            raise ReplicationError(f"cannot listen at {address!r}: use unix:PATH")
+        if (path := socket_path(address).absolute()) not in sockets:
+            sockets.append(path)
+    guardian = Guardian(ready_fd)
+
+    async def main(ready: Ready) -> None:
+        try:
+            await _serve(store, sockets, ready, guardian)
+        except BaseException as error:
+            guardian.failed(explain(cause(error)))
+            raise
+
+    run(main, foreground=foreground, log_file=log_file, debug=debug)
+
+
+async def _serve(path: Path, sockets: list[Path], ready: Ready, guardian: Guardian) -> None:
+    """The second appliance's process: opens the store, serves it, closes it."""
+    store = await trio.to_thread.run_sync(_open_or_make, path)
+    failed = True
+    try:
+        appliance = SecondAppliance(store)
+        listeners: list[Listener] = []
+        try:
+            for place in sockets:
+                listeners.append(await _listen(place, own=place.parent == path))
+        except BaseException:
+            for listener in listeners:
+                await listener.aclose()
+            raise
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_watch_signals, appliance)
+            nursery.start_soon(guardian.watch, appliance.stop)
+            async with trio.open_nursery() as serving:
+                await serving.start(appliance.serve, listeners)
+                ready.ready()
+                guardian.ready()
+            nursery.cancel_scope.cancel()
+        failed = False
+    finally:
+        # After a failure the store gives up its lock without another write; otherwise it makes a last checkpoint.
+        close = store.abandon if failed else store.close
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(close)
+
+
+def _open_or_make(path: Path) -> Store:
+    if not path.exists() or not any(path.iterdir()):
+        Store.create(path)
+    return Store.open(path)
+
+
+async def _listen(path: Path, *, own: bool) -> Listener:
+    """The listener at `path`. `own`: within the store, whose lock says that nobody else listens there."""
+    stale = own
+    if not own and path.is_socket():
+        try:
+            await request(f"{UNIX_PREFIX}{path}", None, "status", timeout=5)
+        except NoAppliance:
+            stale = True
+        except RewindError as error:
+            raise ReplicationError(f"cannot listen at {path}: another process does") from error
+        else:
+            raise ReplicationError(f"cannot listen at {path}: another appliance does")
+    return listen_unix(path, replace_stale=stale)
+
+
+async def _watch_signals(
+    appliance: SecondAppliance, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for _ in signals:
+            appliance.stop()

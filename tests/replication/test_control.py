@@ -1,0 +1,111 @@
+"""Asking a running appliance over its socket, and finding that none runs."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from replication.control import NoAppliance, request, socket_path
+from replication.errors import HandshakeRefused, LinkReset, ReplicationError, RequestRefused
+from replication.messages import ErrorCode, Role
+from replication.second_appliance import SecondAppliance
+from replication.transport import listen_unix
+from tests.replication.fake_store import FakeStore
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    fake = FakeStore()
+    fake.group("g")
+    return fake
+
+
+@pytest.fixture
+async def place(store: FakeStore, tmp_path: Path) -> AsyncIterator[Path]:
+    """A store's path with an appliance behind its socket."""
+    appliance = SecondAppliance(store)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(appliance.serve, [listen_unix(tmp_path / "socket")])
+        yield tmp_path
+        appliance.stop()
+
+
+def test_where_an_appliance_listens() -> None:
+    assert socket_path(Path("/s")) == Path("/s/socket")
+    assert socket_path("/s") == Path("/s/socket")
+    assert socket_path("unix:/run/x") == Path("/run/x")
+    for address in ("unix:", "tls://host:1", "tcp://host:1"):
+        with pytest.raises(ReplicationError):
+            socket_path(address)
+
+
+async def test_a_request_is_answered(place: Path) -> None:
+    made = await request(place, "g", "snapshot.create", {"name": "n"})
+    assert made["name"] == "n"
+    assert (await request(f"unix:{place}/socket", None, "name.check", {"name": "n"})) == {"exists": True}
+    status = await request(str(place), None, "status", role=Role.READER)
+    assert status["sessions"] == 1
+
+
+async def test_a_refusal_is_the_appliances_own_line(place: Path) -> None:
+    with pytest.raises(RequestRefused, match="^no snapshot 'x'$"):
+        await request(place, "g", "snapshot.delete", {"name": "x"})
+    with pytest.raises(RequestRefused, match="no group 'other'"):
+        await request(place, "other", "snapshot.delete", {"name": "x"})
+    with pytest.raises(RequestRefused, match="not for the role reader"):
+        await request(place, "g", "snapshot.delete", {"name": "x"}, role=Role.READER)
+
+
+async def test_no_appliance_is_an_error_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(NoAppliance, match="no appliance runs"):
+        await request(tmp_path, None, "status")
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(tmp_path / "socket"))
+    stale.close()
+    with pytest.raises(NoAppliance):
+        await request(tmp_path, None, "status")
+    with pytest.raises(NoAppliance):
+        await request(tmp_path / "socket", None, "status")
+
+
+async def test_an_appliance_that_has_left_is_none(store: FakeStore, tmp_path: Path) -> None:
+    appliance = SecondAppliance(store)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(appliance.serve, [listen_unix(tmp_path / "socket")])
+        appliance.stop()
+    with pytest.raises(NoAppliance):
+        await request(tmp_path, None, "status")
+
+
+async def test_too_many_sessions_is_said(store: FakeStore, tmp_path: Path) -> None:
+    appliance = SecondAppliance(store, sessions_max=0)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(appliance.serve, [listen_unix(tmp_path / "socket")])
+        with pytest.raises(HandshakeRefused) as refused:
+            await request(tmp_path, None, "status")
+        assert refused.value.code is ErrorCode.REFUSED
+        appliance.stop()
+
+
+async def test_an_appliance_that_breaks_off_or_says_nothing_is_no_refusal(tmp_path: Path) -> None:
+    listener = listen_unix(tmp_path / "socket")
+
+    async def accept_and(close: bool) -> None:
+        async with await listener.accept() as connection:
+            await connection.receive()
+            if not close:
+                await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept_and, True)
+        with pytest.raises(LinkReset, match="whether it was done"):
+            await request(tmp_path, None, "sync")
+        nursery.start_soon(accept_and, False)
+        with pytest.raises(LinkReset, match="whether it was done"):
+            await request(tmp_path, None, "sync", timeout=0.05)
+        nursery.cancel_scope.cancel()
+    await listener.aclose()
