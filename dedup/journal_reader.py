@@ -215,7 +215,7 @@ class _SegmentScan:
                 if self._is_tail(base, previous):
                     return
                 raise self._damaged(base, fault)
-        if stop is not None:
+        if stop is not None and base < stop:
             raise self._damaged(base, f"the segment ends before offset {stop}")
 
     def _whole_entries(self, view: memoryview, base: int, previous: Seq | None) -> Iterator[tuple[Scanned | None, int]]:
