@@ -274,7 +274,7 @@ class FirstAppliance:
 
     def _push(self, frame: Frame) -> None:
         if self._link is not None:
-            self._link.offer(frame, at_once=self._policy.sends_at_once)
+            self._link.offer(frame)
         else:
             self._outbox.append(frame)
 

@@ -103,12 +103,17 @@ class Link:
         self._scope = trio.CancelScope()
         self._reason: Exception | None = None
 
-    def offer(self, frame: Frame, *, at_once: bool) -> None:
-        """Appends the frame to the outbox and sees that it is sent; `at_once`: now, if the socket takes it."""
+    def offer(self, frame: Frame) -> None:
+        """Appends the frame to the outbox and sees that it is sent.
+
+        While nothing is on its way it goes to the socket here and now: that is the shortest way there is for a lone
+        writer. Otherwise the sender's task takes it together with what else has gathered by then.
+        """
+        alone = not self._outbox.unreceived
         self._outbox.append(frame)
         if self._wake is None or self._reason is not None:
             return
-        if at_once and not self._cut:
+        if alone and not self._cut:
             self._send_now()
             if not self._cut and not self._due():
                 return

@@ -61,11 +61,6 @@ class ModePolicy(Protocol):
         """What an outage means unless the operator says otherwise."""
 
     @property
-    def sends_at_once(self) -> bool:
-        """Whether a frame goes to the socket in the step that makes it, if the socket takes it; else the sender's
-        task takes what has gathered."""
-
-    @property
     def open_bytes(self) -> int:
         """Memory of the writes that are taken and not yet part of a frame."""
 
@@ -106,7 +101,6 @@ class SyncMode(_AtOnce):
     write_waits_for: Final = Level.RECEIVED
     flush_waits_for: Final = Level.DURABLE
     outage: Final = Outage.BLOCK
-    sends_at_once: Final = True
 
 
 class AsyncMode(_AtOnce):
@@ -116,7 +110,6 @@ class AsyncMode(_AtOnce):
     write_waits_for: Final = Level.QUEUED
     flush_waits_for: Final = Level.QUEUED
     outage: Final = Outage.CONTINUE
-    sends_at_once: Final = False
 
 
 class BatchMode:
@@ -131,7 +124,6 @@ class BatchMode:
     write_waits_for: Final = Level.QUEUED
     flush_waits_for: Final = Level.QUEUED
     outage: Final = Outage.CONTINUE
-    sends_at_once: Final = False
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
