@@ -1,6 +1,6 @@
 """What the source mount does to the source, as plain functions that may wait for a disk: run them in threads.
 
-The exceptions are `status_of` and `entry_of`, which touch only what the kernel holds in memory.
+The exceptions are `status_of`, `entry_of` and `without_privileges`, which touch only what is in memory.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from pyfuse3 import EntryAttributes, RequestContext
 
+from dedup.types import VolumeId
 from fusefs.inode_map import Node
 from fusefs.names import HIDDEN_NAME
 
@@ -20,6 +21,26 @@ TIMEOUT_SECONDS: Final = 1
 """How long the kernel trusts names and attributes. Through the mount it is told of every change at once, so this only
 bounds how long a change made behind the mount stays unseen; 0 would cost a getattr per read."""
 PATH_FLAGS: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """An open file; its number is its descriptor."""
+
+    node: Node
+    volume: VolumeId | None
+    writable: bool
+    append: bool
+    privileged: bool
+    """The file has set-user-id or set-group-id, which the next write must clear."""
+
+
+@dataclass(slots=True, eq=False)
+class Listing:
+    """An open directory, with the names it had when its listing began; its number is its descriptor."""
+
+    node: Node
+    names: list[bytes] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +84,17 @@ def entry_of(node: Node, status: os.stat_result) -> EntryAttributes:
     entry.st_mtime_ns = status.st_mtime_ns
     entry.st_ctime_ns = status.st_ctime_ns
     return entry
+
+
+def without_privileges(mode: int) -> int | None:
+    """The permissions without set-user-id and set-group-id; None when there is nothing to clear.
+
+    Set-group-id without group execute is no privilege but a mark for locking, and stays.
+    """
+    drop = mode & stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        drop |= mode & stat.S_ISGID
+    return stat.S_IMODE(mode & ~drop) if drop else None
 
 
 def close_duplicate(fd: int) -> None:

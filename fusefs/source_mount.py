@@ -17,7 +17,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
@@ -26,14 +25,17 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
-from dedup.types import NAME_BYTES_MAX, VolumeId
+from dedup.types import NAME_BYTES_MAX
 from fusefs import system_calls
 from fusefs.errors import fuse_error, handler, refused
 from fusefs.inode_map import FileKey, InodeMap, Node
 from fusefs.intercept import CreateFile, Intercept, NamespaceChange, RemoveFile, RenamePath
+from fusefs.kernel_init import answer_init
 from fusefs.names import check_new_name, check_visible
 from fusefs.source_calls import (
     PATH_FLAGS,
+    Handle,
+    Listing,
     Made,
     close_duplicate,
     entry_of,
@@ -43,6 +45,7 @@ from fusefs.source_calls import (
     open_entries,
     set_mode_and_owner,
     status_of,
+    without_privileges,
 )
 
 __all__ = ["CreateFile", "Intercept", "NamespaceChange", "RemoveFile", "RenamePath", "SourceMount"]
@@ -57,23 +60,6 @@ READDIR_BATCH: Final = 32
 _T = TypeVar("_T")
 
 
-@dataclass(slots=True, eq=False)
-class _Handle:
-    """An open file; its number is the descriptor."""
-
-    volume: VolumeId | None
-    writable: bool
-    append: bool
-
-
-@dataclass(slots=True, eq=False)
-class _Listing:
-    """An open directory, with the names it had when its listing began."""
-
-    node: Node
-    names: list[bytes] = field(default_factory=list)
-
-
 class SourceMount(pyfuse3.Operations):
     """The handlers of the source mount. Call `close` when pyfuse3's main loop has returned."""
 
@@ -85,11 +71,14 @@ class SourceMount(pyfuse3.Operations):
         self.enable_writeback_cache = writeback
         self._intercept = intercept
         self._inodes = InodeMap(source)
-        self._handles: dict[int, _Handle] = {}
-        self._listings: dict[int, _Listing] = {}
+        self._handles: dict[int, Handle] = {}
+        self._listings: dict[int, Listing] = {}
         self._namespace = trio.Lock()
         self._threads = trio.CapacityLimiter(THREADS_MAX)
         self._read_buffer = memoryview(bytearray(READ_BYTES_MAX))
+
+    def init(self) -> None:
+        answer_init(writeback=self.enable_writeback_cache)
 
     def close(self) -> None:
         """Closes every descriptor that the kernel did not release. No handler may run any more."""
@@ -107,6 +96,8 @@ class SourceMount(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         try:
             handle = self._handles[fh]
+            if handle.privileged:
+                await self._drop_privileges(handle.node, fh)
             # The kernel may write a page dirtied through mmap by any handle it finds, an appending one included: such
             # a write lies within the file, and an append does not.
             append = handle.append and off >= os.fstat(fh).st_size
@@ -194,15 +185,9 @@ class SourceMount(pyfuse3.Operations):
     ) -> EntryAttributes:
         node = self._inodes.node(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
-            change = partial(
-                set_mode_and_owner,
-                node,
-                stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
-                attr.st_uid if fields.update_uid else -1,
-                attr.st_gid if fields.update_gid else -1,
-            )
-            volume = self._intercept.volume_of(node.key) if node.is_regular else None
-            await (self._in_thread(change) if volume is None else self._intercept.attributes(volume, change))
+            mode = stat.S_IMODE(attr.st_mode) if fields.update_mode else None
+            uid, gid = attr.st_uid if fields.update_uid else -1, attr.st_gid if fields.update_gid else -1
+            await self._set_mode_and_owner(node, mode, uid, gid)
         if fields.update_size:
             await self._resize(node, fh, attr.st_size)
         if fields.update_atime or fields.update_mtime:
@@ -353,7 +338,7 @@ class SourceMount(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         node = self._inodes.node(inode)
         fd = await self._in_thread(os.open, node.proc_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._listings[fd] = _Listing(node)
+        self._listings[fd] = Listing(node)
         return fd
 
     @handler
@@ -420,6 +405,7 @@ class SourceMount(pyfuse3.Operations):
         info = self._register(fd, node, flags, writable)
         if truncate:
             try:
+                await self._drop_privileges(node, fd)
                 await self._intercept.resize(self._handles[fd].volume, fd, 0)
             except BaseException:
                 self._intercept.released(self._handles.pop(fd).volume, fd)
@@ -447,20 +433,40 @@ class SourceMount(pyfuse3.Operations):
         # With the writeback cache the kernel resolves O_APPEND itself and writes pages back at their own offsets.
         append = bool(flags & os.O_APPEND) and not self.enable_writeback_cache
         volume = self._intercept.volume_of(node.key)
-        self._handles[fd] = _Handle(volume, writable, append)
+        privileged = writable and without_privileges(os.fstat(fd).st_mode) is not None
+        self._handles[fd] = Handle(node, volume, writable, append, privileged)
         self._intercept.opened(volume, fd)
         return FileInfo(fh=fd, keep_cache=False, direct_io=False)
 
     async def _resize(self, node: Node, fh: int | None, size: int) -> None:
         handle = None if fh is None else self._handles[fh]
         if handle is not None and fh is not None and handle.writable:
+            await self._drop_privileges(node, fh)
             await self._intercept.resize(handle.volume, fh, size)
             return
         fd = await self._open_source(node, writable=True)
         try:
+            await self._drop_privileges(node, fd)
             await self._intercept.resize(self._intercept.volume_of(node.key), fd, size)
         finally:
             os.close(fd)
+
+    async def _set_mode_and_owner(self, node: Node, mode: int | None, uid: int, gid: int) -> None:
+        change = partial(set_mode_and_owner, node, mode, uid, gid)
+        volume = self._intercept.volume_of(node.key) if node.is_regular else None
+        status = await (self._in_thread(change) if volume is None else self._intercept.attributes(volume, change))
+        for handle in self._handles.values():
+            if handle.node is node:
+                handle.privileged = without_privileges(status.st_mode) is not None
+
+    async def _drop_privileges(self, node: Node, fd: int) -> None:
+        """Clears set-user-id and set-group-id before a change of content: `kernel_init` promised it to the kernel.
+
+        For root too, which it would have spared: requests do not say who writes.
+        """
+        mode = without_privileges(os.fstat(fd).st_mode)
+        if mode is not None:
+            await self._set_mode_and_owner(node, mode, -1, -1)
 
     async def _create(self, directory: Node, name: bytes, mode: int, ctx: RequestContext, made: Made) -> None:
         """Makes a regular file through the agent. Its descriptors are in `made`, or closed when this raises."""
