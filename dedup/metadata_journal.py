@@ -99,7 +99,7 @@ class JournalWriter:
         None starts the journal of a new group (the directory is there): Damaged if one with entries is there already.
         Damaged, UnknownFormat, StoreFull, StoreFailed.
         """
-        if position is None:
+        if position is None or (position == FIRST_POSITION and _is_unborn(storage, directory)):
             cls._remove_unborn(storage, directory)
             fd, header = _make_segment(storage, directory, Seq(1))
             return cls(storage, directory, fd, header, FIRST_POSITION)
@@ -122,16 +122,13 @@ class JournalWriter:
     @staticmethod
     def _remove_unborn(storage: Storage, directory: Path) -> None:
         """Removes a first segment that a crash left without an entry."""
-        for first in segments(storage, directory):
-            path = segment_path(directory, first)
-            fd = storage.open(path, os.O_RDONLY)
-            try:
-                size = storage.size(fd)
-            finally:
-                storage.close(fd)
-            if first != 1 or size > SEGMENT_HEADER_BYTES:
-                raise Damaged(f"{path}: offset {size}: a new journal was asked for where one is")
-            storage.unlink(path)
+        found = segments(storage, directory)
+        if not found:
+            return
+        path = segment_path(directory, found[0])
+        if found != [1] or not _is_unborn(storage, directory):
+            raise Damaged(f"{path}: offset {SEGMENT_HEADER_BYTES}: a new journal was asked for where one is")
+        storage.unlink(path)
 
     @property
     def position(self) -> JournalPosition:
@@ -248,6 +245,18 @@ class JournalWriter:
     def _check_usable(self) -> None:
         if self._failed is not None:
             raise StoreFailed(self._failed)
+
+
+def _is_unborn(storage: Storage, directory: Path) -> bool:
+    """Whether the first segment of a group's life holds no entry: it may not even have its header."""
+    try:
+        fd = storage.open(segment_path(directory, Seq(1)), os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return storage.size(fd) <= SEGMENT_HEADER_BYTES
+    finally:
+        storage.close(fd)
 
 
 def _make_segment(storage: Storage, directory: Path, first: Seq) -> tuple[int, SegmentHeader]:

@@ -101,6 +101,11 @@ def test_a_first_segment_without_entries_is_made_anew(tmp_path: Path, left: int)
     writer = make(tmp_path, [[write(1)]])
     assert entries(tmp_path) == [write(1)]
     writer.close()
+    os.truncate(segment_path(tmp_path, Seq(1)), left)
+    writer = JournalWriter.open(Storage(), tmp_path, first_position(Storage(), tmp_path))
+    writer.append([write(1)])
+    assert entries(tmp_path) == [write(1)]
+    writer.close()
 
 
 def test_order_is_kept(tmp_path: Path) -> None:
