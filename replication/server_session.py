@@ -114,6 +114,7 @@ class ServerSession:
         self._cut = False
         self._scope = trio.CancelScope()
         self._reading = trio.CancelScope()
+        self._waiting = False
         self._draining = False
         self._farewell: Failure | None = None
         self._digest_key = secrets.token_bytes(DIGEST_KEY_BYTES)
@@ -130,8 +131,12 @@ class ServerSession:
     def drain(self, seconds: float) -> None:
         """Receive nothing more; end after the answers to what was received, at the latest after `seconds`."""
         self._draining = True
-        self._reading.cancel()
+        if self._waiting:
+            self._reading.cancel()
         self._scope.deadline = min(self._scope.deadline, trio.current_time() + seconds)
+
+    def _leaving(self) -> bool:
+        return self._draining
 
     async def run(self) -> None:
         """From Hello to the end; closes the connection. Raises only what is a bug."""
@@ -189,13 +194,13 @@ class ServerSession:
 
     async def _hello(self) -> Hello | None:
         """The first message, or None when there is none and nothing to say about it."""
-        deadline = trio.current_time() + HELLO_SECONDS
-        while data := await self._receive(deadline):
-            self._session.receive_data(data)
-            message = self._session.next_event()
-            if isinstance(message, Hello):
-                return message
-        if trio.current_time() >= deadline:
+        with trio.move_on_after(HELLO_SECONDS) as self._reading:
+            while data := await self._receive():
+                self._session.receive_data(data)
+                message = self._session.next_event()
+                if isinstance(message, Hello):
+                    return message
+        if self._reading.cancelled_caught and not self._draining:
             raise Refused(f"no Hello within {HELLO_SECONDS:g} s", ErrorCode.PROTOCOL)
         return None
 
@@ -258,25 +263,34 @@ class ServerSession:
             end = start + VOLUMES_PER_PAGE_MAX
             await self._send(VolumePage(tuple(volumes[start:end]), last=end >= len(volumes)))
 
-    async def _receive(self, deadline: float = float("inf")) -> bytes:
-        """What arrived; b"" at the end, at the deadline, and when draining."""
-        if self._draining:
+    async def _receive(self) -> bytes:
+        """What arrived; b"" at the end and when draining. To be called within `self._reading`."""
+        # Only a wait for the peer is cancelled by `drain`, never the work on what arrived. One scope for the whole
+        # loop, and not one for each call, for it costs a tenth of a small write.
+        if self._leaving():
             return b""
-        with trio.CancelScope(deadline=deadline) as self._reading:
+        self._waiting = True
+        try:
             data = await self._connection.receive()
-            if not data:
-                self._session.receive_eof()
-            return data
-        return b""
+        finally:
+            self._waiting = False
+        if self._leaving():
+            return b""
+        if not data:
+            self._session.receive_eof()
+        return data
 
     async def _stream(self, caller: Caller, group: GroupWriter | None, answers: trio.Nursery) -> None:
-        while True:
-            await self._take(caller, group, answers)
-            idle = float("inf") if group is not None else trio.current_time() + CONTROL_IDLE_SECONDS
-            data = await self._receive(idle)
-            if not data:
-                return
-            self._session.receive_data(data)
+        with trio.CancelScope() as self._reading:
+            while True:
+                await self._take(caller, group, answers)
+                if group is None:
+                    self._reading.deadline = trio.current_time() + CONTROL_IDLE_SECONDS
+                data = await self._receive()
+                if not data:
+                    return
+                self._reading.deadline = float("inf")
+                self._session.receive_data(data)
 
     async def _take(self, caller: Caller, group: GroupWriter | None, answers: trio.Nursery) -> None:
         """Everything that has arrived completely, the records in batches."""
