@@ -2,7 +2,7 @@
 
     python -m tests.fusefs.plain_agent SOURCE MOUNTPOINT [--writeback]
 
-serves in the foreground until the mountpoint is unmounted: the passthrough alone, for tests and benchmarks.
+prints `ready` and serves in the foreground until the mountpoint is unmounted, the passthrough alone.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ async def serve(source: Path, mountpoint: str, writeback: bool) -> None:
     operations = SourceMount(source, PlainAgent(source, keep_calls=False), writeback=writeback)
     options = {"fsname=plain-agent", "default_permissions", "allow_other"}
     pyfuse3.init(operations, mountpoint, options)
+    print("ready", flush=True)
     try:
         await pyfuse3.main()
     finally:

@@ -278,8 +278,11 @@ async def test_renames(mount: Mount, source: Path) -> None:
     async def rename(old_dir: int, old: str, new_dir: int, new: str, flags: int = 0) -> None:
         await mount.rename(old_dir, old.encode(), new_dir, new.encode(), flags, CALLER)
 
+    def last() -> tuple[object, ...]:
+        return mount.agent.calls[-1]
+
     await rename(ROOT_INODE, "disk", directory, "db", pyfuse3.RENAME_EXCHANGE)
-    assert mount.agent.calls[-1] == ("exchange", "disk", "dir/db", disk, db)
+    assert last() == ("exchange", "disk", "dir/db", disk, db)
     assert (source / "disk").read_bytes() == b"rows"
     with refused_with(errno.EEXIST):
         await rename(ROOT_INODE, "disk", directory, "db", pyfuse3.RENAME_NOREPLACE)
@@ -289,15 +292,15 @@ async def test_renames(mount: Mount, source: Path) -> None:
         await rename(ROOT_INODE, "disk", directory, "none", 4)
     assert len(mount.agent.calls) == 1
     await rename(directory, "db", ROOT_INODE, "disk")
-    assert mount.agent.calls[-1] == ("rename", "dir/db", "disk", disk, db)
+    assert last() == ("rename", "dir/db", "disk", disk, db)
     assert (source / "disk").read_bytes() == b"0123456789"
     await rename(ROOT_INODE, "dir", ROOT_INODE, "moved", pyfuse3.RENAME_NOREPLACE)
-    assert mount.agent.calls[-1] == ("rename", "dir", "moved", None, None)
+    assert last() == ("rename", "dir", "moved", None, None)
     with refused_with(errno.ENOTEMPTY):
         (source / "full" / "x").mkdir(parents=True)
         await rename(ROOT_INODE, "moved", ROOT_INODE, "full")
     await mount.create(directory, b"late", 0o600, os.O_RDWR, CALLER)
-    assert mount.agent.calls[-1][:2] == ("create", "moved/late")
+    assert last()[:2] == ("create", "moved/late")
 
 
 async def test_a_path_is_resolved_after_the_rename_before_it(mount: Mount) -> None:
