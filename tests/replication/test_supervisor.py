@@ -6,22 +6,39 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from random import Random
 
 import pytest
 import trio
 
 from dedup.store import Store
-from dedup.types import ClockRun, Create, Epoch, EpochStart, Seq, TimeNs, VolumeId
+from dedup.types import (
+    BLOCK_BYTES,
+    ClockRun,
+    Create,
+    Epoch,
+    EpochStart,
+    Extent,
+    Record,
+    Seq,
+    TimeNs,
+    VolumeId,
+    Write,
+)
 from replication.background import StartFailed
 from replication.control import NoAppliance, request
-from replication.messages import PROTOCOL_VERSION, Ack, Hello, Role, SyncRequest, VolumePage
+from replication.errors import LinkDown
+from replication.messages import PROTOCOL_VERSION, Ack, Hello, Role, SyncRequest, VolumePage, Welcome
 from replication.session import Session, Side
 from replication.supervisor import Guardian, Supervisor
-from replication.transport import connect_unix
+from replication.transport import Connection, connect_unix
 
 PATIENCE_SECONDS = 60
 RUN = ClockRun(0)
+BLOCKS = 512
 
 STUBBORN = """
 import sys, time, socket, signal
@@ -51,26 +68,72 @@ def store(tmp_path: Path) -> Path:
     return path
 
 
-async def send_two_records(store: Path) -> None:
-    """As an agent: returns when they are durable."""
-    session = Session(Side.CLIENT)
-    async with await connect_unix(store / "socket") as connection:
+class Agent:
+    """Sends records of one volume and remembers what was acknowledged."""
+
+    def __init__(self, store: Path) -> None:
+        self._socket = store / "socket"
+        self.received = 0
+        self.durable = 0
+        self.on_ack: Callable[[int], None] = lambda received: None
+
+    async def feed(self, last: int) -> bool:
+        """Send records up to `last` from where the store is; whether all became durable before the link broke."""
+        try:
+            connection = await connect_unix(self._socket)
+        except LinkDown:
+            return False
+        async with connection, trio.open_nursery() as nursery:
+            try:
+                await self._converse(connection, nursery, last)
+            except LinkDown:
+                nursery.cancel_scope.cancel()
+        return self.durable == last
+
+    async def _converse(self, connection: Connection, nursery: trio.Nursery, last: int) -> None:
+        session = Session(Side.CLIENT)
         await connection.send(session.send(Hello(PROTOCOL_VERSION, Role.AGENT, "g", Epoch(1))))
-        greeted = False
-        while True:
+        while self.durable < last:
             while (message := session.next_event()) is None:
                 data = await connection.receive()
-                assert data, "the appliance closed the connection"
+                if not data:
+                    raise LinkDown("closed")
                 session.receive_data(data)
-            if isinstance(message, VolumePage) and message.last and not greeted:
-                greeted = True
-                await connection.send(session.send(EpochStart(Seq(1), TimeNs(1), RUN, Epoch(1), True)))
-                await connection.send(
-                    session.send(Create(Seq(2), TimeNs(2), RUN, VolumeId(1), "disk", 4096, 0o600, 0, 0))
-                )
-                await connection.send(session.send(SyncRequest()))
-            if isinstance(message, Ack) and message.durable == 2:
-                return
+            if isinstance(message, Welcome):
+                assert self.received <= message.held and self.durable <= message.durable
+            elif isinstance(message, Ack):
+                self.received, self.durable = message.received, message.durable
+                self.on_ack(message.received)
+            else:
+                assert isinstance(message, VolumePage), message
+                if message.last:
+                    nursery.start_soon(self._send, connection, session, last)
+
+    async def _send(self, connection: Connection, session: Session, last: int) -> None:
+        try:
+            for seq in range(session.last_seq + 1, last + 1):
+                await connection.send(session.send(record(seq)))
+                await trio.lowlevel.checkpoint()
+            await connection.send(session.send(SyncRequest()))
+        except LinkDown:
+            return  # the receiving side says it
+
+
+def record(seq: int) -> Record:
+    if seq == 1:
+        return EpochStart(Seq(1), TimeNs(1), RUN, Epoch(1), True)
+    if seq == 2:
+        return Create(Seq(2), TimeNs(2), RUN, VolumeId(1), "disk", BLOCKS * BLOCK_BYTES, 0o600, 0, 0)
+    return Write(Seq(seq), TimeNs(seq), RUN, Extent(VolumeId(1), seq % BLOCKS * BLOCK_BYTES, content(seq)))
+
+
+def content(seq: int) -> bytes:
+    return seq.to_bytes(8, "big") * (BLOCK_BYTES // 8)
+
+
+async def send_two_records(store: Path) -> None:
+    """As an agent: returns when they are durable."""
+    assert await Agent(store).feed(2)
 
 
 async def held(store: Path) -> object:
@@ -140,6 +203,40 @@ async def test_a_child_that_ends_is_started_again_and_nothing_is_lost(store: Pat
             assert supervisor.starts == 2 and supervisor.process is not first
             nursery.cancel_scope.cancel()
     assert open_again(store) == 2
+
+
+async def test_nothing_acknowledged_is_lost_by_kills_under_load(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """acknowledged-is-kept, order: `Agent.feed` checks what each Welcome says against the Acks before it."""
+    monkeypatch.setattr("replication.supervisor.BACKOFF_SECONDS_MIN", 0.001)
+    monkeypatch.setattr("replication.supervisor.BACKOFF_SECONDS_MAX", 0.001)
+    supervisor, agent, last = Supervisor(store), Agent(store), 3000
+    random = Random(5)
+    goals = [random.randrange(500) + at for at in (2, 700, 1400, 2100)]
+
+    def kill_sometimes(received: int) -> None:
+        if goals and received >= goals[0]:
+            goals.pop(0)
+            assert supervisor.process is not None
+            supervisor.process.kill()
+
+    agent.on_ack = kill_sometimes
+    with trio.fail_after(PATIENCE_SECONDS):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(supervisor.serve)
+            for _ in count():
+                if await agent.feed(last):
+                    break
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    assert supervisor.starts >= 3
+    opened = Store.open(store)
+    try:
+        group = opened.group("g")
+        assert group.held == last
+        newest = {seq % BLOCKS: seq for seq in range(3, last + 1)}
+        assert all(group.head_block(VolumeId(1), block) == content(seq) for block, seq in newest.items())
+    finally:
+        opened.close()
 
 
 async def test_a_first_start_that_fails_is_the_callers_error(store: Path, tmp_path: Path) -> None:
