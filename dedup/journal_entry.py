@@ -66,6 +66,7 @@ Addresses = NDArray[np.uint64]
 
 _HEADER: Final = ENTRY_HEADER.struct
 _EXTENT: Final = EXTENT_HEADER.struct
+_U64: Final = np.dtype("<u8")
 
 
 class EntryKind(IntEnum):
@@ -344,8 +345,8 @@ def _extents(raw: memoryview | bytes) -> tuple[tuple[LoggedExtent, ...], int]:
         next_at = fingerprints_at + blocks * FINGERPRINT_BYTES
         if next_at > end or block_span(offset, written)[1] != blocks or offset + written > VOLUME_BYTES_MAX:
             raise Damaged(f"the entry of seq {seq}: {written} bytes at {offset} in {blocks} blocks cannot be")
-        addresses = np.frombuffer(raw, dtype="<u8", count=blocks, offset=at)
-        extents.append(LoggedExtent(VolumeId(volume), offset, written, addresses, bytes(raw[fingerprints_at:next_at])))
+        addresses = np.frombuffer(raw, _U64, blocks, at)
+        extents.append(LoggedExtent(volume, offset, written, addresses, bytes(raw[fingerprints_at:next_at])))
         at = next_at
     return tuple(extents), at
 
@@ -368,4 +369,4 @@ def decode(raw: memoryview | bytes) -> Logged:
             record = codec.make(seq, time, run, *codec.decoder.decode(body))
         except msgspec.MsgspecError as error:
             raise Damaged(f"the entry of seq {seq}: its body cannot be decoded: {error}") from error
-    return Logged(kind, Seq(first_seq), Seq(seq), TimeNs(time), ClockRun(run), JournalId(journal), extents, record)
+    return Logged(kind, first_seq, seq, time, run, journal, extents, record)
