@@ -2,7 +2,8 @@
 
 A body and a reply are JSON-like. Times are integers of nanoseconds, sizes bytes. Errors are one line for a person.
 
-    name.check       {group?, name}                            → {"exists": bool}
+    name.check       {group?, name}                            → {}; an error when nothing can be given this name,
+                                                                 or, to an agent, when now is no recovery point
     status           {group?}                                  → {"store": {…}, "groups": [{…}], "sessions", "pid"}
     sync             {}                                        → {}; all that was received before is durable
     checkpoint       {}                                        → {}
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from dedup.errors import NameRefused, RewindError, UnknownName
+from dedup.errors import MomentRefused, NameRefused, RewindError, UnknownName
+from dedup.moment import check_name
 from replication.messages import Role
 from replication.store_writer import StoreWriter
 
@@ -70,10 +72,15 @@ class Commands:
     async def _name_check(self, caller: Caller, body: Body) -> Body:
         group = self._group(caller, body)
         name = _text(body, "name")
-        exists = await self._writer.run(group.name_exists, name)
-        if not exists and caller.role is Role.AGENT:
+        check_name(name)
+        if await self._writer.run(group.name_exists, name):
+            raise NameRefused(f"group {group.name} already has a snapshot or bookmark {name!r}; choose another name")
+        if caller.role is Role.AGENT:
+            if not group.has_base or group.reconciling:
+                what = "a reconcile is under way" if group.has_base else "the base snapshot is still being made"
+                raise MomentRefused(f"group {group.name}: {what}, now is no recovery point; try again when it is done")
             self._reserve(group.name, name)
-        return {"exists": exists}
+        return {}
 
     async def _status(self, caller: Caller, body: Body) -> Body:
         usage = await self._writer.run(self._writer.store.usage)

@@ -46,7 +46,9 @@ def test_where_an_appliance_listens() -> None:
 async def test_a_request_is_answered(place: Path) -> None:
     made = await request(place, "g", "snapshot.create", {"name": "n"})
     assert made["name"] == "n"
-    assert (await request(f"unix:{place}/socket", None, "name.check", {"name": "n"})) == {"exists": True}
+    assert (await request(f"unix:{place}/socket", None, "name.check", {"name": "m"})) == {}
+    with pytest.raises(RequestRefused, match="already has"):
+        await request(f"unix:{place}/socket", None, "name.check", {"name": "n"})
     status = await request(str(place), None, "status", role=Role.READER)
     assert status["sessions"] == 1
 

@@ -593,7 +593,7 @@ async def test_an_admin_takes_and_deletes_snapshots(store: FakeStore) -> None:
         reply = await admin.ask("snapshot.create", name="mine")
         assert not reply.error
         assert {"group": "g", "name": "mine", "seq": 2, "kind": "snapshot"}.items() <= reply.body.items()
-        assert (await admin.ask("name.check", name="mine")).body == {"exists": True}
+        assert "already has" in (await admin.ask("name.check", name="mine")).error
         again = await admin.ask("snapshot.create", name="mine")
         assert again.error == "the name 'mine' exists", "one line"
         assert (await admin.ask("snapshot.delete", name="mine")).body == {"group": "g", "name": "mine"}
@@ -643,7 +643,12 @@ async def test_a_name_that_an_agent_checked_is_kept_for_its_bookmark(store: Fake
     async with running(store) as world:
         agent = await world.feeding()
         admin = await control(world)
-        assert (await agent.ask("name.check", name="point")).body == {"exists": False}
+        assert (await agent.ask("name.check", name="latest")).error, "a name that parses as TIME"
+        assert "base snapshot" in (await agent.ask("name.check", name="point")).error
+        store.group("g").has_base = store.group("g").reconciling = True
+        assert "reconcile" in (await agent.ask("name.check", name="point")).error
+        store.group("g").reconciling = False
+        assert not (await agent.ask("name.check", name="point")).error
         assert "bookmark" in (await admin.ask("snapshot.create", name="point")).error
 
 
