@@ -31,6 +31,7 @@ from dedup.types import Gap, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 MAP_BYTES: Final = 1 << 40
 """Size of the LMDB map: address space only, the file grows as it is used. Fixed: a map cannot grow under readers."""
 READERS_MAX: Final = 1024
+_NEXT_CONTAINER: Final = b"next_container"
 _DATABASES: Final = (
     "groups", "anchors", "times", "volumes", "paths", "names", "gaps", "runs", "pointers", "fingerprints", "store",
 )  # fmt: skip
@@ -85,6 +86,15 @@ class Index:
         """Every group that a checkpoint has seen, by name."""
         with txn.cursor(self.db["groups"]) as cursor:
             return {key.decode(): int.from_bytes(value, "big") for key, value in cursor}
+
+    def next_container(self) -> int:
+        """No container of this number or above existed at the last checkpoint; 1 without one."""
+        with self.read() as txn:
+            value = txn.get(_NEXT_CONTAINER, db=self.db["store"])
+        return 1 if value is None else int.from_bytes(value, "big")
+
+    def put_next_container(self, txn: Txn, number: int) -> None:
+        txn.put(_NEXT_CONTAINER, number.to_bytes(8, "big"), db=self.db["store"])
 
     def add_group(self, txn: Txn, name: str) -> int:
         """Gives `name` the next free id."""

@@ -70,7 +70,9 @@ class GroupWriter:
         if not store.storage.exists(directory):
             if not store.storage.exists(directory.parent):
                 store.storage.mkdir(directory.parent)
+                store.storage.sync_directory(directory.parent.parent)
             store.storage.mkdir(directory)
+            store.storage.sync_directory(directory.parent)
         with store.index.read() as txn:
             group_id = store.index.group_ids(txn).get(name)
         if group_id is None:
@@ -92,7 +94,7 @@ class GroupWriter:
             anchor = catalog.anchor(txn, SEQ_MAX)
             state, position = start_of(store.storage, directory, catalog, txn, anchor)
         replayed = 0
-        for logged, after in read(store.storage, directory, position):
+        for logged, after in read(store.storage, directory, position, torn=anchor is not None):
             # With an index, what follows it may be torn by a power cut; without one (a rebuild) all of history follows,
             # and a block that rotted since is no reason to cut history off there.
             if anchor is not None and not _blocks_are_whole(store, logged):

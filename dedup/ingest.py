@@ -76,7 +76,7 @@ _KINDS: Final[dict[type, EntryKind]] = {
     ReconcileBegin: EntryKind.RECONCILE_BEGIN,
     ReconcileEnd: EntryKind.RECONCILE_END,
 }
-_WITHOUT_BODY: Final = (Write, Aggregate, Reconcile, Heartbeat)
+_WITHOUT_BODY: Final = (Write, Aggregate, Reconcile)
 
 
 class Piece(NamedTuple):

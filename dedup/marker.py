@@ -23,6 +23,7 @@ def create_marker(storage: Storage, path: Path) -> None:
     refuse_network(path)
     if not storage.exists(path):
         storage.mkdir(path)
+        storage.sync_directory(path.parent)
     elif storage.exists(path / layout.STORE_MARKER_NAME):
         raise NotAStore(f"{path} already holds a store")
     elif storage.listdir(path):

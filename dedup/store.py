@@ -18,7 +18,6 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -33,6 +32,7 @@ from dedup.ingest import Ingest
 from dedup.marker import create_marker, read_marker, refuse_network
 from dedup.storage import Storage
 from dedup.types import BASE_JOURNAL, FINE_JOURNAL, ContainerId, Record
+from dedup.usage import StoreUsage, measure
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +43,6 @@ CHECKPOINT_RECORDS: Final = 8_192
 CHECKPOINT_SECONDS: Final = 60.0
 """And its age, when there is anything to write."""
 GROUP_NAME_BYTES_MAX: Final = 64
-
-
-@dataclass(frozen=True, slots=True)
-class StoreUsage:
-    """What a store occupies, and what it stands for."""
-
-    bytes: int
-    logical_bytes: int
-    dedup_ratio: float
-    compression_ratio: float
-    containers: int
-    snapshots: int
 
 
 class _Closable(Protocol):
@@ -75,9 +63,8 @@ class Store:
         containers = path / layout.CONTAINERS_NAME
         self.pool = ContainerPool(storage, containers)
         self.fingerprints = FingerprintIndex(self.index.env, self.index.db["fingerprints"])
-        self._next_container = 1 + max(
-            (layout.container_named(name) or 0 for name in storage.listdir(containers)), default=0
-        )
+        found = max((layout.container_named(name) or 0 for name in storage.listdir(containers)), default=0)
+        self._next_container = max(found + 1, self.index.next_container())
         self.base_journal = DataJournal(storage, containers, BASE_JOURNAL, "base", self._allocate)
         self.fine_journal = DataJournal(storage, containers, FINE_JOURNAL, "fine", self._allocate)
         self.ingest = Ingest(self.fingerprints, self.pool, self.base_journal)
@@ -178,6 +165,8 @@ class Store:
                 for group in dirty:
                     group.catalog.put(txn, group.state, group.position)
                 self.fingerprints.commit(txn)
+                # The highest container may be collected one day; its number is not given again.
+                self.index.put_next_container(txn, self._next_container)
         self.fingerprints.committed()
         for group in dirty:
             group.checkpointed()
@@ -195,22 +184,9 @@ class Store:
 
     def usage(self) -> StoreUsage:
         """Sizes now; walks the store's files."""
-        containers = self.path / layout.CONTAINERS_NAME
-        used = stored = count = 0
-        for directory, _, names in os.walk(self.path):
-            for name in names:
-                try:
-                    status = os.stat(Path(directory) / name)
-                except FileNotFoundError:
-                    continue  # replaced or removed while we walk: its successor is counted or will be next time
-                used += status.st_blocks * 512
-                if Path(directory) == containers:
-                    count += 1
-                    stored += max(0, status.st_size - layout.RAW_SLOTS_OFFSET)
-        logical = sum(group.state.logical_bytes for group in self._groups.values())
-        snapshots = sum(group.snapshot_count() for group in self._groups.values())
-        ratio = logical / stored if stored else 1.0
-        return StoreUsage(used, logical, round(ratio, 3), 1.0, count, snapshots)
+        groups = list(self._groups.values())
+        logical = sum(group.state.logical_bytes for group in groups)
+        return measure(self.path, logical, sum(group.snapshot_count() for group in groups))
 
     def close(self) -> None:
         """A last checkpoint, then the lock is given back. After StoreFailed only the latter."""

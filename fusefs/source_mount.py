@@ -31,6 +31,7 @@ from fusefs.errors import fuse_error, handler, refused
 from fusefs.inode_map import FileKey, InodeMap, Node
 from fusefs.intercept import CreateFile, Intercept, NamespaceChange, RemoveFile, RenamePath
 from fusefs.kernel_init import answer_init
+from fusefs.mountpoint import CONTROL_XATTR
 from fusefs.names import check_new_name, check_visible
 from fusefs.source_calls import (
     PATH_FLAGS,
@@ -65,11 +66,12 @@ class SourceMount(pyfuse3.Operations):
 
     supports_dot_lookup = False
 
-    def __init__(self, source: Path, intercept: Intercept, *, writeback: bool = False) -> None:
-        """Opens the source directory, before anything is mounted over it. OSError when that fails."""
+    def __init__(self, source: Path, intercept: Intercept, *, control: Path, writeback: bool = False) -> None:
+        """Opens the source directory, before anything is mounted over it. `control`: see mountpoint.CONTROL_XATTR."""
         super().__init__()
         self.enable_writeback_cache = writeback
         self._intercept = intercept
+        self._control = os.fsencode(control)
         self._inodes = InodeMap(source)
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, Listing] = {}
@@ -209,6 +211,8 @@ class SourceMount(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if inode == pyfuse3.ROOT_INODE and name == CONTROL_XATTR.encode():
+            return self._control
         path = self._inodes.node(inode).proc_path
         if name == b"security.capability":
             return os.getxattr(path, name)  # the kernel asks before each write, and keeps it with the inode

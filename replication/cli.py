@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from replication.errors import ReplicationError
 from replication.second_appliance import SecondAppliance
 from replication.supervisor import Guardian
 from replication.transport import Listener, listen_unix
+
+log = logging.getLogger("rewindfs.appliance")
 
 
 @click.group()
@@ -58,6 +61,7 @@ def second(
             await _serve(store, sockets, ready, guardian)
         except BaseException as error:
             guardian.failed(explain(cause(error)))
+            log.critical("ended by an error: %s", explain(cause(error)), exc_info=error)
             raise
 
     run(main, foreground=foreground, log_file=log_file, debug=debug)

@@ -117,6 +117,11 @@ class FirstAppliance:
         return self._outage
 
     @property
+    def blocks(self) -> bool:
+        """Whether writers wait while an outage lasts."""
+        return self._outage_policy() is Outage.BLOCK
+
+    @property
     def last_seq(self) -> Seq:
         """Of the newest record taken, or what the store held at the start."""
         return self._last_seq

@@ -13,6 +13,7 @@ from dedup.types import (
     EpochStart,
     Extent,
     Flush,
+    Heartbeat,
     Reconcile,
     ReconcileEnd,
     Record,
@@ -105,6 +106,11 @@ class Model:
 
     def flush(self, volume: VolumeId) -> Flush:
         record = Flush(*self._next(), volume)
+        self._keep()
+        return record
+
+    def heartbeat(self) -> Heartbeat:
+        record = Heartbeat(*self._next())
         self._keep()
         return record
 

@@ -86,7 +86,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def flush(self, data: st.DataObject) -> None:
-        self.store.group("g").ingest([self.model.flush(data.draw(st.sampled_from(self.volumes())))])
+        volume = data.draw(st.sampled_from(self.volumes()))
+        self.store.group("g").ingest([self.model.flush(volume), self.model.heartbeat()])
 
     @precondition(lambda self: len(self.model.content) < 4)
     @rule(size=st.integers(0, 9000))

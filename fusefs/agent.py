@@ -1,0 +1,433 @@
+"""The data protection agent: every change of the source passes here, is recorded, and only then reaches the source.
+
+Invariants:
+- `order`: the range of a write, the volume of a resize, the group for a namespace change is locked from before its seq
+  is given until the source call has returned, so that the source applies changes in the order of their seqs;
+- `acknowledged-is-kept`: a region is marked in the intent log, durably, before its first write, and stays marked until
+  its records are durable at the second appliance and its bytes on the source's disk;
+- a record that the source then refused is corrected under the same lock, with what the source really holds;
+- names and sizes change between `namespace_begin` and `namespace_end` of the intent log. A name's change is made
+  before it is recorded, since only then is its outcome known; the lock of the whole group is held meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from time import monotonic
+
+import pyfuse3
+import trio
+
+from dedup.types import (
+    Attributes,
+    Bookmark,
+    ClockRun,
+    Correct,
+    Create,
+    Extent,
+    Flush,
+    Record,
+    Rename,
+    Resize,
+    Retire,
+    Seq,
+    TimeNs,
+    VolumeId,
+    Write,
+)
+from fusefs.inode_map import FileKey
+from fusefs.intercept import CreateFile, NamespaceChange, RemoveFile, RenamePath
+from fusefs.range_lock import RangeLock
+from fusefs.volume_table import Volume, VolumeTable, check_path
+from replication.agent_link import RECORD_BYTES, AgentLink
+from replication.errors import OutageError
+from replication.intent_log import IntentLog
+from replication.messages import Level
+from replication.region_tracker import REGION_BYTES, RegionTracker, regions_of
+
+log = logging.getLogger(__name__)
+
+_NO_SEQ = Seq(0)
+_INSIST_SECONDS = 0.2
+HOUSEKEEPING_SECONDS = 5.0
+"""How often marks that may go are looked for; they rest 30 s before."""
+
+
+class Agent:
+    """Implements `intercept.Intercept`. Its coroutines are pyfuse3 handlers' and are not cancelled but at the end."""
+
+    def __init__(
+        self, source: Path, link: AgentLink, volumes: VolumeTable, intent: IntentLog, tracker: RegionTracker
+    ) -> None:
+        self.source = source
+        self.link = link
+        self.first = link.first
+        self.volumes = volumes
+        self.intent = intent
+        self.tracker = tracker
+        self.lock = RangeLock()
+        self._open_brackets: deque[Seq] = deque()
+        self._unrecorded_retired: list[VolumeId] = []
+
+    # -- handles -----------------------------------------------------------------------------------------------------
+
+    def volume_of(self, key: FileKey) -> VolumeId | None:
+        """The volume a file is, or None when it is not recorded."""
+        volume = self.volumes.by_key(key)
+        return None if volume is None else volume.id
+
+    def opened(self, volume: VolumeId | None, fd: int) -> None:
+        """Nothing is kept per handle."""
+
+    def released(self, volume: VolumeId | None, fd: int) -> None:
+        """Nothing is kept per handle."""
+
+    # -- writes ------------------------------------------------------------------------------------------------------
+
+    async def write(self, volume: VolumeId | None, fd: int, offset: int, data: bytes, append: bool) -> int:
+        """Records `data` and writes it to the source, in the order of the seqs. Returns the bytes written.
+
+        The source's OSError is raised after the record has been corrected; OutageError before the source saw anything.
+        """
+        if volume is None or self.volumes.get(volume) is None:
+            return _write_at(fd, data, os.fstat(fd).st_size if append and volume is None else offset)
+        length = len(data)
+        if append:
+            claim = await self.lock.claim_volume(volume)
+        else:
+            claim = self.lock.try_claim(volume, offset, length) or await self.lock.claim(volume, offset, length)
+        try:
+            known = self.volumes.get(volume)
+            if known is None:  # unlinked while this waited for its turn
+                return _write_at(fd, data, offset)
+            if append and offset >= known.size:
+                # Below the end it is no append but a page of a mapping that the kernel writes back through this handle.
+                offset = os.fstat(fd).st_size
+            return await self._write_claimed(known, fd, offset, data, length)
+        finally:
+            self.lock.release(claim)
+
+    async def _write_claimed(self, volume: Volume, fd: int, offset: int, data: bytes, length: int) -> int:
+        seq = _NO_SEQ
+        self.tracker.write_begin(volume.id, offset, length, now=monotonic())
+        try:
+            first, last = offset // REGION_BYTES, (offset + length - 1) // REGION_BYTES
+            if not (
+                self.intent.is_marked(volume.id, first) and (first == last or self._marked(volume.id, first, last))
+            ):
+                await self._mark(volume.id, first, last)
+            refusal: OSError | OutageError | None = None
+            written = 0
+            if await self.link.room(length) and volume.known:
+                seq, time, run = self.link.stamp()
+                self.first.append(Write(seq, time, run, Extent(volume.id, offset, data)))
+                try:
+                    await self.first.acknowledged(seq)
+                except OutageError as error:
+                    refusal = error
+            if refusal is None:
+                try:
+                    written = _write_at(fd, data, offset)
+                except OSError as error:
+                    refusal = error
+            if written < length:
+                seq = await self._correct(volume, fd, seq, offset, length)
+                if refusal is not None:
+                    raise refusal
+            elif offset + length > volume.size:
+                volume.size = offset + length
+            return written
+        finally:
+            self.tracker.write_end(volume.id, offset, length, seq, now=monotonic())
+
+    def _marked(self, volume: VolumeId, first: int, last: int) -> bool:
+        return all(self.intent.is_marked(volume, region) for region in range(first, last + 1))
+
+    async def _mark(self, volume: VolumeId, first: int, last: int) -> None:
+        marked = await self.intent.mark(volume, first, last)
+        ahead = range(last + 1, marked.stop)
+        if ahead:
+            self.tracker.touch(volume, ahead, self.link.last, now=monotonic())
+
+    async def _correct(self, volume: Volume, fd: int, refused: Seq, offset: int, length: int) -> Seq:
+        """Replaces what record `refused` claimed by what the source holds. Still under the lock. Returns its seq."""
+        volume.size = size = os.fstat(fd).st_size
+        if refused == _NO_SEQ:
+            return _NO_SEQ
+        truth = os.pread(fd, max(0, min(length, size - offset)), offset)
+        if not await self.link.room(len(truth)):
+            return refused  # the region is marked, and the reconcile that the outage owes tells the truth
+        log.warning("%s: the source refused or shortened the write of seq %d; corrected", volume.path, refused)
+        extent = Extent(volume.id, offset, truth)
+        return self.link.put(lambda seq, time, run: Correct(seq, time, run, refused, size, extent))
+
+    async def resize(self, volume: VolumeId | None, fd: int, size: int) -> None:
+        """Records the new size and sets it."""
+        if volume is None or self.volumes.get(volume) is None:
+            await trio.to_thread.run_sync(os.ftruncate, fd, size)
+            return
+        claim = await self.lock.claim_volume(volume)
+        try:
+            known = self.volumes.get(volume)
+            old = os.fstat(fd).st_size
+            if known is None or old == size:
+                await trio.to_thread.run_sync(os.ftruncate, fd, size)
+                return
+            await self._resize_claimed(known, fd, old, size)
+        finally:
+            self.lock.release(claim)
+
+    async def _resize_claimed(self, volume: Volume, fd: int, old: int, size: int) -> None:
+        await self.intent.namespace_begin()
+        seq = _NO_SEQ
+        try:
+            changed = regions_of(min(old, size), abs(size - old))
+            await self._mark(volume.id, changed.start, changed.stop - 1)
+            if await self.link.room(RECORD_BYTES) and volume.known:
+                seq = self.link.put(lambda seq, time, run: Resize(seq, time, run, volume.id, size))
+                await self.first.acknowledged(seq)
+            await trio.to_thread.run_sync(os.ftruncate, fd, size)
+            volume.size = size
+        except (OSError, OutageError):
+            seq = await self._correct(volume, fd, seq, min(old, size), 0)
+            raise
+        finally:
+            # Sizes may have been zeroed without a write: these regions keep their marks until this record is durable.
+            self.tracker.touch(volume.id, changed, self.link.last, now=monotonic())
+            self._close_bracket(seq)
+
+    def _close_bracket(self, seq: Seq) -> None:
+        """`namespace_end` as soon as `seq` is durable at the second appliance."""
+        self._open_brackets.append(seq)
+        self._end_brackets()
+
+    def _end_brackets(self) -> None:
+        while self._open_brackets and self._open_brackets[0] <= self.first.durable:
+            self._open_brackets.popleft()
+            self.intent.namespace_end()
+
+    async def fsync(self, volume: VolumeId | None, fd: int, datasync: bool) -> None:
+        """Syncs the source, then records a recovery point; in sync mode it is durable at the second appliance too."""
+        token = self.tracker.token()
+        await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fd)
+        if volume is None or self.volumes.get(volume) is None:
+            return
+        self.tracker.source_synced(volume, token)
+        # Room may have been waited for: the volume may be gone by now.
+        if await self.link.room(RECORD_BYTES) and (known := self.volumes.get(volume)) is not None and known.known:
+            seq = self.link.put(lambda seq, time, run: Flush(seq, time, run, volume))
+            await self.first.flushed(seq)
+
+    # -- names and attributes ----------------------------------------------------------------------------------------
+
+    async def attributes(self, volume: VolumeId, change: Callable[[], os.stat_result]) -> os.stat_result:
+        """Runs a change of mode or owner and records what came of it."""
+        claim = await self.lock.claim_volume(volume)
+        try:
+            status = await trio.to_thread.run_sync(change)
+            known = self.volumes.get(volume)
+            outcome = (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
+            if known is not None and outcome != (known.mode, known.uid, known.gid):
+                known.mode, known.uid, known.gid = outcome
+                if known.known:
+                    await self.link.record(lambda seq, time, run: Attributes(seq, time, run, volume, *outcome))
+            return status
+        finally:
+            self.lock.release(claim)
+
+    async def namespace(self, change: NamespaceChange) -> os.stat_result | None:
+        """Makes and records a change of names while nothing else of the group changes."""
+        for path in (change.new, change.old) if isinstance(change, RenamePath) else (change.path,):
+            check_path(path)
+        claim = await self.lock.claim_all()
+        try:
+            await self.intent.namespace_begin()
+            seq = _NO_SEQ
+            try:
+                recorded = await self.link.room(RECORD_BYTES)
+                outcome = await trio.to_thread.run_sync(change.perform)
+                build = self._outcome(change, outcome, recorded)
+                if build is not None and recorded:
+                    seq = self.link.put(build)
+                    await self.first.acknowledged(seq)
+                return outcome
+            finally:
+                self._close_bracket(seq)
+        finally:
+            self.lock.release(claim)
+
+    def _outcome(
+        self, change: NamespaceChange, status: os.stat_result | None, recorded: bool
+    ) -> Callable[..., Create | Retire | Rename] | None:
+        """Takes a change that was made into the table; returns what builds its record, None where there is none.
+
+        Unless it is `recorded`, what the store is not told is kept for `catch_up`.
+        """
+        match change:
+            case CreateFile(path=path):
+                if status is None:
+                    raise RuntimeError("a file was made and its status is unknown")
+                made = self.volumes.add(path, status)
+                made.known = recorded
+                return partial(create_record, made)
+            case RemoveFile(key=key):
+                removed = None if key is None else self.volumes.by_key(key)
+                if removed is None:
+                    return None
+                self._retire(removed, recorded)
+                return partial(retire_record, removed.id) if removed.known else None
+            case RenamePath():
+                return self._renamed(change, recorded)
+
+    def _renamed(self, change: RenamePath, recorded: bool) -> Callable[..., Rename] | None:
+        moved = self._moves(change.key, change.is_directory, change.old, change.new)
+        replaced: list[Volume] = []
+        if change.exchange:
+            moved += self._moves(change.replaced, change.replaced_is_directory, change.new, change.old)
+        elif change.replaced is not None and change.replaced != change.key:
+            gone = self.volumes.by_key(change.replaced)
+            if gone is not None:
+                replaced.append(gone)
+                self._retire(gone, recorded)
+        self.volumes.move(moved)
+        for volume, _ in moved:
+            volume.moved = volume.moved or not recorded
+        moves = tuple((volume.id, path) for volume, path in moved if volume.known)
+        retired = tuple(volume.id for volume in replaced if volume.known)
+        if not moves and not retired:
+            return None
+        return lambda seq, time, run: Rename(seq, time, run, moves, retired)
+
+    def _moves(self, key: FileKey | None, is_directory: bool, old: str, new: str) -> list[tuple[Volume, str]]:
+        if is_directory:
+            return [(volume, new + volume.path[len(old) :]) for volume in self.volumes.below(old)]
+        volume = None if key is None else self.volumes.by_key(key)
+        return [] if volume is None else [(volume, new)]
+
+    def _retire(self, volume: Volume, recorded: bool) -> None:
+        self.volumes.remove(volume)
+        if volume.known and not recorded:
+            self._unrecorded_retired.append(volume.id)
+        self.intent.volumes_gone(volume.id)
+        self.tracker.volume_gone(volume.id)
+
+    # -- the group ---------------------------------------------------------------------------------------------------
+
+    async def bookmark(self, name: str) -> Seq:
+        """A named recovery point across all volumes, after a flush; durable at the second appliance when it returns.
+
+        NameRefused if the name is taken; OutageError when it cannot be recorded now.
+        """
+        await self.first.request("name.check", {"name": name})
+        await trio.to_thread.run_sync(pyfuse3.syncfs, str(self.source))
+        if not await self.link.room(RECORD_BYTES):
+            raise OutageError("the second appliance cannot be reached: nothing is recorded now, nor is a bookmark")
+        seq = self.link.put(lambda seq, time, run: Bookmark(seq, time, run, name))
+        await self.first.reached(seq, Level.DURABLE)
+        return seq
+
+    async def catch_up(self) -> list[VolumeId]:
+        """After an outage: tells the store of every name and size that changed unrecorded. Returns the volumes of which
+        it knew nothing: their contents are zeros there."""
+        claim = await self.lock.claim_all()
+        try:
+            for gone in self._unrecorded_retired:
+                await self.insist(partial(retire_record, gone))
+            self._unrecorded_retired.clear()
+            fresh = [volume for volume in self.volumes if not volume.known]
+            for volume in fresh:
+                await self.insist(partial(create_record, volume))
+                volume.known, volume.moved = True, False
+            moved = [volume for volume in self.volumes if volume.moved]
+            if moved:
+                moves = tuple((volume.id, volume.path) for volume in moved)
+                await self.insist(lambda seq, time, run: Rename(seq, time, run, moves))
+            for volume in moved:
+                volume.moved = False
+            for volume in self.volumes:
+                await self.insist(partial(resize_record, volume))
+            return [volume.id for volume in fresh]
+        finally:
+            self.lock.release(claim)
+
+    async def insist(self, build: Callable[[Seq, TimeNs, ClockRun], Record]) -> Seq:
+        """Records something that must not be missing, however long an outage lasts. OutageError by policy."""
+        while True:
+            if await self.link.room(RECORD_BYTES):
+                return self.link.put(build)
+            await trio.sleep(_INSIST_SECONDS)
+
+    async def housekeeping(self) -> None:
+        """Lets marks go that are no longer needed. Runs until cancelled."""
+        while True:
+            await trio.sleep(HOUSEKEEPING_SECONDS)
+            self._end_brackets()
+            for volume in self.tracker.unsynced(monotonic()):
+                await self._sync_source(volume)
+            self.tracker.durable(self.first.durable)
+            self.intent.clear(self.tracker.clearable(monotonic()))
+            await self.intent.flush()
+
+    async def _sync_source(self, volume: VolumeId) -> None:
+        known = self.volumes.get(volume)
+        if known is None:
+            return
+        token = self.tracker.token()
+        try:
+            await trio.to_thread.run_sync(_sync_file, self.source / known.path)
+        except FileNotFoundError:
+            return  # renamed or unlinked meanwhile: the next round finds it, or it is gone
+        self.tracker.source_synced(volume, token)
+
+    async def drain(self) -> None:
+        """Everything recorded is durable at the second appliance, everything written is on the source's disk."""
+        claim = await self.lock.claim_all()
+        try:
+            await self.first.reached(self.link.last, Level.DURABLE)
+            await trio.to_thread.run_sync(pyfuse3.syncfs, str(self.source))
+            self._end_brackets()
+        finally:
+            self.lock.release(claim)
+
+
+def retire_record(volume: VolumeId, seq: Seq, time: TimeNs, run: ClockRun) -> Retire:
+    return Retire(seq, time, run, volume)
+
+
+def create_record(volume: Volume, seq: Seq, time: TimeNs, run: ClockRun) -> Create:
+    return Create(seq, time, run, volume.id, volume.path, volume.size, volume.mode, volume.uid, volume.gid)
+
+
+def resize_record(volume: Volume, seq: Seq, time: TimeNs, run: ClockRun) -> Resize:
+    return Resize(seq, time, run, volume.id, volume.size)
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> int:
+    """Writes all of `data`, or what the source takes of it; raises its error when it takes nothing."""
+    written = os.pwrite(fd, data, offset)
+    view = memoryview(data)
+    while written < len(data):
+        try:
+            more = os.pwrite(fd, view[written:], offset + written)
+        except OSError as error:
+            log.debug("short write: %s", errno.errorcode.get(error.errno or 0, "?"))
+            break
+        if not more:
+            break
+        written += more
+    return written

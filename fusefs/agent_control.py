@@ -1,0 +1,87 @@
+"""The mount's control socket: what `bookmark`, `status`, `unmount` and the like say to the process behind a mount.
+
+One request and one reply a connection, in the protocol's own frames. The socket lies in the source's state directory
+with mode 0600.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from dedup.errors import RewindError
+from replication.background import explain
+from replication.errors import LinkDown, ProtocolError
+from replication.messages import Message, Reply, Request
+from replication.transport import Connection, Listener, connect_unix
+from replication.wire import Decoder, encode
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_MAX: Final = 16
+REQUEST_SECONDS: Final = 10.0
+"""How long a connected command may take to say what it wants."""
+REPLY_SECONDS: Final = 600.0
+
+Body = dict[str, object]
+Handlers = Mapping[str, Callable[[Body], Awaitable[Body]]]
+
+
+async def serve_control(listener: Listener, handlers: Handlers) -> None:
+    """Answers requests until cancelled. A handler's RewindError or OSError is the reply's error line."""
+    limit = trio.CapacityLimiter(CONNECTIONS_MAX)
+    async with trio.open_nursery() as nursery:
+        while True:
+            async with limit:
+                connection = await listener.accept()
+            nursery.start_soon(_serve_one, connection, handlers, limit)
+
+
+async def _serve_one(connection: Connection, handlers: Handlers, limit: trio.CapacityLimiter) -> None:
+    async with limit, connection:
+        try:
+            with trio.fail_after(REQUEST_SECONDS):
+                request = await _receive(connection)
+            if not isinstance(request, Request):
+                raise ProtocolError("not a request")
+            await connection.send(encode(await _answer(request, handlers)))
+        except (RewindError, trio.TooSlowError) as error:
+            log.warning("a control connection ended: %s", error)
+
+
+async def _answer(request: Request, handlers: Handlers) -> Reply:
+    handler = handlers.get(request.command)
+    if handler is None:
+        return Reply(request.id, {}, f"this mount does not know the command {request.command!r}")
+    try:
+        return Reply(request.id, await handler(request.body))
+    except (RewindError, OSError) as error:
+        return Reply(request.id, {}, explain(error))
+
+
+async def _receive(connection: Connection) -> Message:
+    decoder = Decoder()
+    while (message := decoder.next_message()) is None:
+        data = await connection.receive()
+        if not data:
+            raise LinkDown("the connection was closed in the middle")
+        decoder.receive_data(data)
+    return message
+
+
+async def ask(socket: Path, command: str, body: Body, *, timeout: float = REPLY_SECONDS) -> Body:
+    """The reply of the mount behind `socket`. RewindError with its own line, or when nobody answers."""
+    with trio.move_on_after(timeout):
+        async with await connect_unix(socket) as connection:
+            await connection.send(encode(Request(1, command, body)))
+            reply = await _receive(connection)
+        if not isinstance(reply, Reply):
+            raise ProtocolError("the mount's process did not answer with a reply")
+        if reply.error:
+            raise RewindError(reply.error)
+        return reply.body
+    raise RewindError(f"{command}: no answer from the mount's process within {timeout:g} s")

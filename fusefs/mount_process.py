@@ -1,0 +1,261 @@
+"""The process behind a source mount: FUSE, agent and first appliance, and the embedded second appliance as its child.
+
+Order of the start: the source's lock, the second appliance, a new epoch, the handshake, the list of volumes, the mount.
+Order of the end: unmounted, drained, the clean mark, the second appliance stopped, the lock given back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from dedup.errors import Damaged, RewindError
+from dedup.moment import check_name
+from dedup.types import Epoch
+from fusefs.agent import Agent
+from fusefs.agent_control import Body, serve_control
+from fusefs.agent_start import begin, make_equal, plan, resync_after_outages
+from fusefs.daemon import serve
+from fusefs.mountpoint import mount_options
+from fusefs.source_mount import SourceMount
+from fusefs.state_directory import StateDirectory
+from fusefs.volume_table import VolumeTable, list_volumes
+from replication.agent_link import AgentLink
+from replication.background import Ready
+from replication.control import request
+from replication.first_appliance import FirstAppliance
+from replication.intent_log import IntentLog
+from replication.modes import Mode, Outage
+from replication.reconcile import Reconciled, Work
+from replication.record_clock import RecordClock
+from replication.region_tracker import REGION_BYTES, RegionTracker
+from replication.status import LinkState
+from replication.supervisor import Supervisor
+from replication.transport import Listener, connect_unix, listen_unix
+
+log = logging.getLogger("rewindfs.mount")
+
+TASKS_MAX: Final = 256
+"""Requests that pyfuse3 serves at a time. A waiting writer holds one; if more threads than this write at once during a
+long wait, the rest waits in the kernel."""
+DRAIN_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class MountSettings:
+    """What `rewindfs mount` was asked for; paths are absolute."""
+
+    source: Path
+    mountpoint: Path
+    store: Path
+    group: str
+    mode: Mode
+    outage: Outage | None = None
+    outage_after: float = 10.0
+    writeback: bool = False
+    allow_other: bool = False
+    options: tuple[str, ...] = ()
+    wait_base: bool = False
+    log_file: Path | None = None
+    foreground: bool = False
+    debug: bool = False
+
+
+async def run_mount(settings: MountSettings, ready: Ready) -> None:
+    """One source mount's life. Returns after a clean end; raises what kept it from starting, or ended it otherwise."""
+    state = await trio.to_thread.run_sync(StateDirectory.open, settings.source)
+    try:
+        async with trio.open_nursery() as nursery:
+            supervisor = Supervisor(
+                settings.store, log_file=settings.log_file, foreground=settings.foreground, debug=settings.debug
+            )
+            await nursery.start(supervisor.serve)
+            mount = MountProcess(settings, state, supervisor)
+            await mount.start(nursery)
+            await mount.serve(nursery, ready)
+            nursery.cancel_scope.cancel()
+    finally:
+        state.close()
+
+
+class MountProcess:
+    """The parts of a running mount, and what its control socket answers."""
+
+    agent: Agent
+    first: FirstAppliance
+    _work: Sequence[Work]
+
+    def __init__(self, settings: MountSettings, state: StateDirectory, supervisor: Supervisor) -> None:
+        self._settings = settings
+        self._state = state
+        self._supervisor = supervisor
+        self._stop = trio.Event()
+        self._equal = trio.Event()
+        self._progress = Reconciled()
+        self._drain_seconds = DRAIN_SECONDS
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Greets the second appliance, and tells it of every volume; contents are left to `serve`."""
+        settings, last = self._settings, self._state.state
+        epoch = await trio.to_thread.run_sync(self._state.begin_epoch, settings.group, await self._stored_epoch())
+        self.first = FirstAppliance(
+            partial(connect_unix, self._supervisor.socket),
+            group=settings.group,
+            epoch=epoch,
+            mode=settings.mode,
+            outage=settings.outage,
+            outage_after=settings.outage_after,
+            on_lost=lambda error: log.critical("replication has ended: %s; unmount and mount again", error),
+        )
+        welcome, known = await self.first.start()
+        nursery.start_soon(self.first.run)
+        files = await trio.to_thread.run_sync(list_volumes, settings.source)
+        intent = await trio.to_thread.run_sync(_open_intent, self._state.intent_path)
+        todo = plan(welcome, known, files, last, intent)
+        log.info("epoch %d after seq %d: %s", epoch, welcome.held, "a clean start" if todo.clean else todo)
+        link = AgentLink(self.first, welcome.held, RecordClock(welcome.time, welcome.run))
+        self.agent = Agent(settings.source, link, VolumeTable(welcome.next_volume), intent, RegionTracker())
+        self._work = await begin(self.agent, todo, epoch, known, files)
+        await trio.to_thread.run_sync(self._state.joined, welcome.store)
+        if todo.clean:
+            self._equal.set()
+
+    async def _stored_epoch(self) -> Epoch:
+        """The group's last epoch at the store: the state directory may have been lost, or restored from a copy."""
+        status = await request(self._settings.store, None, "status")
+        groups: Any = status["groups"]
+        return Epoch(max((group["epoch"] for group in groups if group["group"] == self._settings.group), default=0))
+
+    async def serve(self, nursery: trio.Nursery, ready: Ready) -> None:
+        """Mounts, says that it is ready, and serves until it is unmounted or told to leave; then drains."""
+        settings = self._settings
+        operations = SourceMount(
+            settings.source, self.agent, control=self._state.control_path, writeback=settings.writeback
+        )
+        options = mount_options(str(settings.source), allow_other=settings.allow_other, extra=settings.options)
+        control = listen_unix(self._state.control_path, replace_stale=True)
+        try:
+            for task in (self.agent.link.heartbeats, self.agent.housekeeping, self._reconcile):
+                nursery.start_soon(task)
+            nursery.start_soon(self._answer, control)
+            async with trio.open_nursery() as serving:
+                mounted = partial(serve, drain=self._drain, stop=self._stop, max_tasks=TASKS_MAX)
+                await serving.start(mounted, operations, settings.mountpoint, options)
+                if settings.wait_base:
+                    await self._equal.wait()
+                ready.ready()
+        finally:
+            operations.close()
+            await control.aclose()
+
+    async def _reconcile(self) -> None:
+        if not self._equal.is_set():
+            await make_equal(self.agent, self._work, self._progress)
+            self._work = ()
+            self._equal.set()
+        await resync_after_outages(self.agent, self._progress)
+
+    async def _drain(self) -> None:
+        """Everything durable on both sides, and the clean mark, so that the next start goes on without a gap."""
+        with trio.move_on_after(self._drain_seconds) as patience:
+            await self.agent.drain()
+        if patience.cancelled_caught:
+            log.error("not drained within %g s; the next mount reconciles what is marked", self._drain_seconds)
+            return
+        if not self._equal.is_set() or self.agent.link.degraded:
+            log.warning("the store does not equal the source yet; the next mount goes on with the reconcile")
+            return
+        intent = self.agent.intent
+        intent.clear((volume, region) for volume, regions in intent.marked().items() for region in regions)
+        await intent.close()
+        files = await trio.to_thread.run_sync(list_volumes, self._settings.source)
+        await trio.to_thread.run_sync(self._state.ended_cleanly, self.agent.link.last, files)
+
+    # -- the control socket ------------------------------------------------------------------------------------------
+
+    async def _answer(self, listener: Listener) -> None:
+        await serve_control(
+            listener,
+            {
+                "status": self._status,
+                "bookmark": self._bookmark,
+                "mode": self._mode,
+                "unmount": self._unmount,
+                "durable": self._durable,
+            },
+        )
+
+    async def _bookmark(self, body: Body) -> Body:
+        name = body.get("name")
+        if not isinstance(name, str):
+            raise RewindError("a bookmark needs a name")
+        check_name(name)
+        if not self._equal.is_set():
+            raise RewindError("the base snapshot is still being made; bookmark once `rewindfs status` says protected")
+        return {"name": name, "seq": await self.agent.bookmark(name)}
+
+    async def _mode(self, body: Body) -> Body:
+        self.first.switch_mode(Mode(body.get("mode")))
+        return {"mode": self.first.mode.value}
+
+    async def _unmount(self, body: Body) -> Body:
+        """Sets how long the drain may take. The unmount itself is the caller's: it sees what keeps the mount busy."""
+        seconds = body.get("drain_timeout")
+        if isinstance(seconds, (int, float)) and seconds > 0:
+            self._drain_seconds = float(seconds)
+        return {"pid": os.getpid(), "second": self._second_pid()}
+
+    async def _durable(self, body: Body) -> Body:
+        await self.first.drain()
+        return {"durable_seq": self.first.durable}
+
+    def _second_pid(self) -> int | None:
+        process = self._supervisor.process
+        return None if process is None else process.pid
+
+    async def _status(self, body: Body) -> Body:
+        status = self.first.status()
+        reconciling = not self._equal.is_set() or self.agent.link.degraded
+        oldest = status.oldest_queued
+        return {
+            "group": self._settings.group,
+            "source": str(self._settings.source),
+            "mountpoint": str(self._settings.mountpoint),
+            "store_path": str(self._settings.store),
+            "mode": status.mode.value,
+            "state": self._state_word(status.link, status.outage),
+            "link": status.link.value,
+            "error": status.error,
+            "oldest_queued": oldest,
+            "lag": {"bytes": status.queued_bytes, "records": status.queued_records},
+            "seq": self.agent.link.last,
+            "durable_seq": status.durable,
+            "intent_bytes": sum(map(len, self.agent.intent.marked().values())) * REGION_BYTES,
+            "volumes": len(self.agent.volumes),
+            "reconcile": {"done": self._progress.done, "total": self._progress.total} if reconciling else None,
+            "pids": {"mount": os.getpid(), "second": self._second_pid()},
+        }
+
+    def _state_word(self, link: LinkState, outage: bool) -> str:
+        if link is LinkState.LOST or self.agent.link.degraded:
+            return "degraded"
+        if outage:
+            return "blocked" if self.first.blocks else "degraded"
+        if not self._equal.is_set():
+            return "initializing"
+        return "protected"
+
+
+def _open_intent(path: Path) -> IntentLog:
+    try:
+        return IntentLog.open(path)
+    except Damaged as damage:
+        log.error("%s; everything will be compared", damage)
+        return IntentLog.open_damaged(path)

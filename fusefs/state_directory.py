@@ -1,0 +1,150 @@
+"""SOURCE/.rewindfs: what the agent must know again after it has ended, however it ended.
+
+`lock` (one mount of a source at a time), `agent.json`, `intent` (the intent log), `control` (the socket that commands
+speak to).
+
+Invariants:
+- `agent.json` is replaced as a whole: written anew, synced, renamed over, directory synced;
+- an epoch is on disk before anybody hears of it, so no two agent starts have the same;
+- `clean` is there only between a clean end and the next start, and it names every volume as it was left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+
+from dedup.errors import Damaged, RewindError, UnknownFormat
+from dedup.types import Epoch, Seq
+from fusefs.volume_table import STATE_DIRECTORY
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileMark:
+    """What tells whether a file was changed behind the mount."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileMark:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class CleanEnd:
+    """The group as a clean end left it: everything up to `held` durable at the second appliance, and these files."""
+
+    held: Seq
+    volumes: dict[str, FileMark]
+
+
+@dataclass(frozen=True, slots=True)
+class AgentState:
+    """The content of agent.json. `store` is the store's uuid, empty before the first connection."""
+
+    version: int = STATE_VERSION
+    source: str = field(default_factory=lambda: uuid.uuid4().hex)
+    group: str = ""
+    store: str = ""
+    epoch: Epoch = Epoch(0)
+    clean: CleanEnd | None = None
+
+
+class StateDirectory:
+    """The agent's state on disk. One process holds it; methods block for as long as a sync takes: call in a thread."""
+
+    def __init__(self, source: Path, lock_fd: int, state: AgentState) -> None:
+        self.path = source / STATE_DIRECTORY
+        self._lock_fd = lock_fd
+        self.state = state
+
+    @classmethod
+    def open(cls, source: Path) -> StateDirectory:
+        """Makes the directory if it is absent and takes its lock. RewindError if another mount of the source runs."""
+        path = source / STATE_DIRECTORY
+        path.mkdir(mode=0o700, exist_ok=True)
+        lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RewindError(
+                    f"{source} is already protected by another mount; use that one, or unmount it first"
+                ) from None
+            return cls(source, lock_fd, _load(path / "agent.json"))
+        except BaseException:
+            os.close(lock_fd)
+            raise
+
+    @property
+    def intent_path(self) -> Path:
+        return self.path / "intent"
+
+    @property
+    def control_path(self) -> Path:
+        return self.path / "control"
+
+    def begin_epoch(self, group: str, at_least: Epoch) -> Epoch:
+        """A new epoch, durable: higher than any before, here and at the store (`at_least`). The clean mark is gone."""
+        epoch = Epoch(max(self.state.epoch, at_least) + 1)
+        self._save(replace(self.state, group=group, epoch=epoch, clean=None))
+        return epoch
+
+    def joined(self, store: str) -> None:
+        """The store this group is replicated to; durable."""
+        if store != self.state.store:
+            self._save(replace(self.state, store=store))
+
+    def ended_cleanly(self, held: Seq, volumes: Mapping[str, os.stat_result]) -> None:
+        """Leaves the clean mark; durable."""
+        marks = {path: FileMark.of(status) for path, status in volumes.items()}
+        self._save(replace(self.state, clean=CleanEnd(held, marks)))
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        os.close(self._lock_fd)
+
+    def _save(self, state: AgentState) -> None:
+        temporary = self.path / "agent.json.tmp"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(msgspec.json.encode(state))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / "agent.json")
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        self.state = state
+
+
+def _load(path: Path) -> AgentState:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return AgentState()
+    try:
+        state = msgspec.json.decode(content, type=AgentState)
+    except msgspec.MsgspecError as error:
+        raise Damaged(
+            f"{path} is damaged ({error}); remove it: the next mount compares the whole source with the store"
+        ) from error
+    if state.version != STATE_VERSION:
+        raise UnknownFormat(
+            f"{path} has version {state.version}, this rewindfs knows {STATE_VERSION}; use the newer one"
+        )
+    return state
