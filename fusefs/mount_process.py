@@ -79,7 +79,7 @@ async def run_mount(settings: MountSettings, ready: Ready) -> None:
             await nursery.start(supervisor.serve)
             mount = MountProcess(settings, state, supervisor)
             await mount.start(nursery)
-            await mount.serve(nursery, ready)
+            await mount.serve(ready)
             nursery.cancel_scope.cancel()
     finally:
         state.close()
@@ -100,6 +100,8 @@ class MountProcess:
         self._equal = trio.Event()
         self._progress = Reconciled()
         self._drain_seconds = DRAIN_SECONDS
+        self._background = trio.CancelScope()
+        self._background_ended = trio.Event()
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Greets the second appliance, and tells it of every volume; contents are left to `serve`."""
@@ -133,7 +135,7 @@ class MountProcess:
         groups: Any = status["groups"]
         return Epoch(max((group["epoch"] for group in groups if group["group"] == self._settings.group), default=0))
 
-    async def serve(self, nursery: trio.Nursery, ready: Ready) -> None:
+    async def serve(self, ready: Ready) -> None:
         """Mounts, says that it is ready, and serves until it is unmounted or told to leave; then drains."""
         settings = self._settings
         operations = SourceMount(
@@ -142,18 +144,37 @@ class MountProcess:
         options = mount_options(str(settings.source), allow_other=settings.allow_other, extra=settings.options)
         control = listen_unix(self._state.control_path, replace_stale=True)
         try:
-            for task in (self.agent.link.heartbeats, self.agent.housekeeping, self._reconcile):
-                nursery.start_soon(task)
-            nursery.start_soon(self._answer, control)
             async with trio.open_nursery() as serving:
-                mounted = partial(serve, drain=self._drain, stop=self._stop, max_tasks=TASKS_MAX)
-                await serving.start(mounted, operations, settings.mountpoint, options)
+                serving.start_soon(self._in_background)
+                serving.start_soon(self._answer, control)
+
+                async def mounted(task_status: trio.TaskStatus[None]) -> None:
+                    await serve(
+                        operations,
+                        settings.mountpoint,
+                        options,
+                        drain=self._drain,
+                        stop=self._stop,
+                        max_tasks=TASKS_MAX,
+                        task_status=task_status,
+                    )
+                    serving.cancel_scope.cancel()
+
+                await serving.start(mounted)
                 if settings.wait_base:
                     await self._equal.wait()
                 ready.ready()
         finally:
             operations.close()
             await control.aclose()
+
+    async def _in_background(self) -> None:
+        """What goes on beside the requests, until the drain ends it: nothing may be recorded after the last record."""
+        with self._background:
+            async with trio.open_nursery() as nursery:
+                for task in (self.agent.link.heartbeats, self.agent.housekeeping, self._reconcile):
+                    nursery.start_soon(task)
+        self._background_ended.set()
 
     async def _reconcile(self) -> None:
         if not self._equal.is_set():
@@ -164,6 +185,8 @@ class MountProcess:
 
     async def _drain(self) -> None:
         """Everything durable on both sides, and the clean mark, so that the next start goes on without a gap."""
+        self._background.cancel()
+        await self._background_ended.wait()
         with trio.move_on_after(self._drain_seconds) as patience:
             await self.agent.drain()
         if patience.cancelled_caught:
