@@ -48,7 +48,7 @@ OUTAGE_CHECKS: Final = 8
 REQUESTS_WAITING_MAX: Final = 256
 """Most requests without an answer, sent or not."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("rewindfs.first_appliance")
 
 __all__ = ["FirstAppliance", "FirstApplianceStatus", "LinkState"]
 
@@ -123,7 +123,7 @@ class FirstAppliance:
 
     @property
     def last_seq(self) -> Seq:
-        """Of the newest record taken, or what the store held at the start."""
+        """Of the newest record taken; at first what the store held."""
         return self._last_seq
 
     @property
@@ -372,10 +372,8 @@ class FirstAppliance:
         if outage == self._outage:
             return
         self._outage = outage
-        if outage:
-            log.warning("outage: no progress for %g s; policy: %s", self._outage_after, self._outage_policy().value)
-        else:
-            log.warning("the outage is over")
+        what = f"no progress for {self._outage_after:g} s; policy: {self._outage_policy().value}" if outage else "over"
+        log.warning("outage: %s", what)
         self._settle_waiters()
         self._changed()
 
@@ -449,18 +447,15 @@ class FirstAppliance:
         self._link = None
         full = isinstance(reason, SessionEnded) and reason.failure.code is ErrorCode.STORE_FULL
         self._set_link_state(LinkState.FULL if full else LinkState.DOWN, str(reason))
-        self._fail_answers(LinkReset(f"the link broke before the answer came: {reason}"))
-
-    def _fail_answers(self, error: Exception) -> None:
-        self._compares.fail_all(error)
-        self._requests.fail_all(error)
+        reset = LinkReset(f"the link broke before the answer came: {reason}")
+        self._compares.fail_all(reset)
+        self._requests.fail_all(reset)
 
     def _lose(self, error: HistoryLost) -> None:
         log.error("ordered replication of epoch %d is over: %s", self._epoch, error)
         self._lost = error
         self._set_link_state(LinkState.LOST, str(error))
-        self._progress.fail(error)
-        self._fail_answers(error)
+        self._progress.fail(error)  # compares and requests failed with the link
         self._settle_waiters()
         if self._on_lost is not None:
             self._on_lost(error)
