@@ -1,0 +1,330 @@
+"""Verification against stores that were damaged on purpose: the right check says so, and names what it concerns."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dedup import layout
+from dedup.catalog import Index
+from dedup.damage import Check, Report
+from dedup.errors import NotAStore
+from dedup.group_verify import GroupVerifier
+from dedup.head_replay import HeadReplay
+from dedup.overlay import Overlay
+from dedup.pointer_map import SEQ_MAX
+from dedup.reachability import Reachability, consecutive
+from dedup.reader import StoreReader
+from dedup.sealed import seal
+from dedup.storage import Storage
+from dedup.store import Store
+from dedup.types import Bookmark, ClockRun, ContainerId, Seq, VolumeId
+from dedup.verify import CHECKS, verify
+from tests.dedup.model import Model
+
+BLOCK = 4096
+A, B = VolumeId(1), VolumeId(2)
+
+
+@dataclass
+class Built:
+    """A closed store: a.img and b.img in the base, then writes, a snapshot `early`, more writes and a resize."""
+
+    path: Path
+    model: Model
+
+    @property
+    def container(self) -> Path:
+        """The one that holds what was written after the base."""
+        return layout.container_path(self.path / "containers", ContainerId(2))
+
+    @property
+    def segment(self) -> Path:
+        return layout.segment_path(self.path / "groups" / "g" / "journal", Seq(1))
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Built:
+    path, model, dice = tmp_path / "store", Model(), random.Random(7)
+    Store.create(path)
+    store = Store.open(path)
+    group = store.group("g")
+    start, end = model.begin()
+    group.ingest([start, end])
+    group.ingest([model.create("a.img", 40 * BLOCK), model.create("b.img", 8 << 20)])
+    group.ingest([model.reconcile(A, 0, dice.randbytes(20 * BLOCK))])
+    store.checkpoint()
+    group.ingest([model.write(A, block * BLOCK, dice.randbytes(BLOCK)) for block in range(5)])
+    group.create_snapshot("early")
+    store.checkpoint()
+    group.ingest([model.write(B, (block * 300) * BLOCK + 5, dice.randbytes(5000)) for block in range(5)])
+    group.ingest([model.write(A, 0, dice.randbytes(3 * BLOCK)), model.resize(A, 30 * BLOCK), model.flush(A)])
+    store.close()
+    return Built(path, model)
+
+
+def check(report: Report, name: str) -> Check:
+    (found,) = [one for one in report.checks if one.name == name]
+    return found
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x40
+    path.write_bytes(data)
+
+
+def failed(report: Report) -> set[str]:
+    assert report.ok == all(one.ok for one in report.checks)
+    return {one.name for one in report.checks if not one.ok}
+
+
+@pytest.mark.parametrize("read_data", [False, True])
+def test_a_sound_store_is_clean(built: Built, read_data: bool) -> None:
+    report = verify(built.path, read_data=read_data)
+    assert tuple(one.name for one in report.checks) == CHECKS
+    assert failed(report) == set() and report.ok
+    assert all(one.items for one in report.checks), "each check looked at something"
+    assert check(report, "journal").items == built.model.seq + 1, "every record, and the snapshot's entry"
+
+
+def test_an_empty_store_and_no_store(tmp_path: Path) -> None:
+    Store.create(tmp_path / "s")
+    Store.open(tmp_path / "s").close()
+    assert verify(tmp_path / "s", read_data=True).ok
+    with pytest.raises(NotAStore):
+        verify(tmp_path)
+
+
+def test_a_torn_tail_is_clean(built: Built) -> None:
+    with built.segment.open("ab") as segment:
+        segment.write(built.segment.read_bytes()[64:100])
+    assert verify(built.path).ok
+
+
+def test_what_a_crash_leaves_of_a_container_is_no_damage(built: Built) -> None:
+    layout.container_path(built.path / "containers", ContainerId(9)).write_bytes(b"")
+    assert verify(built.path, read_data=True).ok
+
+
+def test_a_flipped_block_is_found_by_reading_it(built: Built) -> None:
+    flip(built.container, layout.RAW_SLOTS_OFFSET + 3 * BLOCK + 17)  # the fourth write: block 3 of a.img, for good
+    assert verify(built.path).ok, "the block itself was not read"
+    report = verify(built.path, read_data=True)
+    assert failed(report) == {"pointers-resolve"}
+    found = check(report, "pointers-resolve").damage
+    assert {(one.snapshot, one.volume, one.offset, one.length) for one in found} == {
+        ("early", "a.img", 3 * BLOCK, BLOCK),
+        ("latest", "a.img", 3 * BLOCK, BLOCK),
+    }
+    assert {one.file for one in found} == {built.container.name} and {one.group for one in found} == {"g"}
+
+
+def test_a_flipped_fingerprint_is_found_without_reading_data(built: Built) -> None:
+    flip(built.container, layout.RAW_TABLE_OFFSET + 4 * 16 + 2)
+    report = verify(built.path)
+    assert failed(report) == {"pointers-resolve"}
+    assert {(one.snapshot, one.offset) for one in check(report, "pointers-resolve").damage} == {
+        ("early", 4 * BLOCK),
+        ("latest", 4 * BLOCK),
+    }
+
+
+def test_damage_in_no_snapshot_is_named_by_its_record(tmp_path: Path) -> None:
+    model, path = Model(), tmp_path / "s"
+    Store.create(path)
+    store = Store.open(path)
+    group = store.group("g")
+    group.ingest([*model.begin(), model.create("a.img")])
+    first = model.write(A, 8 * BLOCK, b"x" * BLOCK)
+    group.ingest([first, model.write(A, 8 * BLOCK, b"y" * BLOCK)])
+    store.close()
+    flip(layout.container_path(path / "containers", ContainerId(1)), layout.RAW_SLOTS_OFFSET)
+    (found,) = check(verify(path, read_data=True), "pointers-resolve").damage
+    assert (found.snapshot, found.volume, found.offset, found.length) == (None, "a.img", 8 * BLOCK, BLOCK)
+    assert f"seq={first.seq}" in found.what
+
+
+def test_a_flipped_byte_in_the_journal(built: Built) -> None:
+    flip(built.segment, built.segment.stat().st_size // 2)
+    report = verify(built.path)
+    assert "journal" in failed(report)
+    (found,) = check(report, "journal").damage
+    assert found.file == built.segment.name and "offset" in found.what
+    # What the journal cannot say any more is not called sound.
+    assert "could not be checked" in check(report, "index-equals-journal").damage[0].what
+
+
+@pytest.mark.parametrize("keep", [64, 200])
+def test_a_journal_that_ends_before_what_the_index_holds(built: Built, keep: int) -> None:
+    built.segment.write_bytes(built.segment.read_bytes()[:keep])
+    assert "journal" in failed(verify(built.path))
+
+
+def test_a_missing_segment(built: Built) -> None:
+    built.segment.unlink()
+    assert "journal" in failed(verify(built.path))
+
+
+def test_a_truncated_container(built: Built) -> None:
+    with built.container.open("r+b") as file:
+        file.truncate(layout.RAW_SLOTS_OFFSET + 2 * BLOCK)
+    report = verify(built.path)
+    assert failed(report) == {"pointers-resolve"}
+    early = [one for one in check(report, "pointers-resolve").damage if one.snapshot == "early"]
+    assert [(one.offset, one.length) for one in early] == [(2 * BLOCK, 3 * BLOCK)]
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: flip(path, 20)], ids=["gone", "header"])
+@pytest.mark.parametrize("read_data", [False, True])
+def test_a_container_that_is_gone_or_does_not_open(
+    built: Built, damage: Callable[[Path], None], read_data: bool
+) -> None:
+    damage(built.container)
+    report = verify(built.path, read_data=read_data)
+    assert failed(report) == {"containers", "pointers-resolve"}
+    assert [one.file for one in check(report, "containers").damage] == [built.container.name]
+    named = {(one.snapshot, one.volume) for one in check(report, "pointers-resolve").damage}
+    assert named >= {("early", "a.img"), ("latest", "a.img"), ("latest", "b.img")}
+
+
+def test_a_sealed_container(built: Built) -> None:
+    seal(Storage(), built.container.parent, ContainerId(2), None)
+    assert verify(built.path, read_data=True).ok
+    flip(built.container, built.container.stat().st_size - 9)
+    report = verify(built.path, read_data=True)
+    assert failed(report) == {"pointers-resolve"}
+
+
+def alter_pointer(path: Path, volume: VolumeId, block: int, address: int) -> None:
+    """Puts another address into the newest version of the pointer map."""
+    index = Index(path / "index", writer=True)
+    with index.write() as txn:
+        leaf, at = divmod(block, layout.LEAF_BLOCKS)
+        pointers = index.pointers(1)
+        indexes, addresses = np.array([at], dtype=np.uint16), np.array([address], dtype=np.uint64)
+        with txn.cursor(index.db["pointers"]) as cursor:
+            cursor.last()
+            seq = Seq(layout.POINTER_KEY.unpack(cursor.key())[3])
+        whole = pointers.leaf(txn, volume, leaf, SEQ_MAX)
+        assert whole is not None
+        whole[indexes] = addresses
+        pointers.put(txn, volume, leaf, seq, np.arange(len(whole), dtype=np.uint16), whole)
+    index.close()
+
+
+def test_a_pointer_that_the_journal_does_not_say(built: Built) -> None:
+    alter_pointer(built.path, B, 600, int(layout.address(ContainerId(2), 0)))
+    report = verify(built.path, read_data=True)
+    assert failed(report) == {"index-equals-journal"}
+    (found,) = check(report, "index-equals-journal").damage
+    assert (found.volume, found.offset, found.length) == ("b.img", 600 * BLOCK, BLOCK)
+
+
+@pytest.mark.parametrize(("container", "slot"), [(2, 9000), (77, 1), (2, 0xFFFF)])
+def test_a_pointer_to_nothing(built: Built, container: int, slot: int) -> None:
+    alter_pointer(built.path, B, 600, int(layout.address(ContainerId(container), slot)))
+    report = verify(built.path)
+    assert failed(report) >= {"index-equals-journal", "pointers-resolve"}
+    (found,) = check(report, "pointers-resolve").damage
+    assert (found.snapshot, found.volume, found.offset) == ("latest", "b.img", 600 * BLOCK)
+
+
+def test_a_leaf_that_does_not_decode(built: Built) -> None:
+    index = Index(built.path / "index", writer=True)
+    with index.write() as txn, txn.cursor(index.db["pointers"]) as cursor:
+        cursor.last()
+        cursor.put(cursor.key(), b"\0\0garbage")
+    index.close()
+    assert failed(verify(built.path)) == {"index-equals-journal", "pointers-resolve"}
+
+
+def test_a_name_that_the_index_lost(built: Built) -> None:
+    index = Index(built.path / "index", writer=True)
+    with index.write() as txn:
+        txn.delete(layout.GROUP_KEY.pack(1) + b"early", db=index.db["names"])
+    index.close()
+    report = verify(built.path)
+    assert failed(report) == {"index-equals-journal"}
+    assert "early" in check(report, "index-equals-journal").damage[0].what
+
+
+def test_a_name_of_no_record(built: Built) -> None:
+    index = Index(built.path / "index", writer=True)
+    with index.write() as txn:
+        key = layout.GROUP_KEY.pack(1) + b"early"
+        value = txn.get(key, db=index.db["names"])
+        assert value is not None
+        txn.put(key, value.replace(b"\x0a", b"\x7f", 1), db=index.db["names"])
+    index.close()
+    report = verify(built.path)
+    assert "catalog" in failed(report)
+    assert check(report, "catalog").damage[0].snapshot == "early"
+
+
+def test_a_bookmark_names_a_bookmarks_record(tmp_path: Path) -> None:
+    model, path = Model(), tmp_path / "s"
+    Store.create(path)
+    store = Store.open(path)
+    store.group("g").ingest([*model.begin(), model.create("a.img")])
+    last = model.flush(A)
+    store.group("g").ingest([last, Bookmark(Seq(last.seq + 1), last.time, ClockRun(0), "mark")])
+    store.close()
+    assert verify(path).ok
+
+
+def test_a_group_that_the_index_does_not_know(built: Built) -> None:
+    index = Index(built.path / "index", writer=True)
+    with index.write() as txn:
+        txn.delete(b"g", db=index.db["groups"])
+    index.close()
+    assert "index-equals-journal" in failed(verify(built.path))
+
+
+def test_the_store_stays_usable_and_unchanged(built: Built) -> None:
+    before = {path: path.read_bytes() for path in built.path.rglob("*.rw?")}
+    verify(built.path, read_data=True)
+    assert {path: path.read_bytes() for path in built.path.rglob("*.rw?")} == before
+    Store.open(built.path).close()
+
+
+def test_small_windows_find_the_same(built: Built) -> None:
+    """The replay in windows of one leaf compares each leaf once, and no less."""
+    alter_pointer(built.path, B, 600, int(layout.address(ContainerId(2), 0)))
+    items = []
+    for leaves_max in (1, 2, 100):
+        store = StoreReader.open(built.path)
+        checks = {name: Check(name) for name in CHECKS}
+        slots = Reachability(store.storage, built.path / "containers")
+        group = GroupVerifier(store, "g", 1, checks, slots, leaves_max=leaves_max)
+        group.begin()
+        group.journal(lambda done: None)
+        group.compare()
+        store.close()
+        (found,) = checks["index-equals-journal"].damage
+        assert (found.volume, found.offset) == ("b.img", 600 * BLOCK)
+        items.append(checks["index-equals-journal"].items)
+    assert items == [items[0]] * 3
+
+
+def test_a_replay_keeps_to_its_window() -> None:
+    replay = HeadReplay(leaves_max=2)
+    overlay = Overlay()
+    for leaf in (5, 1, 3, 2):
+        overlay.put(A, leaf * layout.LEAF_BLOCKS, np.array([leaf], dtype=np.uint64))
+    replay.take(overlay)
+    assert list(replay.leaves()) == [(A, 1), (A, 2)] and replay.end == (A, 3)
+    cut = Overlay()
+    cut.cut(A, 2 * layout.LEAF_BLOCKS)
+    replay.take(cut)
+    assert not replay.leaf((A, 2)).any() and replay.leaf((A, 1))[0] == 1
+
+
+def test_consecutive() -> None:
+    assert list(consecutive(np.array([], dtype=np.int64))) == []
+    assert list(consecutive(np.array([1, 2, 5, 7, 8, 9], dtype=np.int64))) == [(1, 2), (5, 1), (7, 3)]
