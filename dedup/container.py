@@ -94,7 +94,7 @@ class RawContainerWriter:
         first = self.next_slot
         if len(blocks) != len(fingerprints) or len(blocks) > self.slots_free:
             raise ValueError(f"{len(blocks)} blocks, {len(fingerprints)} fingerprints, {self.slots_free} slots free")
-        if any(len(block) != BLOCK_BYTES for block in blocks):
+        if not set(map(len, blocks)) <= {BLOCK_BYTES}:
             raise ValueError(f"a block has {BLOCK_BYTES} bytes")
         self.next_slot = first + len(blocks)
         self._storage.pwritev(self._fd, blocks, RAW_SLOTS_OFFSET + first * BLOCK_BYTES)

@@ -62,21 +62,29 @@ class DataJournal:
         StoreFull, StoreFailed: none of the blocks has an address that counts; the next append uses a new container.
         """
         self._check_usable()
+        writer = self._open
+        if writer is not None and len(blocks) <= writer.slots_free:
+            return self._append_to(writer, blocks, fingerprints)
         addresses = np.empty(len(blocks), dtype="<u8")
         done = 0
         while done < len(blocks):
             writer = self._writer()
-            take = min(len(blocks) - done, writer.slots_free)
-            was_empty = writer.next_slot == 0
-            try:
-                first = writer.append(blocks[done : done + take], fingerprints[done : done + take])
-            except BaseException:
-                self._abandon(writer, is_empty=was_empty)
-                raise
-            where = (writer.container << SLOT_BITS) + first
-            addresses[done : done + take] = np.arange(where, where + take, dtype=np.uint64)
-            done += take
+            end = min(len(blocks), done + writer.slots_free)
+            addresses[done:end] = self._append_to(writer, blocks[done:end], fingerprints[done:end])
+            done = end
         return addresses
+
+    def _append_to(
+        self, writer: RawContainerWriter, blocks: Sequence[Buffer], fingerprints: Sequence[bytes]
+    ) -> NDArray[np.uint64]:
+        was_empty = writer.next_slot == 0
+        try:
+            first = writer.append(blocks, fingerprints)
+        except BaseException:
+            self._abandon(writer, is_empty=was_empty)
+            raise
+        where = (writer.container << SLOT_BITS) + first
+        return np.arange(where, where + len(blocks), dtype=np.uint64)
 
     def _writer(self) -> RawContainerWriter:
         """The open container, a new one when there is none with room."""

@@ -16,9 +16,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
+from xxhash import xxh3_128_digest
 
 from dedup.container import ContainerPool
 from dedup.data_journal import DataJournal
@@ -29,6 +30,7 @@ from dedup.layout import ZERO_BLOCK, ZERO_FINGERPRINT, fingerprint
 from dedup.metadata_journal import EntryKind, Logged, LoggedExtent
 from dedup.pointer_map import Addresses
 from dedup.types import (
+    BASE_JOURNAL,
     BLOCK_BYTES,
     HOLE,
     Address,
@@ -49,7 +51,6 @@ from dedup.types import (
     Rename,
     Resize,
     Retire,
-    Seq,
     VolumeId,
     Write,
 )
@@ -79,13 +80,16 @@ _KINDS: Final[dict[type, EntryKind]] = {
 _WITHOUT_BODY: Final = (Write, Aggregate, Reconcile)
 
 
-class Piece(NamedTuple):
-    """One extent of a record as whole blocks, before they have addresses."""
+@dataclass(slots=True, eq=False)
+class Piece:
+    """One extent of a record as whole blocks; `addresses` and `fingerprints` once they are placed."""
 
     volume: VolumeId
     offset: int
     length: int
     blocks: list[Block]
+    addresses: Addresses = field(init=False)
+    fingerprints: bytes = field(init=False)
 
 
 @dataclass(slots=True)
@@ -204,58 +208,58 @@ class Ingest:
                 raise OutOfOrder(f"record {first}..{record.seq} does not follow {held}")
             held = record.seq
             pieces.append(_pieces(staging, record))
-        placed = self._place_all(records, pieces, journal)
-        return [_logged(record, found, placed, journal_id) for record, found in zip(records, pieces, strict=True)]
+        self._place_all(records, pieces, journal)
+        return [_logged(record, found, journal_id) for record, found in zip(records, pieces, strict=True)]
 
-    def _place_all(
-        self, records: Sequence[Record], pieces: list[list[Piece]], journal: DataJournal
-    ) -> dict[int, tuple[Addresses, list[bytes]]]:
-        """id of each piece's block list → its addresses and fingerprints."""
-        placed: dict[int, tuple[Addresses, list[bytes]]] = {}
-        for target, wanted in ((self._base, True), (journal, False)):
-            chosen = [
-                piece
-                for record, found in zip(records, pieces, strict=True)
-                if isinstance(record, Reconcile) is wanted
-                for piece in found
-            ]
-            blocks = [block for piece in chosen for block in piece.blocks]
-            if not blocks:
+    def _place_all(self, records: Sequence[Record], pieces: list[list[Piece]], journal: DataJournal) -> None:
+        """Gives every piece its addresses: Reconcile's in `base`, all others in `journal`."""
+        base: list[Piece] = []
+        others: list[Piece] = []
+        for record, found in zip(records, pieces, strict=True):
+            if found:
+                (base if type(record) is Reconcile else others).extend(found)
+        for chosen, target in ((base, self._base), (others, journal)):
+            if not chosen:
                 continue
+            blocks = chosen[0].blocks if len(chosen) == 1 else [block for piece in chosen for block in piece.blocks]
             addresses, fingerprints = self._place(blocks, target)
             at = 0
             for piece in chosen:
-                count = len(piece.blocks)
-                placed[id(piece.blocks)] = (addresses[at : at + count], fingerprints[at : at + count])
-                at += count
-        return placed
+                end = at + len(piece.blocks)
+                piece.addresses = addresses[at:end]
+                piece.fingerprints = b"".join(fingerprints[at:end])
+                at = end
 
     def _place(self, blocks: list[Block], journal: DataJournal) -> tuple[Addresses, list[bytes]]:
         """An address for each block: a hole, a block the store has, or a new one in `journal`."""
-        fingerprints = [fingerprint(block) for block in blocks]
-        known = self._index.lookup(fingerprints)
-        addresses = np.zeros(len(blocks), dtype=np.uint64)
+        fingerprints = [xxh3_128_digest(block) for block in blocks]
+        found: list[int] = []
         fresh: dict[bytes, int] = {}
         twins: list[tuple[int, int]] = []
         new: list[int] = []
-        for index, (block, mark, address) in enumerate(zip(blocks, fingerprints, known, strict=True)):
-            if mark == ZEROS_FINGERPRINT and bytes(block) == ZERO_BLOCK:
+        for index, (mark, address) in enumerate(zip(fingerprints, self._index.lookup(fingerprints), strict=True)):
+            found.append(HOLE)
+            if address is not None and self._same(address, blocks[index]):
+                found[index] = address
+            elif mark == ZEROS_FINGERPRINT and bytes(blocks[index]) == ZERO_BLOCK:
                 fingerprints[index] = ZERO_FINGERPRINT
-            elif address is not None and self._same(address, block):
-                addresses[index] = address
-            elif (first := fresh.get(mark)) is not None and bytes(blocks[first]) == bytes(block):
+            elif (first := fresh.setdefault(mark, index)) != index and bytes(blocks[first]) == bytes(blocks[index]):
                 twins.append((index, first))
             else:
-                fresh.setdefault(mark, index)
                 new.append(index)
+        if new and len(new) == len(blocks):
+            addresses = journal.append(blocks, fingerprints)
+            for mark, where in zip(fingerprints, addresses.tolist(), strict=True):
+                self._index.note(mark, where)
+            return addresses, fingerprints
         if new:
             got = journal.append([blocks[index] for index in new], [fingerprints[index] for index in new])
-            addresses[new] = got
-            for index in new:
-                self._index.note(fingerprints[index], Address(int(addresses[index])))
+            for index, where in zip(new, got.tolist(), strict=True):
+                found[index] = where
+                self._index.note(fingerprints[index], where)
         for index, first in twins:
-            addresses[index] = addresses[first]
-        return addresses, fingerprints
+            found[index] = found[first]
+        return np.array(found, dtype=np.uint64), fingerprints
 
     def _same(self, address: Address, block: Block) -> bool:
         """Whether the stored block has these very bytes; a damaged one is never shared, but stored anew."""
@@ -282,23 +286,23 @@ def _pieces(staging: _Staging, record: Record) -> list[Piece]:
     return []
 
 
-def _logged(
-    record: Record, pieces: list[Piece], placed: dict[int, tuple[Addresses, list[bytes]]], journal: JournalId
-) -> Logged:
-    extents = []
-    for piece in pieces:
-        addresses, fingerprints = placed[id(piece.blocks)]
-        extents.append(LoggedExtent(piece.volume, piece.offset, piece.length, addresses, b"".join(fingerprints)))
+def _logged(record: Record, pieces: list[Piece], journal: JournalId) -> Logged:
+    extents = tuple(
+        [
+            LoggedExtent(piece.volume, piece.offset, piece.length, piece.addresses, piece.fingerprints)
+            for piece in pieces
+        ]
+    )
     body = None if isinstance(record, _WITHOUT_BODY) else record
     if isinstance(body, Correct):
         body = replace(body, extent=Extent(body.extent.volume, body.extent.offset, _EMPTY_EXTENT))
     return Logged(
         _KINDS[type(record)],
-        record.first_seq if isinstance(record, Aggregate) else Seq(record.seq),
+        record.first_seq if isinstance(record, Aggregate) else record.seq,
         record.seq,
         record.time,
         record.run,
-        JournalId(0) if isinstance(record, Reconcile) else journal,
-        tuple(extents),
+        BASE_JOURNAL if type(record) is Reconcile else journal,
+        extents,
         body,
     )

@@ -96,14 +96,20 @@ class Storage:
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
         """Writes all the buffers one after the other. Not durable. StoreFull, StoreFailed: any part may be written."""
-        pending: list[memoryview] = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        count = self._pwritev_some(fd, buffers[:IOV_MAX], offset)
+        if count == sum(map(len, buffers)):
+            return  # as nearly always: one call took it all
+        pending = _after([memoryview(buffer) for buffer in buffers if len(buffer)], count)
         while pending:
-            try:
-                count = os.pwritev(fd, pending[:IOV_MAX], offset)
-            except OSError as error:
-                _refused(error, self.path_of(fd), f"offset {offset}: write failed")
             offset += count
+            count = self._pwritev_some(fd, pending[:IOV_MAX], offset)
             pending = _after(pending, count)
+
+    def _pwritev_some(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        try:
+            return os.pwritev(fd, buffers, offset)
+        except OSError as error:
+            _refused(error, self.path_of(fd), f"offset {offset}: write failed")
 
     def datasync(self, fd: int) -> None:
         """What was written to the file before the call, and its size, is durable on return.

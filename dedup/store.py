@@ -149,8 +149,10 @@ class Store:
 
     def checkpoint_due(self) -> bool:
         """Whether `checkpoint` should be called soon."""
-        pointers = sum(group.state.overlay.count for group in self._groups.values())
-        records = sum(group.state.records for group in self._groups.values())
+        pointers = records = 0
+        for group in self._groups.values():
+            pointers += group.state.overlay.count
+            records += group.state.records
         if pointers >= CHECKPOINT_POINTERS or records >= CHECKPOINT_RECORDS:
             return True
         return bool(pointers) and time.monotonic() - self._checkpointed_at >= CHECKPOINT_SECONDS
