@@ -103,7 +103,8 @@ class PlainAgent:
 
 
 async def serve(source: Path, mountpoint: str, writeback: bool) -> None:
-    operations = SourceMount(source, PlainAgent(source, keep_calls=False), writeback=writeback)
+    control = source / "no-control-socket"
+    operations = SourceMount(source, PlainAgent(source, keep_calls=False), control=control, writeback=writeback)
     options = {"fsname=plain-agent", "default_permissions", "allow_other"}
     pyfuse3.init(operations, mountpoint, options)
     print("ready", flush=True)

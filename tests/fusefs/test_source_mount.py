@@ -19,6 +19,7 @@ import trio.testing
 from pyfuse3 import ROOT_INODE, EntryAttributes, ReaddirToken, RequestContext, SetattrFields
 
 from dedup.errors import RewindError
+from fusefs.mountpoint import CONTROL_XATTR
 from fusefs.source_mount import SourceMount
 from tests.fusefs.plain_agent import PlainAgent
 
@@ -32,7 +33,7 @@ class Mount(SourceMount):
     def __init__(self, source: Path) -> None:
         self.source = source
         self.agent = PlainAgent(source)
-        super().__init__(source, self.agent)
+        super().__init__(source, self.agent, control=source / ".rewindfs" / "control")
 
     async def inode(self, name: str) -> int:
         number = ROOT_INODE
@@ -404,6 +405,10 @@ async def test_extended_attributes(mount: Mount, source: Path) -> None:
     for name in (b"user.a", b"security.capability"):
         with refused_with(pyfuse3.ENOATTR):
             await mount.getxattr(inode, name, CALLER)
+    control = await mount.getxattr(ROOT_INODE, CONTROL_XATTR.encode(), CALLER)
+    assert control == os.fsencode(source / ".rewindfs" / "control")
+    with refused_with(pyfuse3.ENOATTR):
+        await mount.getxattr(inode, CONTROL_XATTR.encode(), CALLER)
     status, real = await mount.statfs(CALLER), os.statvfs(source)
     assert (status.f_blocks, status.f_bsize, status.f_namemax) == (real.f_blocks, real.f_bsize, 255)
 
