@@ -1,0 +1,87 @@
+"""What the commands print: JSON documents, tables, sizes; and how far a long work is, on a terminal only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def shown(text: str) -> str:
+    """`text` with what a terminal must not be sent (bytes of no encoding, control characters) escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def size_text(size: int) -> str:
+    """A size in bytes for a person, e.g. `1.5 GiB`."""
+    power = min(max(size.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
+    return f"{size / (1 << 10 * power):.{min(power, 1)}f} {_UNITS[power]}"
+
+
+def print_json(document: object) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal, aligned columns elsewhere; the last column is cut by neither."""
+    cells = [[shown(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for heading in headings:
+            table.add_column(heading, overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    for row in [list(headings), *cells]:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+class TerminalProgress:
+    """Bytes, rate and time left of each phase on stderr. Use `terminal_progress`."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", visible=False)
+
+    def phase(self, name: str, total_bytes: int) -> None:
+        """A part of the work begins."""
+        self._bar.update(self._task, visible=False)
+        self._task = self._bar.add_task(name, total=total_bytes)
+
+    def advance(self, done_bytes: int) -> None:
+        """So much more of the part is done."""
+        self._bar.advance(self._task, done_bytes)
+
+
+@contextmanager
+def terminal_progress() -> Iterator[TerminalProgress | None]:
+    """A progress display while the block runs; None when stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(binary_units=True),
+        TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield TerminalProgress(bar)
