@@ -14,6 +14,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -21,17 +22,18 @@ import lmdb
 import msgspec
 import xxhash
 
+from dedup import layout
 from dedup.errors import Damaged
 from dedup.group_state import Checkpoint, GroupState, RunStart
 from dedup.layout import ANCHOR_KEY, GROUP_KEY, TIME_KEY, VOLUME_KEY
 from dedup.metadata_journal import JournalPosition
 from dedup.pointer_map import PointerMap
-from dedup.types import Gap, Seq, Snapshot, TimeNs, VolumeId, VolumeState
+from dedup.types import Address, ContainerId, Gap, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 
 MAP_BYTES: Final = 1 << 40
 """Size of the LMDB map: address space only, the file grows as it is used. Fixed: a map cannot grow under readers."""
 READERS_MAX: Final = 1024
-_NEXT_CONTAINER: Final = b"next_container"
+_WATERMARK: Final = b"watermark"
 _DATABASES: Final = (
     "groups", "anchors", "times", "volumes", "paths", "names", "gaps", "runs", "pointers", "fingerprints", "store",
 )  # fmt: skip
@@ -41,6 +43,23 @@ if TYPE_CHECKING:
 else:  # generic in its type stub only
     Txn = lmdb.Transaction
 _Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Watermark:
+    """What a checkpoint made durable of the containers: all of those below `next_container`, but of each in `open` only
+    the slots below its number. The highest container may be collected one day; its number is not given again."""
+
+    next_container: ContainerId
+    open: dict[ContainerId, int]
+
+    def covers(self, address: Address) -> bool:
+        """Whether the block was durable at the checkpoint."""
+        container = layout.container_of(address)
+        if container >= self.next_container:
+            return False
+        slots = self.open.get(container)
+        return slots is None or layout.slot_of(address) < slots
 
 
 class Index:
@@ -87,14 +106,14 @@ class Index:
         with txn.cursor(self.db["groups"]) as cursor:
             return {key.decode(): int.from_bytes(value, "big") for key, value in cursor}
 
-    def next_container(self) -> int:
-        """No container of this number or above existed at the last checkpoint; 1 without one."""
+    def watermark(self) -> Watermark:
+        """What the containers held at the last checkpoint; without one, nothing."""
         with self.read() as txn:
-            value = txn.get(_NEXT_CONTAINER, db=self.db["store"])
-        return 1 if value is None else int.from_bytes(value, "big")
+            value = txn.get(_WATERMARK, db=self.db["store"])
+        return Watermark(ContainerId(1), {}) if value is None else _decode(value, Watermark)
 
-    def put_next_container(self, txn: Txn, number: int) -> None:
-        txn.put(_NEXT_CONTAINER, number.to_bytes(8, "big"), db=self.db["store"])
+    def put_watermark(self, txn: Txn, watermark: Watermark) -> None:
+        txn.put(_WATERMARK, msgspec.msgpack.encode(watermark), db=self.db["store"])
 
     def add_group(self, txn: Txn, name: str) -> int:
         """Gives `name` the next free id."""

@@ -56,6 +56,11 @@ class DataJournal:
         """The container that takes the next block, None before there is one."""
         return None if self._open is None else self._open.container
 
+    @property
+    def slots_used(self) -> int:
+        """Slots of `container` that are spent."""
+        return 0 if self._open is None else self._open.next_slot
+
     def append(self, blocks: Sequence[Buffer], fingerprints: Sequence[bytes]) -> NDArray[np.uint64]:
         """Writes the blocks (4096 bytes each) and returns the address of each. DURABLE after `sync`.
 

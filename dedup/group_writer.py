@@ -95,8 +95,8 @@ class GroupWriter:
             state, position = start_of(store.storage, directory, catalog, txn, anchor)
         replayed = 0
         for logged, after in read(store.storage, directory, position, torn=anchor is not None):
-            # With an index, what follows it may be torn by a power cut; without one (a rebuild) all of history follows,
-            # and a block that rotted since is no reason to cut history off there.
+            # Without an index (a rebuild) nothing tells what was durable, and a block that rotted since is no reason to
+            # cut history off there.
             if anchor is not None and not _blocks_are_whole(store, logged):
                 log.warning(
                     "group %s: the journal is cut at seq %d: its blocks did not reach the disk", name, logged.seq
@@ -300,9 +300,10 @@ _REBUILD_POINTERS: Final = 1 << 18
 
 
 def _blocks_are_whole(store: Store, logged: Logged) -> bool:
+    """Whether every block of an entry that was not durable at the last checkpoint has reached the disk."""
     for extent in logged.extents:
         for address in extent.addresses.tolist():
-            if address == HOLE:
+            if address == HOLE or store.watermark.covers(Address(address)):
                 continue
             try:
                 store.pool.read_block(Address(address))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from dedup import layout
-from dedup.catalog import Index
+from dedup.catalog import Index, Watermark
 from dedup.container import ContainerPool
 from dedup.data_journal import DataJournal
 from dedup.errors import StoreBusy, StoreError, StoreFailed
@@ -64,7 +64,8 @@ class Store:
         self.pool = ContainerPool(storage, containers)
         self.fingerprints = FingerprintIndex(self.index.env, self.index.db["fingerprints"])
         found = max((layout.container_named(name) or 0 for name in storage.listdir(containers)), default=0)
-        self._next_container = max(found + 1, self.index.next_container())
+        self.watermark = self.index.watermark()
+        self._next_container = max(found + 1, self.watermark.next_container)
         self.base_journal = DataJournal(storage, containers, BASE_JOURNAL, "base", self._allocate)
         self.fine_journal = DataJournal(storage, containers, FINE_JOURNAL, "fine", self._allocate)
         self.ingest = Ingest(self.fingerprints, self.pool, self.base_journal)
@@ -167,12 +168,16 @@ class Store:
                 for group in dirty:
                     group.catalog.put(txn, group.state, group.position)
                 self.fingerprints.commit(txn)
-                # The highest container may be collected one day; its number is not given again.
-                self.index.put_next_container(txn, self._next_container)
+                self.index.put_watermark(txn, self._watermark_now())
         self.fingerprints.committed()
         for group in dirty:
             group.checkpointed()
         self._checkpointed_at = time.monotonic()
+
+    def _watermark_now(self) -> Watermark:
+        journals = (self.base_journal, self.fine_journal)
+        taking = {one.container: one.slots_used for one in journals if one.container is not None}
+        return Watermark(ContainerId(self._next_container), taking)
 
     def log_records(self, group: GroupWriter, records: Sequence[Record]) -> None:
         """GroupWriter.ingest's work; here because blocks and fingerprints are the store's."""
