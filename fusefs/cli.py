@@ -17,7 +17,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "bookmark": ("fusefs.mount_cli:bookmark", "Name this moment, across all volumes, after a flush."),
     "browse": ("fusefs.mount_cli:browse", "Mount the snapshots of STORE, read-only."),
     "status": ("fusefs.mount_cli:status", "How a mount or a store is doing."),
-    "snapshot": ("dedup.cli:snapshot", "Create, list and delete snapshots."),
+    "snapshot": ("replication.snapshot_cli:snapshot", "Create, list and delete snapshots."),
     "points": ("dedup.cli:points", "What can be restored: ranges, gaps, flushes, bookmarks."),
     "verify": ("dedup.cli:verify", "Check a store."),
     "appliance": ("replication.cli:appliance", "Run an appliance as a process of its own."),
