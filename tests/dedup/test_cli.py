@@ -105,7 +105,7 @@ def test_create_and_delete_without_an_appliance(store: Path) -> None:
     run(snapshot, "delete", store, "kept")
     with pytest.raises(UnknownName, match="kept"):
         run(snapshot, "delete", store, "kept")
-    assert as_json(verify, store)["ok"] is True  # type: ignore[call-overload,index]
+    assert as_json(verify, store)["ok"] is True  # type: ignore[index]
 
 
 def test_refusals_leave_the_store_as_it_was(store: Path) -> None:
@@ -141,10 +141,10 @@ def test_several_groups(store: Path) -> None:
     for command in ([snapshot, "create", store], [points, store], [snapshot, "map", store, "c.img", "--at", "latest"]):
         with pytest.raises(UnknownName, match="--group"):
             run(*command)
-    assert as_json(points, store, "--group", "h")["group"] == "h"  # type: ignore[call-overload,index]
+    assert as_json(points, store, "--group", "h")["group"] == "h"  # type: ignore[index]
     made = as_json(snapshot, "create", store, "--group", "h", "--name", "n")
     assert isinstance(made, dict) and made["group"] == "h"
-    assert as_json(verify, store)["ok"] is True  # type: ignore[call-overload,index]
+    assert as_json(verify, store)["ok"] is True  # type: ignore[index]
 
 
 def test_map(store: Path) -> None:
