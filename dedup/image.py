@@ -7,12 +7,18 @@ import threading
 from dedup.catalog import Index
 from dedup.container import ContainerPool
 from dedup.errors import Damaged, WouldBlock
+from dedup.pointer_map import Addresses
 from dedup.synthesis import VolumePointers
 from dedup.types import BLOCK_BYTES, HOLE
 
 
+def room_for(length: int) -> int:
+    """The bytes of buffer that a read of `length` needs, wherever it begins: whole blocks."""
+    return (max(0, length) // BLOCK_BYTES + 2) * BLOCK_BYTES
+
+
 class Image:
-    """Read access to a volume as it was. Any thread may read; images of one store take turns.
+    """Read access to a volume as it was. Any thread may read; images of one store take turns to look up pointers.
 
     `label` names volume and moment in error messages.
     """
@@ -34,22 +40,37 @@ class Image:
         for another reader.
         """
         length = min(length, self.size - offset)
+        return bytes(self.read_into(offset, length, memoryview(bytearray(room_for(length))), wait=wait))
+
+    def read_into(self, offset: int, length: int, buffer: memoryview, *, wait: bool = True) -> memoryview:
+        """As `read`, without allocating: the result is a part of `buffer`, which has `room_for(length)` or more.
+
+        Anything else in `buffer`, and all of it when this raises, is undefined.
+        """
+        length = min(length, self.size - offset)
         if length <= 0:
-            return b""
+            return buffer[:0]
         first, skip = divmod(offset, BLOCK_BYTES)
         count = -(-(skip + length) // BLOCK_BYTES)
-        out = bytearray(count * BLOCK_BYTES)
+        try:
+            addresses = self._addresses(first, count, wait)
+            self._pool.read_addresses(addresses, buffer[: count * BLOCK_BYTES], wait=wait)
+        except Damaged as damage:
+            raise Damaged(f"{self.label}, bytes {offset}..{offset + length}: {damage}") from damage
+        return buffer[skip : skip + length]
+
+    def _addresses(self, first: int, count: int, wait: bool) -> Addresses:
+        # The lock is for the decoded leaves; what is read by address, others may read meanwhile.
         if not self._lock.acquire(blocking=wait):
             raise WouldBlock
         try:
+            known = self._pointers.cached(first, count)
+            if known is not None:
+                return known
             with self._index.read() as txn:
-                addresses = self._pointers.addresses(txn, first, count)
-            self._pool.read_addresses(addresses, memoryview(out), wait=wait)
-        except Damaged as damage:
-            raise Damaged(f"{self.label}, bytes {offset}..{offset + length}: {damage}") from damage
+                return self._pointers.addresses(txn, first, count)
         finally:
             self._lock.release()
-        return bytes(memoryview(out)[skip : skip + length])
 
     def next_data(self, offset: int) -> int:
         """The first offset at or after `offset` whose block is not a hole; `size` when there is none."""

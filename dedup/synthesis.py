@@ -87,10 +87,13 @@ class VolumePointers:
             self._leaves.popitem(last=False)
         return addresses
 
-    def cached(self, first_block: int, count: int) -> bool:
-        """Whether `addresses` of this range needs no transaction."""
-        last = (first_block + count - 1) // LEAF_BLOCKS
-        return all(leaf in self._leaves for leaf in range(first_block // LEAF_BLOCKS, last + 1))
+    def cached(self, first_block: int, count: int) -> Addresses | None:
+        """What `addresses` would return, if that needs no transaction."""
+        leaf, start = divmod(first_block, LEAF_BLOCKS)
+        if start + count > LEAF_BLOCKS:
+            return None
+        found = self._leaves.get(leaf)
+        return None if found is None else found[start : start + count]
 
     def addresses(self, txn: Txn, first_block: int, count: int) -> Addresses:
         """The addresses of blocks first_block.. (count ≥ 1)."""

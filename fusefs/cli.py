@@ -15,7 +15,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "mount": ("fusefs.mount_cli:mount", "Mount SOURCE at MOUNTPOINT and protect it."),
     "unmount": ("fusefs.mount_cli:unmount", "Drain to durable, then unmount."),
     "bookmark": ("fusefs.mount_cli:bookmark", "Name this moment, across all volumes, after a flush."),
-    "browse": ("fusefs.mount_cli:browse", "Mount the snapshots of STORE, read-only."),
+    "browse": ("fusefs.browse_cli:browse", "Mount the snapshots of STORE, read-only."),
     "status": ("fusefs.mount_cli:status", "How a mount or a store is doing."),
     "snapshot": ("replication.snapshot_cli:snapshot", "Create, list and delete snapshots."),
     "points": ("dedup.cli:points", "What can be restored: ranges, gaps, flushes, bookmarks."),

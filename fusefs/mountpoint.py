@@ -42,6 +42,8 @@ class Mount:
     path: Path
     fstype: str
     source: str
+    device: str
+    """MAJOR:MINOR, as in /sys/class/bdi."""
 
 
 def mounts() -> list[Mount]:
@@ -51,7 +53,9 @@ def mounts() -> list[Mount]:
         # Optional fields of any number end with a lone "-"; fstype and source follow it.
         left, _, right = line.partition(b" - ")
         fstype, source = right.split(b" ")[:2]
-        found.append(Mount(Path(_unescape(left.split(b" ")[4])), os.fsdecode(fstype), _unescape(source)))
+        fields = left.split(b" ")
+        path, device = Path(_unescape(fields[4])), os.fsdecode(fields[2])
+        found.append(Mount(path, os.fsdecode(fstype), _unescape(source), device))
     return found
 
 

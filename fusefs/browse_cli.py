@@ -1,0 +1,99 @@
+"""The command `browse`: the process of a snapshot mount."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import click
+import trio
+
+from dedup.errors import RewindError
+from dedup.reader import StoreReader
+from fusefs.daemon import serve
+from fusefs.mountpoint import absolute, check_mountpoint, mount_at, mount_options
+from fusefs.snapshot_mount import SnapshotMount
+from replication.background import Ready, run
+
+log = logging.getLogger("rewindfs.browse")
+
+READ_AHEAD_KIB: Final = 2048
+"""What the kernel may read ahead of a sequential reader: two of its largest requests, instead of an eighth of one."""
+_ADDRESSES: Final = ("unix:", "tls://", "tcp://")
+
+
+class StoreRefused(RewindError):
+    """STORE cannot be browsed. The message says what to give instead."""
+
+
+@click.command()
+@click.argument("store", metavar="STORE")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--group", metavar="G", help="Which group, where the store holds several.")
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
+@click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Log there instead of to stderr.")
+@click.option("--allow-other", is_flag=True, help="Let other users in, as far as owner and mode of each volume say.")
+@click.option("-o", "options", multiple=True, metavar="OPT", help="A FUSE mount option, passed on as it is.")
+@click.option("--debug", is_flag=True, help="Log more, and show the traceback of an error.")
+@click.pass_context
+def browse(
+    context: click.Context,
+    store: str,
+    mountpoint: Path,
+    group: str | None,
+    foreground: bool,
+    log_file: Path | None,
+    allow_other: bool,
+    options: tuple[str, ...],
+    debug: bool,
+) -> None:
+    """Mount the snapshots and every recovery point of STORE at MOUNTPOINT, read-only.
+
+    \b
+    MOUNTPOINT/volumes/VOLUME/NAME    a snapshot
+    MOUNTPOINT/volumes/VOLUME/@TIME   any moment: @latest, @5m, @2026-11-22T10:15:30Z, @seq=41
+    MOUNTPOINT/points/NAME/VOLUME     the whole group at one moment; points/@TIME too
+    """
+    debug = debug or bool((context.obj or {}).get("debug"))
+    if store.startswith(_ADDRESSES):
+        raise StoreRefused(f"{store}: browsing through an appliance is not supported yet; give the store's directory")
+    path = Path(store).absolute()
+    mountpoint = absolute(mountpoint)
+    check_mountpoint(mountpoint)
+    extra = [option for given in options for option in given.split(",") if option]
+    mount = mount_options(str(path), allow_other=allow_other, read_only=True, extra=extra)
+    run(partial(_serve, path, group, mountpoint, mount), foreground=foreground, log_file=log_file, debug=debug)
+
+
+async def _serve(path: Path, group: str | None, mountpoint: Path, options: set[str], ready: Ready) -> None:
+    """The process of the mount: opens the store, then mounts, then is ready."""
+    store = await trio.to_thread.run_sync(StoreReader.open, path)
+    try:
+        reader = await trio.to_thread.run_sync(store.group, group)
+        operations = SnapshotMount(reader, partial(os.statvfs, path))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(partial(serve, operations, mountpoint, options, drain=_nothing_to_drain))
+            # In a thread, like all that may look at the mount: its requests are answered by this one.
+            await trio.to_thread.run_sync(_raise_read_ahead, mountpoint)
+            ready.ready()
+    finally:
+        # No handler runs any more. What a cancelled one left in a thread has ended, too: threads are waited for.
+        store.close()
+
+
+async def _nothing_to_drain() -> None:
+    """A reader owes nobody anything."""
+
+
+def _raise_read_ahead(mountpoint: Path) -> None:
+    """Lets the kernel ask for more at once; without the right to it (not root), sequential reads are slower."""
+    mount = mount_at(mountpoint)
+    if mount is None:
+        return  # unmounted already
+    try:
+        Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
+    except OSError as error:
+        log.info("%s: the read-ahead stays at the kernel's default: %s", mountpoint, error)

@@ -1,0 +1,352 @@
+"""The snapshot mount: every recovery point of a group as a read-only file.
+
+Invariants:
+- `immutable`: an inode of a file is (volume, seq), and its bytes and attributes never change; so the kernel may keep
+  its pages and attributes for as long as it likes. What changes is which inode a name leads to;
+- `no-wrong-bytes`: a read that cannot be answered in full gives EIO; a short one is the end of the file only;
+- one thread at a time uses the reader of the group (`_take_turns`); images are read by READERS_MAX threads;
+- bounded: IMAGES_MAX images, READERS_MAX buffers, REFUSALS_MAX reasons, whatever is open. An open file has no image
+  of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NoReturn, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
+
+from dedup.errors import BadTime, MomentRefused, UnknownName, WouldBlock
+from dedup.image import Image, room_for
+from dedup.moment import rfc3339
+from dedup.reader import GroupReader
+from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, TimeNs
+from fusefs.errors import fuse_error, handler
+from fusefs.snapshot_inodes import SnapshotInodes
+from fusefs.snapshot_tree import (
+    ALWAYS_SECONDS,
+    Directory,
+    Found,
+    MomentDirectory,
+    Node,
+    SnapshotFile,
+    SnapshotTree,
+)
+
+log = logging.getLogger("rewindfs.snapshot_mount")
+
+READERS_MAX: Final = 16
+"""Reads that wait for disks at one time."""
+IMAGES_MAX: Final = 32
+"""Images kept for reading, each at most some 4 MiB of decoded pointers and the overlay of its moment."""
+REFUSALS_MAX: Final = 256
+"""Directories that remember why they refused a name."""
+READ_BYTES_MAX: Final = 1 << 20
+"""Largest read request of the kernel: 256 pages."""
+DIRECTORY_SECONDS: Final = 1.0
+"""For how long the kernel may keep a directory's attributes."""
+XATTR_PREFIX: Final = "user.rewindfs."
+REFUSED_XATTR: Final = b"user.rewindfs.refused"
+"""Of a directory: why the last TIME looked up there was refused."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True, eq=False)
+class _Listing:
+    """An open directory, with the entries it had when its listing began."""
+
+    directory: Directory
+    entries: list[tuple[str, Found]] = field(default_factory=list)
+
+
+class SnapshotMount(pyfuse3.Operations):
+    """The handlers of the snapshot mount, over the reader of one group; the caller closes the store afterwards."""
+
+    supports_dot_lookup = False
+
+    def __init__(self, reader: GroupReader, store_statvfs: Callable[[], os.statvfs_result]) -> None:
+        """`store_statvfs` tells of the disk that `df` is to show; called in a thread."""
+        super().__init__()
+        self._reader = reader
+        self._tree = SnapshotTree(reader, clock=time.monotonic)
+        self._store_statvfs = store_statvfs
+        self._inodes = SnapshotInodes()
+        self._one_turn = trio.CapacityLimiter(1)
+        self._readers = trio.CapacityLimiter(READERS_MAX)
+        self._images: OrderedDict[Hashable, Image] = OrderedDict()
+        self._refusals: OrderedDict[Directory, str] = OrderedDict()
+        self._listings: dict[int, _Listing] = {}
+        self._next_listing = 1
+        self._buffer = _new_buffer()
+        self._spare_buffers: list[memoryview] = []
+
+    # Reading
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        # One buffer for all: pyfuse3 hands the reply to the kernel before another task runs, so there must be no
+        # await between filling the buffer and returning it.
+        try:
+            node = self._file(fh)
+            image = self._images.get(node.key)
+            if image is not None and size <= READ_BYTES_MAX:
+                self._images.move_to_end(node.key)
+                try:
+                    return image.read_into(off, size, self._buffer, wait=False)  # type: ignore[return-value]
+                except WouldBlock:
+                    pass
+            return await self._read_waiting(node, off, size)
+        except Exception as error:  # noqa: BLE001 - must become an errno
+            raise fuse_error("read", error) from None
+
+    async def _read_waiting(self, node: SnapshotFile, off: int, size: int) -> bytes:
+        image = await self._image(node)
+        async with self._readers:
+            buffer = self._spare_buffers.pop() if self._spare_buffers else _new_buffer()
+            if size > READ_BYTES_MAX:
+                return await trio.to_thread.run_sync(image.read, off, size)
+            try:
+                part = await trio.to_thread.run_sync(image.read_into, off, size, buffer)
+            finally:
+                # Nobody takes it before the reply is out: that needs another task to run.
+                self._spare_buffers.append(buffer)
+            return part  # type: ignore[return-value]  # pyfuse3 takes any buffer
+
+    async def _image(self, node: SnapshotFile) -> Image:
+        image = self._images.get(node.key)
+        if image is None:
+            image = await self._take_turns(self._reader.image, node.state.volume, node.moment.seq)
+            # Two tasks may both have come here: the later image stays, both are right.
+            self._images[node.key] = image
+            if len(self._images) > IMAGES_MAX:
+                self._images.popitem(last=False)
+        return image
+
+    def _file(self, number: int) -> SnapshotFile:
+        node = self._inodes.node(number)
+        if not isinstance(node, SnapshotFile):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        return node
+
+    @handler
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            _refuse_change()
+        await self._image(self._file(inode))
+        return FileInfo(fh=inode, keep_cache=True, direct_io=False)
+
+    async def flush(self, fh: int) -> None:
+        """Nothing was written."""
+
+    async def release(self, fh: int) -> None:
+        """An open file is its inode."""
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Nothing was written."""
+
+    # Names
+
+    @handler
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        directory = self._directory(parent_inode)
+        try:
+            found = await self._take_turns(_lookup, self._tree, directory, name.decode(), ctx.pid)
+        except (FileNotFoundError, UnicodeDecodeError):
+            raise FUSEError(errno.ENOENT) from None
+        except (MomentRefused, BadTime, UnknownName) as refusal:
+            self._refused(directory, str(refusal))
+            raise FUSEError(errno.ENOENT) from None
+        number = self._inodes.number(found.node)
+        self._inodes.refer(number)
+        return self._entry(number, found.node, found.seconds)
+
+    def _refused(self, directory: Directory, reason: str) -> None:
+        """Keeps the reason where a person finds it. A program that asks again and again is one line in the log."""
+        if self._refusals.get(directory) != reason:
+            log.warning("no such moment: %s", reason)
+        self._refusals[directory] = reason
+        self._refusals.move_to_end(directory)
+        if len(self._refusals) > REFUSALS_MAX:
+            self._refusals.popitem(last=False)
+
+    def _directory(self, number: int) -> Directory:
+        node = self._inodes.node(number)
+        if isinstance(node, SnapshotFile):
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        return node
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for number, lookups in inode_list:
+            self._inodes.forget(number, lookups)
+
+    @handler
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        handle = self._next_listing
+        self._next_listing += 1
+        self._listings[handle] = _Listing(self._directory(inode))
+        return handle
+
+    @handler
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        listing = self._listings[fh]
+        if start_id == 0:
+            listing.entries = await self._take_turns(self._tree.listing, listing.directory)
+        for index in range(start_id, len(listing.entries)):
+            name, found = listing.entries[index]
+            number = self._inodes.number(found.node)
+            entry = self._entry(number, found.node, found.seconds)
+            if not pyfuse3.readdir_reply(token, name.encode(), entry, index + 1):
+                self._inodes.forget(number)
+                return
+            self._inodes.refer(number)
+
+    @handler
+    async def releasedir(self, fh: int) -> None:
+        del self._listings[fh]
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Nothing was written."""
+
+    # Attributes
+
+    @handler
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(inode, self._inodes.node(inode), 0)
+
+    def _entry(self, number: int, node: Node, seconds: float) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = number
+        entry.entry_timeout = seconds
+        entry.st_blksize = BLOCK_BYTES
+        if isinstance(node, SnapshotFile):
+            state, moment = node.state, node.moment.time
+            entry.attr_timeout = ALWAYS_SECONDS
+            entry.st_mode = stat.S_IFREG | stat.S_IMODE(state.mode)
+            entry.st_uid, entry.st_gid = state.uid, state.gid
+            entry.st_size = state.size
+            entry.st_blocks = -(-state.size // 512)
+            entry.st_nlink = 1
+        else:
+            fixed = isinstance(node, MomentDirectory)
+            moment = node.moment.time if isinstance(node, MomentDirectory) else self._tree.time
+            entry.attr_timeout = ALWAYS_SECONDS if fixed else DIRECTORY_SECONDS
+            entry.st_mode = stat.S_IFDIR | 0o555
+            entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+            # Not a count of subdirectories: programs that count on one would stop looking too early.
+            entry.st_nlink = 1
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = moment
+        return entry
+
+    @handler
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        return True
+
+    @handler
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        value = self._attributes(self._inodes.node(inode)).get(name)
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return value
+
+    @handler
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        return list(self._attributes(self._inodes.node(inode)))
+
+    def _attributes(self, node: Node) -> dict[bytes, bytes]:
+        attributes: dict[bytes, bytes] = {}
+        if isinstance(node, SnapshotFile | MomentDirectory):
+            moment = node.moment
+            values = {
+                "seq": str(moment.seq),
+                "time": rfc3339(TimeNs(moment.time)),
+                "kind": moment.kind.value,
+                "group": moment.group,
+            }
+            attributes = {f"{XATTR_PREFIX}{key}".encode(): value.encode() for key, value in values.items()}
+        if not isinstance(node, SnapshotFile) and node in self._refusals:
+            attributes[REFUSED_XATTR] = self._refusals[node].encode(errors="surrogateescape")
+        return attributes
+
+    @handler
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        status = await trio.to_thread.run_sync(self._store_statvfs)
+        result = StatvfsData()
+        for name in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail"):
+            setattr(result, f"f_{name}", getattr(status, f"f_{name}"))
+        result.f_namemax = NAME_BYTES_MAX
+        return result
+
+    # What would change something. The mount is read-only, so the kernel asks for none of it.
+
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        _refuse_change()
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        _refuse_change()
+
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        _refuse_change()
+
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        _refuse_change()
+
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        _refuse_change()
+
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        _refuse_change()
+
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        _refuse_change()
+
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        _refuse_change()
+
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        _refuse_change()
+
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        _refuse_change()
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        _refuse_change()
+
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        _refuse_change()
+
+    async def _take_turns(self, function: Callable[..., _T], *args: object) -> _T:
+        """Runs what uses the group's reader in a thread, one at a time."""
+        return await trio.to_thread.run_sync(function, *args, limiter=self._one_turn)
+
+
+def _lookup(tree: SnapshotTree, directory: Directory, name: str, who: int) -> Found:
+    return tree.lookup(directory, name, who=who)
+
+
+def _new_buffer() -> memoryview:
+    return memoryview(bytearray(room_for(READ_BYTES_MAX)))
+
+
+def _refuse_change() -> NoReturn:
+    raise FUSEError(errno.EROFS)

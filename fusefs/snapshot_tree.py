@@ -1,0 +1,293 @@
+"""What the snapshot mount shows: which paths exist, and what each of them stands for. Knows no pyfuse3 and no trio.
+
+    volumes/VOLUME/NAME   each snapshot in which a volume had the path VOLUME
+    volumes/VOLUME/@TIME  the same for any recovery point; found by name, not listed
+    points/NAME/VOLUME    the whole group at a snapshot; points/@TIME too
+
+Invariants:
+- `node-never-changes`: what a `SnapshotFile` or `MomentDirectory` stands for is fixed when it is made. When a name
+  comes to mean another moment it leads to another node; the node that it led to before goes on as it was;
+- a path that was a volume once and a directory at another time is both: a subdirectory's name wins over a snapshot's;
+- what is kept is bounded: `CACHED_STATES_MAX` volume states, `bound_names.BINDINGS_MAX` names.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from dedup.errors import UnknownName
+from dedup.moment import AtSeq, AtTime, Latest, Named, parse_time
+from dedup.reader import GroupReader
+from dedup.types import Moment, Seq, Snapshot, TimeNs, VolumeState
+from fusefs.bound_names import BoundNames
+
+VOLUMES_NAME: Final = "volumes"
+POINTS_NAME: Final = "points"
+TIME_MARK: Final = "@"
+"""What a name that is a TIME starts with."""
+
+ALWAYS_SECONDS: Final = 3600.0
+"""For how long a name may be remembered that never comes to mean anything else."""
+MOMENT_SECONDS: Final = 10.0
+"""The same for an absolute TIME: it may turn out to lie in a gap, and retention may drop it."""
+NAME_SECONDS: Final = 1.0
+"""The same for a snapshot's name, which may be deleted and given anew."""
+CACHED_STATES_MAX: Final = 100_000
+"""Volume states kept of moments that were looked at, some 200 bytes each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """The mountpoint."""
+
+    @property
+    def key(self) -> Hashable:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class VersionsDirectory:
+    """volumes/PATH: the versions of what had this path, and the subdirectories; PATH is empty for volumes/ itself."""
+
+    path: str
+
+    @property
+    def key(self) -> Hashable:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class PointsDirectory:
+    """points/"""
+
+    @property
+    def key(self) -> Hashable:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class MomentDirectory:
+    """points/NAME/PATH: a directory of the source as it was. `name` belongs to it: a directory has one parent."""
+
+    name: str
+    moment: Moment
+    path: str
+
+    @property
+    def key(self) -> Hashable:
+        return (self.name, self.moment.seq, self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotFile:
+    """A volume as it was."""
+
+    state: VolumeState
+    moment: Moment
+
+    @property
+    def key(self) -> Hashable:
+        return (self.state.volume, self.moment.seq)
+
+
+Directory = Root | VersionsDirectory | PointsDirectory | MomentDirectory
+Node = Directory | SnapshotFile
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a name leads to, and for how many seconds that may be remembered."""
+
+    node: Node
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The group at a moment: path → volume."""
+
+    moment: Moment
+    volumes: dict[str, VolumeState]
+
+
+class SnapshotTree:
+    """The tree over one group. Not for two threads at once, since its reader is not."""
+
+    def __init__(self, reader: GroupReader, *, clock: Callable[[], float]) -> None:
+        """`clock` counts seconds, for names that stay bound for a while."""
+        self._reader = reader
+        self._clock = clock
+        self._bound = BoundNames()
+        self._groups: OrderedDict[Seq, _Group] = OrderedDict()
+        self._cached_states = 0
+        self._paths: set[str] = set()
+        self._children: dict[str, set[str]] = {"": set()}
+
+    @property
+    def time(self) -> TimeNs:
+        """Until when the group is known."""
+        return self._reader.covered_until
+
+    def lookup(self, directory: Directory, name: str, *, who: int = 0) -> Found:
+        """What `name` in a directory is now. FileNotFoundError where there is no such name.
+
+        A TIME is resolved: MomentRefused, BadTime, UnknownName say why it is none of this group or volume. `who` is the
+        process that asks: for it a name relative to now stays what it is for a while.
+        """
+        match directory:
+            case Root():
+                if name == VOLUMES_NAME:
+                    return Found(VersionsDirectory(""), ALWAYS_SECONDS)
+                if name == POINTS_NAME:
+                    return Found(PointsDirectory(), ALWAYS_SECONDS)
+                raise FileNotFoundError(name)
+            case VersionsDirectory(path):
+                return self._lookup_version(path, name, who)
+            case PointsDirectory():
+                return self._lookup_point(name, who)
+            case MomentDirectory():
+                return Found(self._in_moment(directory, name), ALWAYS_SECONDS)
+
+    def listing(self, directory: Directory) -> list[tuple[str, Found]]:
+        """What a directory shows now. Names that are a TIME are not listed, there is no end of them."""
+        match directory:
+            case Root():
+                return [(name, self.lookup(directory, name)) for name in (VOLUMES_NAME, POINTS_NAME)]
+            case VersionsDirectory(path):
+                return self._list_versions(path)
+            case PointsDirectory():
+                self._reader.refresh()
+                return [(found.name, self._point(found)) for found in self._reader.snapshots() if found.volume is None]
+            case MomentDirectory():
+                volumes = self._group_at(directory.moment.seq).volumes
+                names = _children(volumes).get(directory.path, set())
+                return [(name, Found(self._in_moment(directory, name), ALWAYS_SECONDS)) for name in sorted(names)]
+
+    # Below volumes/
+
+    def _lookup_version(self, path: str, name: str, who: int) -> Found:
+        self._reader.refresh()
+        self._refresh_paths()
+        if name in self._children.get(path, ()):
+            return Found(VersionsDirectory(_join(path, name)), ALWAYS_SECONDS)
+        if not path:
+            raise FileNotFoundError(name)
+        if name.startswith(TIME_MARK):
+            moment, seconds = self._resolve(name[len(TIME_MARK) :], who)
+            state = self._group_at(moment.seq).volumes.get(path)
+            if state is None:
+                raise UnknownName(f"{name}: no volume had the path {path} at seq={moment.seq}")
+            return Found(SnapshotFile(state, moment), seconds)
+        snapshot = self._reader.snapshot(name)
+        file = None if snapshot is None else self._version(path, snapshot)
+        if file is None:
+            raise FileNotFoundError(name)
+        return Found(file, NAME_SECONDS)
+
+    def _list_versions(self, path: str) -> list[tuple[str, Found]]:
+        self._reader.refresh()
+        self._refresh_paths()
+        children = self._children.get(path, set())
+        entries = [(name, Found(VersionsDirectory(_join(path, name)), ALWAYS_SECONDS)) for name in sorted(children)]
+        if path in self._paths:
+            for snapshot in self._reader.snapshots():
+                file = self._version(path, snapshot)
+                if file is not None and snapshot.name not in children:
+                    entries.append((snapshot.name, Found(file, NAME_SECONDS)))
+        return entries
+
+    def _version(self, path: str, snapshot: Snapshot) -> SnapshotFile | None:
+        """The volume that had `path` at a snapshot, unless the snapshot is of another one only."""
+        group = self._group_at(snapshot.seq)
+        state = group.volumes.get(path)
+        if state is None or snapshot.volume not in (None, state.volume):
+            return None
+        return SnapshotFile(state, group.moment)
+
+    def _refresh_paths(self) -> None:
+        paths = self._reader.paths()
+        if paths != self._paths:
+            self._paths = paths
+            self._children = _children(paths)
+
+    # Below points/
+
+    def _lookup_point(self, name: str, who: int) -> Found:
+        if name.startswith(TIME_MARK):
+            moment, seconds = self._resolve(name[len(TIME_MARK) :], who)
+            return Found(MomentDirectory(name, moment, ""), seconds)
+        self._reader.refresh()
+        snapshot = self._reader.snapshot(name)
+        if snapshot is None or snapshot.volume is not None:
+            raise FileNotFoundError(name)
+        return self._point(snapshot)
+
+    def _point(self, snapshot: Snapshot) -> Found:
+        return Found(MomentDirectory(snapshot.name, self._group_at(snapshot.seq).moment, ""), NAME_SECONDS)
+
+    def _in_moment(self, directory: MomentDirectory, name: str) -> Node:
+        group = self._group_at(directory.moment.seq)
+        path = _join(directory.path, name)
+        state = group.volumes.get(path)
+        if state is not None:
+            return SnapshotFile(state, group.moment)
+        if any(other.startswith(path + "/") for other in group.volumes):
+            return MomentDirectory(directory.name, directory.moment, path)
+        raise FileNotFoundError(name)
+
+    # Moments
+
+    def _resolve(self, text: str, who: int) -> tuple[Moment, float]:
+        """The recovery point that a TIME names, and for how many seconds that may be remembered."""
+        match parse_time(text).where:
+            case Latest() | AtTime(relative=True):
+                now = self._clock()
+                moment = self._bound.find(text, who, now)
+                if moment is None:
+                    moment = self._reader.resolve(text)
+                    self._bound.bind(text, who, moment, now)
+                # Every use must come here, or a process could not be told from the others.
+                return moment, 0.0
+            case Named():
+                return self._reader.resolve(text), NAME_SECONDS
+            case AtSeq() | AtTime():
+                return self._reader.resolve(text), MOMENT_SECONDS
+
+    def _group_at(self, seq: Seq) -> _Group:
+        """The group at the last record at or before `seq`."""
+        group = self._groups.get(seq)
+        if group is None:
+            state = self._reader.view(seq).state
+            moment = Moment(self._reader.name, state.held, state.time, state.point)
+            group = _Group(moment, {volume.path: volume for volume in state.volumes.values()})
+            self._remember(seq, group)
+        self._groups.move_to_end(seq)
+        return group
+
+    def _remember(self, seq: Seq, group: _Group) -> None:
+        self._groups[seq] = group
+        self._cached_states += 1 + len(group.volumes)
+        while self._cached_states > CACHED_STATES_MAX and len(self._groups) > 1:
+            _, oldest = self._groups.popitem(last=False)
+            self._cached_states -= 1 + len(oldest.volumes)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _children(paths: Iterable[str]) -> dict[str, set[str]]:
+    """Directory → the names in it, of the directory tree that holds `paths`; always has the top, the empty path."""
+    children: dict[str, set[str]] = {"": set()}
+    for path in paths:
+        while path:
+            parent, _, name = path.rpartition("/")
+            names = children.setdefault(parent, set())
+            if name in names:
+                break
+            names.add(name)
+            path = parent
+    return children
