@@ -20,7 +20,7 @@ from dedup.damage import Check, Damage
 from dedup.errors import Damaged, UnknownFormat
 from dedup.group_state import BASE_NAME, Checkpoint, GroupState, RunStart
 from dedup.head_replay import FIRST_LEAF, LEAVES_MAX, HeadReplay, LeafKey
-from dedup.journal_reader import FIRST_POSITION, JournalPosition, follows, read, scan, segments
+from dedup.journal_reader import FIRST_POSITION, JournalPosition, Scanned, follows, read, scan, segments
 from dedup.layout import LEAF_BLOCKS, POINTER_KEY, SEGMENT_HEADER_BYTES, segment_path
 from dedup.metadata_journal import EntryKind, Logged, decode
 from dedup.pointer_map import SEQ_MAX, Addresses
@@ -175,17 +175,18 @@ class GroupVerifier:
         for scanned in scan(self._store.storage, self._directory, start, limit=limit):
             if scanned.position > self._until:
                 return
-            path = segment_path(self._directory, scanned.segment)
-            where = f"{path}: offset {scanned.end - len(scanned.raw)}"
             previous = self._previous
             if previous is not None and not follows(previous, scanned.kind, scanned.first_seq, scanned.seq):
-                raise Damaged(f"{where}: seq {scanned.first_seq} does not follow seq {previous}")
+                raise Damaged(f"{self._where(scanned)}: seq {scanned.first_seq} does not follow seq {previous}")
             self._previous = scanned.seq
             try:
                 self._take(decode(scanned.raw), scanned.position)
             except Damaged as error:
-                raise Damaged(f"{where}: {error}") from error
+                raise Damaged(f"{self._where(scanned)}: {error}") from error
             self._checks[JOURNAL].items += 1
+
+    def _where(self, scanned: Scanned) -> str:
+        return f"{segment_path(self._directory, scanned.segment)}: offset {scanned.end - len(scanned.raw)}"
 
     def _journal_damage(self, what: str, file: str | None = None) -> None:
         self._sound = False
