@@ -14,6 +14,7 @@ import click
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "mount": ("fusefs.mount_cli:mount", "Mount SOURCE at MOUNTPOINT and protect it."),
     "unmount": ("fusefs.mount_cli:unmount", "Drain to durable, then unmount."),
+    "mode": ("fusefs.mount_cli:mode", "Change the mode of a running mount."),
     "bookmark": ("fusefs.mount_cli:bookmark", "Name this moment, across all volumes, after a flush."),
     "browse": ("fusefs.browse_cli:browse", "Mount the snapshots of STORE, read-only."),
     "status": ("fusefs.mount_cli:status", "How a mount or a store is doing."),

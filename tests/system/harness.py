@@ -122,9 +122,10 @@ class World:
         return place
 
     def loop_unmount(self, place: Path) -> None:
+        device = next(mount.source for mount in mounts() if mount.path == place)
         self.run("umount", place)
         self._loop_mounts.remove(place)
-        self._wait_until_no_loop_device()
+        self._wait_until_detached(device)
 
     def ext4_image(self, name: str = "disk.img", mebibytes: int = 32) -> Path:
         """A fresh ext4 image in the source directory."""
@@ -180,7 +181,7 @@ class World:
                 left.append(f"{place} was busy")
                 self.run("umount", "-l", place, check=False)
         try:
-            self._wait_until_no_loop_device()
+            self._wait_until_detached()
         except AssertionError as error:
             left.append(str(error))
             for device in self._loop_devices():
@@ -207,10 +208,10 @@ class World:
         lines = [line.split(" ", 1) for line in listing.splitlines()]
         return [name for name, file in lines if file.startswith(f"{self.directory}/")]
 
-    def _wait_until_no_loop_device(self) -> None:
-        """The kernel frees a loop device a moment after its last user, and nothing can be waited for but that."""
+    def _wait_until_detached(self, device: str | None = None) -> None:
+        """Until `device` is free, or all are. The kernel frees one a moment after its last user, and says nothing."""
         end = time.monotonic() + END_SECONDS_MAX
-        while devices := self._loop_devices():
+        while (devices := self._loop_devices()) and device in (None, *devices):
             assert time.monotonic() < end, f"still attached: {devices}"
             time.sleep(0.02)
 
