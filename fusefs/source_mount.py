@@ -29,7 +29,7 @@ from dedup.types import NAME_BYTES_MAX
 from fusefs import system_calls
 from fusefs.errors import fuse_error, handler, refused
 from fusefs.inode_map import FileKey, InodeMap, Node
-from fusefs.intercept import CreateFile, Intercept, NamespaceChange, RemoveFile, RenamePath
+from fusefs.intercept import CreateFile, Intercept, RemoveFile, RenamePath
 from fusefs.kernel_init import answer_init
 from fusefs.mountpoint import CONTROL_XATTR
 from fusefs.names import check_new_name, check_visible
@@ -48,8 +48,6 @@ from fusefs.source_calls import (
     status_of,
     without_privileges,
 )
-
-__all__ = ["CreateFile", "Intercept", "NamespaceChange", "RemoveFile", "RenamePath", "SourceMount"]
 
 THREADS_MAX: Final = 32
 """Calls of this mount that wait for disks at one time."""

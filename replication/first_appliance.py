@@ -50,8 +50,6 @@ REQUESTS_WAITING_MAX: Final = 256
 
 log = logging.getLogger("rewindfs.first_appliance")
 
-__all__ = ["FirstAppliance", "FirstApplianceStatus", "LinkState"]
-
 
 class FirstAppliance:
     """The near end of replication for one group and one epoch.
@@ -117,9 +115,9 @@ class FirstAppliance:
         return self._outage
 
     @property
-    def blocks(self) -> bool:
-        """Whether writers wait while an outage lasts."""
-        return self._outage_policy() is Outage.BLOCK
+    def outage_policy(self) -> Outage:
+        """What writers meet while an outage lasts."""
+        return self._policy.outage if self._outage_chosen is None else self._outage_chosen
 
     @property
     def last_seq(self) -> Seq:
@@ -329,15 +327,12 @@ class FirstAppliance:
         if level is Level.DURABLE and self._link is not None:
             self._link.ask_for_sync(min(seq, self._last_seq))
 
-    def _outage_policy(self) -> Outage:
-        return self._policy.outage if self._outage_chosen is None else self._outage_chosen
-
     def _goes_on(self) -> bool:
         """Whether a writer has reason to wait. Raises what the policy, or the loss, has it meet instead."""
         self._check_lost()
-        if self._outage and self._outage_policy() is Outage.FAIL:
+        if self._outage and self.outage_policy is Outage.FAIL:
             raise self._outage_error()
-        return not (self._outage and self._outage_policy() is Outage.CONTINUE)
+        return not (self._outage and self.outage_policy is Outage.CONTINUE)
 
     def _check_lost(self) -> None:
         if self._lost is not None:
@@ -372,7 +367,7 @@ class FirstAppliance:
         if outage == self._outage:
             return
         self._outage = outage
-        what = f"no progress for {self._outage_after:g} s; policy: {self._outage_policy().value}" if outage else "over"
+        what = f"no progress for {self._outage_after:g} s; policy: {self.outage_policy.value}" if outage else "over"
         log.warning("outage: %s", what)
         self._settle_waiters()
         self._changed()
@@ -380,7 +375,7 @@ class FirstAppliance:
     def _settle_waiters(self) -> None:
         """Gives everyone who waits what the outage policy says."""
         if self._outage:
-            policy = self._outage_policy()
+            policy = self.outage_policy
             if policy is not Outage.BLOCK:
                 self._progress.release(self._outage_error() if policy is Outage.FAIL else None)
         self._room.ask_all()

@@ -19,7 +19,8 @@ import trio
 
 from dedup.types import VolumeId
 from fusefs.inode_map import FileKey
-from fusefs.source_mount import CreateFile, NamespaceChange, RemoveFile, RenamePath, SourceMount
+from fusefs.intercept import CreateFile, NamespaceChange, RemoveFile, RenamePath
+from fusefs.source_mount import SourceMount
 
 
 def key_of(status: os.stat_result) -> FileKey:
