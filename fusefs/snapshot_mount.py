@@ -17,7 +17,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn, TypeVar
 
@@ -54,6 +54,8 @@ READ_BYTES_MAX: Final = 1 << 20
 """Largest read request of the kernel: 256 pages."""
 DIRECTORY_SECONDS: Final = 1.0
 """For how long the kernel may keep a directory's attributes."""
+TURN_SECONDS: Final = 0.02
+"""For how long a listing uses the reader before it lets others do so; a single step may take longer."""
 XATTR_PREFIX: Final = "user.rewindfs."
 REFUSED_XATTR: Final = b"user.rewindfs.refused"
 """Of a directory: why the last TIME looked up there was refused."""
@@ -199,7 +201,7 @@ class SnapshotMount(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         listing = self._listings[fh]
         if start_id == 0:
-            listing.entries = await self._take_turns(self._tree.listing, listing.directory)
+            listing.entries = await self._list(listing.directory)
         for index in range(start_id, len(listing.entries)):
             name, found = listing.entries[index]
             number = self._inodes.number(found.node)
@@ -208,6 +210,14 @@ class SnapshotMount(pyfuse3.Operations):
                 self._inodes.forget(number)
                 return
             self._inodes.refer(number)
+
+    async def _list(self, directory: Directory) -> list[tuple[str, Found]]:
+        """All of a listing, leaving turns to others in between."""
+        entries: list[tuple[str, Found]] = []
+        steps, more = self._tree.listing(directory), True
+        while more:
+            more = await self._take_turns(_list_some, steps, entries)
+        return entries
 
     @handler
     async def releasedir(self, fh: int) -> None:
@@ -342,6 +352,17 @@ class SnapshotMount(pyfuse3.Operations):
 
 def _lookup(tree: SnapshotTree, directory: Directory, name: str, who: int) -> Found:
     return tree.lookup(directory, name, who=who)
+
+
+def _list_some(steps: Iterator[tuple[str, Found] | None], entries: list[tuple[str, Found]]) -> bool:
+    """Adds to `entries` for one turn; True when there is more."""
+    end = time.monotonic() + TURN_SECONDS
+    for entry in steps:
+        if entry is not None:
+            entries.append(entry)
+        if time.monotonic() >= end:
+            return True
+    return False
 
 
 def _new_buffer() -> memoryview:

@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -151,20 +151,25 @@ class SnapshotTree:
             case MomentDirectory():
                 return Found(self._in_moment(directory, name), ALWAYS_SECONDS)
 
-    def listing(self, directory: Directory) -> list[tuple[str, Found]]:
-        """What a directory shows now. Names that are a TIME are not listed, there is no end of them."""
+    def listing(self, directory: Directory) -> Iterator[tuple[str, Found] | None]:
+        """What a directory shows now, step by step: None is a step that found nothing to show.
+
+        A step may replay the records of a whole checkpoint, so between two of them others may use the tree. Names that
+        are a TIME are not listed, there is no end of them.
+        """
         match directory:
             case Root():
-                return [(name, self.lookup(directory, name)) for name in (VOLUMES_NAME, POINTS_NAME)]
+                yield from ((name, self.lookup(directory, name)) for name in (VOLUMES_NAME, POINTS_NAME))
             case VersionsDirectory(path):
-                return self._list_versions(path)
+                yield from self._list_versions(path)
             case PointsDirectory():
                 self._reader.refresh()
-                return [(found.name, self._point(found)) for found in self._reader.snapshots() if found.volume is None]
+                for snapshot in self._reader.snapshots():
+                    yield None if snapshot.volume is not None else (snapshot.name, self._point(snapshot))
             case MomentDirectory():
                 volumes = self._group_at(directory.moment.seq).volumes
-                names = _children(volumes).get(directory.path, set())
-                return [(name, Found(self._in_moment(directory, name), ALWAYS_SECONDS)) for name in sorted(names)]
+                for name in sorted(_children(volumes).get(directory.path, ())):
+                    yield name, Found(self._in_moment(directory, name), ALWAYS_SECONDS)
 
     # Below volumes/
 
@@ -187,17 +192,17 @@ class SnapshotTree:
             raise FileNotFoundError(name)
         return Found(file, NAME_SECONDS)
 
-    def _list_versions(self, path: str) -> list[tuple[str, Found]]:
+    def _list_versions(self, path: str) -> Iterator[tuple[str, Found] | None]:
         self._reader.refresh()
         self._refresh_paths()
         children = self._children.get(path, set())
-        entries = [(name, Found(VersionsDirectory(_join(path, name)), ALWAYS_SECONDS)) for name in sorted(children)]
-        if path in self._paths:
-            for snapshot in self._reader.snapshots():
-                file = self._version(path, snapshot)
-                if file is not None and snapshot.name not in children:
-                    entries.append((snapshot.name, Found(file, NAME_SECONDS)))
-        return entries
+        for name in sorted(children):
+            yield name, Found(VersionsDirectory(_join(path, name)), ALWAYS_SECONDS)
+        if path not in self._paths:
+            return
+        for snapshot in self._reader.snapshots():
+            file = None if snapshot.name in children else self._version(path, snapshot)
+            yield None if file is None else (snapshot.name, Found(file, NAME_SECONDS))
 
     def _version(self, path: str, snapshot: Snapshot) -> SnapshotFile | None:
         """The volume that had `path` at a snapshot, unless the snapshot is of another one only."""

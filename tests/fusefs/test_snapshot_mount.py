@@ -177,6 +177,23 @@ async def test_listing_goes_on_where_it_stopped(direct: Direct, monkeypatch: pyt
     assert not direct.operations._listings
 
 
+async def test_a_long_listing_lets_others_in(direct: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot_mount, "TURN_SECONDS", 0)
+    operations = direct.operations
+    directory = await direct.walk("volumes/disk.img")
+    turns: list[str] = []
+    take_turns = operations._take_turns
+
+    async def counted(function: Callable[..., object], *args: object) -> object:
+        turns.append(function.__name__)
+        return await take_turns(function, *args)
+
+    monkeypatch.setattr(operations, "_take_turns", counted)
+    entries = await operations._list(operations._directory(directory.st_ino))
+    assert [name for name, _ in entries] == ["early", "only-disk", "x.img", "marked", "late"]
+    assert len(turns) > len(entries)
+
+
 async def test_an_unforeseen_error_is_eio(
     direct: Direct, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -45,7 +45,7 @@ class World:
         return node
 
     def names(self, path: str) -> list[str]:
-        return [name for name, _ in self.tree.listing(self.directory(path))]
+        return [entry[0] for entry in self.tree.listing(self.directory(path)) if entry is not None]
 
     def everything(self) -> dict[str, SnapshotFile]:
         """Every file that is listed, by path."""
@@ -53,7 +53,7 @@ class World:
         pending: list[tuple[str, Directory]] = [("", Root())]
         while pending:
             path, directory = pending.pop()
-            for name, entry in self.tree.listing(directory):
+            for name, entry in filter(None, self.tree.listing(directory)):
                 assert self.tree.lookup(directory, name).node.key == entry.node.key
                 if isinstance(entry.node, SnapshotFile):
                     found[path + name] = entry.node
