@@ -216,7 +216,7 @@ class Catalog:
         for volume_state in state.new_volumes.values():
             encoded = msgspec.msgpack.encode(volume_state)
             txn.put(VOLUME_KEY.pack(self.group_id, volume_state.volume, seq), encoded, db=self._db["volumes"])
-            path = volume_state.path.encode()
+        for path in map(str.encode, state.new_paths):
             # Paths are longer than an LMDB key may be.
             txn.put(self._prefix + xxhash.xxh3_128_digest(path), path, db=self._db["paths"])
         for name, snapshot in state.new_snapshots.items():

@@ -95,6 +95,8 @@ class GroupState:
     records: int = 0
     """Entries applied since the last checkpoint."""
     new_volumes: dict[VolumeId, VolumeState] = field(default_factory=dict)
+    new_paths: set[str] = field(default_factory=set)
+    """Every path a volume has had since, also those that came and went."""
     new_snapshots: dict[str, Snapshot | None] = field(default_factory=dict)
     """Names made (or forgotten: None) since the last checkpoint."""
     new_gaps: list[Gap] = field(default_factory=list)
@@ -140,6 +142,7 @@ class GroupState:
         self.overlay = Overlay()
         self.records = 0
         self.new_volumes = {}
+        self.new_paths = set()
         self.new_snapshots = {}
         self.new_gaps = []
         self.new_runs = []
@@ -182,6 +185,7 @@ class GroupState:
 
     def _change(self, volume: VolumeState) -> None:
         self.new_volumes[volume.volume] = volume
+        self.new_paths.add(volume.path)
         if volume.retired:
             del self.volumes[volume.volume]
         else:

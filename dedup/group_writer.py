@@ -261,6 +261,8 @@ class GroupWriter:
         """
         if name is not None:
             check_name(name)
+        # An anchor right here: whoever reads the snapshot has nothing to replay.
+        self._store.checkpoint()
         reader = self.reader()
         moment = reader.resolve(at)
         chosen = None

@@ -29,6 +29,7 @@ from dedup.pointer_map import SEQ_MAX
 from dedup.storage import Storage
 from dedup.synthesis import View, VolumePointers, changed_blocks, start_of, view_at
 from dedup.types import BLOCK_BYTES, Gap, Moment, Seq, Snapshot, TimeNs, VolumeId, VolumeState
+from dedup.usage import StoreUsage, measure
 
 VIEWS_MAX: Final = 8
 """Synthesized moments kept by a group's reader; each at most one checkpoint's overlay (a few MB)."""
@@ -100,6 +101,14 @@ class StoreReader:
             with self.index.read() as txn:
                 self._groups[name] = GroupReader(self, name, self.index.group_ids(txn)[name])
         return self._groups[name]
+
+    def usage(self) -> StoreUsage:
+        """Sizes now, every group refreshed; walks the store's files."""
+        groups = [self.group(name) for name in self.groups()]
+        for group in groups:
+            group.refresh()
+        logical = sum(group.state.logical_bytes for group in groups)
+        return measure(self.path, logical, sum(len(group.snapshots()) for group in groups))
 
     def close(self) -> None:
         self.pool.close()
@@ -300,7 +309,7 @@ class GroupReader:
         """Every path that a volume has had."""
         with self._store.index.read() as txn:
             paths = self._catalog.paths(txn)
-        return paths | {volume.path for volume in self._state.new_volumes.values()}
+        return paths | self._state.new_paths
 
     def image(self, volume: VolumeId, seq: Seq) -> Image:
         """The volume at `seq`. UnknownName if it did not exist then."""

@@ -154,6 +154,8 @@ class Store:
         for group in self._groups.values():
             pointers += group.state.overlay.count
             records += group.state.records
+            if group.state.new_snapshots:
+                return True  # a bookmark: its readers shall have nothing to replay
         if pointers >= CHECKPOINT_POINTERS or records >= CHECKPOINT_RECORDS:
             return True
         return bool(pointers) and time.monotonic() - self._checkpointed_at >= CHECKPOINT_SECONDS
