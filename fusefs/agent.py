@@ -26,13 +26,13 @@ import pyfuse3
 import trio
 
 from dedup.types import (
-    Attributes,
     Bookmark,
     ClockRun,
     Correct,
     Create,
     Extent,
     Flush,
+    ReconcileEnd,
     Record,
     Rename,
     Resize,
@@ -45,6 +45,7 @@ from dedup.types import (
 from fusefs.inode_map import FileKey
 from fusefs.intercept import CreateFile, NamespaceChange, RemoveFile, RenamePath
 from fusefs.range_lock import RangeLock
+from fusefs.volume_records import attributes_record, create_record, resize_record, retire_record
 from fusefs.volume_table import Volume, VolumeTable, check_path
 from replication.agent_link import RECORD_BYTES, AgentLink
 from replication.errors import OutageError
@@ -74,6 +75,7 @@ class Agent:
         self.tracker = tracker
         self.lock = RangeLock()
         self._open_brackets: deque[Seq] = deque()
+        self._unrecorded_brackets = 0
         self._unrecorded_retired: list[VolumeId] = []
 
     # -- handles -----------------------------------------------------------------------------------------------------
@@ -116,9 +118,10 @@ class Agent:
 
     async def _write_claimed(self, volume: Volume, fd: int, offset: int, data: bytes, length: int) -> int:
         seq = _NO_SEQ
+        end = offset + length
         self.tracker.write_begin(volume.id, offset, length, now=monotonic())
         try:
-            first, last = offset // REGION_BYTES, (offset + length - 1) // REGION_BYTES
+            first, last = offset // REGION_BYTES, (end - 1) // REGION_BYTES
             if not (
                 self.intent.is_marked(volume.id, first) and (first == last or self._marked(volume.id, first, last))
             ):
@@ -128,6 +131,8 @@ class Agent:
             if await self.link.room(length) and volume.known:
                 seq, time, run = self.link.stamp()
                 self.first.append(Write(seq, time, run, Extent(volume.id, offset, data)))
+                if end > volume.size:
+                    volume.growing[seq] = end
                 try:
                     await self.first.acknowledged(seq)
                 except OutageError as error:
@@ -138,13 +143,16 @@ class Agent:
                 except OSError as error:
                     refusal = error
             if written < length:
+                volume.growing.pop(seq, None)
                 seq = await self._correct(volume, fd, seq, offset, length)
                 if refusal is not None:
                     raise refusal
-            elif offset + length > volume.size:
-                volume.size = offset + length
+            elif end > volume.size:
+                volume.size = end
             return written
         finally:
+            if volume.growing:
+                volume.growing.pop(seq, None)
             self.tracker.write_end(volume.id, offset, length, seq, now=monotonic())
 
     def _marked(self, volume: VolumeId, first: int, last: int) -> bool:
@@ -157,15 +165,22 @@ class Agent:
             self.tracker.touch(volume, ahead, self.link.last, now=monotonic())
 
     async def _correct(self, volume: Volume, fd: int, refused: Seq, offset: int, length: int) -> Seq:
-        """Replaces what record `refused` claimed by what the source holds. Still under the lock. Returns its seq."""
-        volume.size = size = os.fstat(fd).st_size
+        """Replaces what record `refused` claimed by what the source holds. Still under the lock. Returns its seq.
+
+        Writes elsewhere in the volume may be recorded and not made yet: the size spares what they will have made.
+        """
+        volume.size = os.fstat(fd).st_size
         if refused == _NO_SEQ:
             return _NO_SEQ
-        truth = os.pread(fd, max(0, min(length, size - offset)), offset)
-        if not await self.link.room(len(truth)):
-            return refused  # the region is marked, and the reconcile that the outage owes tells the truth
         log.warning("%s: the source refused or shortened the write of seq %d; corrected", volume.path, refused)
-        extent = Extent(volume.id, offset, truth)
+        if not await self.link.room_by_and_by(length):
+            # The moment is no recovery point; what the range holds is told by the reconcile that is owed now.
+            nothing = Extent(volume.id, offset, b"")
+            self.link.owe(lambda seq, time, run: Correct(seq, time, run, refused, volume.size_to_be, nothing))
+            return refused
+        size = volume.size_to_be
+        count = max(0, min(length, size - offset))
+        extent = Extent(volume.id, offset, os.pread(fd, count, offset).ljust(count, b"\0"))
         return self.link.put(lambda seq, time, run: Correct(seq, time, run, refused, size, extent))
 
     async def resize(self, volume: VolumeId | None, fd: int, size: int) -> None:
@@ -186,27 +201,45 @@ class Agent:
 
     async def _resize_claimed(self, volume: Volume, fd: int, old: int, size: int) -> None:
         await self.intent.namespace_begin()
-        seq = _NO_SEQ
+        seq: Seq | None = _NO_SEQ
         try:
             changed = regions_of(min(old, size), abs(size - old))
             await self._mark(volume.id, changed.start, changed.stop - 1)
             if await self.link.room(RECORD_BYTES) and volume.known:
                 seq = self.link.put(lambda seq, time, run: Resize(seq, time, run, volume.id, size))
                 await self.first.acknowledged(seq)
+            else:
+                seq = None
             await trio.to_thread.run_sync(os.ftruncate, fd, size)
             volume.size = size
         except (OSError, OutageError):
-            seq = await self._correct(volume, fd, seq, min(old, size), 0)
+            if size > old:
+                seq = await self._correct(volume, fd, seq or _NO_SEQ, old, 0)
+            else:
+                seq = self._take_back(volume, fd, seq or _NO_SEQ)
             raise
         finally:
             # Sizes may have been zeroed without a write: these regions keep their marks until this record is durable.
             self.tracker.touch(volume.id, changed, self.link.last, now=monotonic())
             self._close_bracket(seq)
 
-    def _close_bracket(self, seq: Seq) -> None:
-        """`namespace_end` as soon as `seq` is durable at the second appliance."""
-        self._open_brackets.append(seq)
-        self._end_brackets()
+    def _take_back(self, volume: Volume, fd: int, refused: Seq) -> Seq | None:
+        """What record `refused` cut off is still there, and may be large: left to a reconcile."""
+        volume.size = os.fstat(fd).st_size
+        if refused == _NO_SEQ:
+            return _NO_SEQ
+        nothing = Extent(volume.id, 0, b"")
+        self.link.owe(lambda seq, time, run: Correct(seq, time, run, refused, volume.size_to_be, nothing))
+        return None
+
+    def _close_bracket(self, seq: Seq | None) -> None:
+        """`namespace_end` as soon as `seq` is durable at the second appliance; None: once the store equals the source
+        again, for the change went unrecorded."""
+        if seq is None:
+            self._unrecorded_brackets += 1
+        else:
+            self._open_brackets.append(seq)
+            self._end_brackets()
 
     def _end_brackets(self) -> None:
         while self._open_brackets and self._open_brackets[0] <= self.first.durable:
@@ -236,8 +269,11 @@ class Agent:
             outcome = (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
             if known is not None and outcome != (known.mode, known.uid, known.gid):
                 known.mode, known.uid, known.gid = outcome
-                if known.known:
-                    await self.link.record(lambda seq, time, run: Attributes(seq, time, run, volume, *outcome))
+                known.restyled = True
+                if known.known and await self.link.room(RECORD_BYTES):
+                    known.restyled = False
+                    seq = self.link.put(partial(attributes_record, known))
+                    await self.first.acknowledged(seq)
             return status
         finally:
             self.lock.release(claim)
@@ -249,12 +285,14 @@ class Agent:
         claim = await self.lock.claim_all()
         try:
             await self.intent.namespace_begin()
-            seq = _NO_SEQ
+            seq: Seq | None = _NO_SEQ
             try:
                 recorded = await self.link.room(RECORD_BYTES)
                 outcome = await trio.to_thread.run_sync(change.perform)
                 build = self._outcome(change, outcome, recorded)
-                if build is not None and recorded:
+                if not recorded:
+                    seq = None
+                elif build is not None:
                     seq = self.link.put(build)
                     await self.first.acknowledged(seq)
                 return outcome
@@ -329,6 +367,7 @@ class Agent:
         await trio.to_thread.run_sync(pyfuse3.syncfs, str(self.source))
         if not await self.link.room(RECORD_BYTES):
             raise OutageError("the second appliance cannot be reached: nothing is recorded now, nor is a bookmark")
+        self.link.require_equal()
         seq = self.link.put(lambda seq, time, run: Bookmark(seq, time, run, name))
         await self.first.reached(seq, Level.DURABLE)
         return seq
@@ -344,7 +383,7 @@ class Agent:
             fresh = [volume for volume in self.volumes if not volume.known]
             for volume in fresh:
                 await self.insist(partial(create_record, volume))
-                volume.known, volume.moved = True, False
+                volume.known, volume.moved, volume.restyled = True, False, False
             moved = [volume for volume in self.volumes if volume.moved]
             if moved:
                 moves = tuple((volume.id, volume.path) for volume in moved)
@@ -353,26 +392,55 @@ class Agent:
                 volume.moved = False
             for volume in self.volumes:
                 await self.insist(partial(resize_record, volume))
+                if volume.restyled:
+                    await self.insist(partial(attributes_record, volume))
+                    volume.restyled = False
             return [volume.id for volume in fresh]
         finally:
             self.lock.release(claim)
 
     async def insist(self, build: Callable[[Seq, TimeNs, ClockRun], Record]) -> Seq:
-        """Records something that must not be missing, however long an outage lasts. OutageError by policy."""
+        """Records something that must not be missing, however long an outage lasts."""
         while True:
-            if await self.link.room(RECORD_BYTES):
+            if await self.link.room_by_and_by(RECORD_BYTES):
                 return self.link.put(build)
             await trio.sleep(_INSIST_SECONDS)
 
-    async def housekeeping(self) -> None:
-        """Lets marks go that are no longer needed. Runs until cancelled."""
+    async def end_gap(self, spells: int) -> Seq | None:
+        """Records that the store equals the source; None when changes have gone unrecorded since `link.spells` was
+        `spells`: then another reconcile is owed first."""
+        while True:
+            if await self.link.room_by_and_by(RECORD_BYTES):
+                return self.link.put(ReconcileEnd) if self.link.spells == spells else None
+            if self.link.spells != spells:
+                return None
+            await trio.sleep(_INSIST_SECONDS)
+
+    def equal_again(self, spells: int) -> None:
+        """The end of the gap is durable: nothing is owed any more, unless changes went unrecorded since."""
+        if self.link.spells == spells:
+            self.link.equal = True
+            while self._unrecorded_brackets:
+                self._unrecorded_brackets -= 1
+                self.intent.namespace_end()
+
+    async def housekeeping(self, keep: Callable[[Seq], object]) -> None:
+        """Lets marks go that are no longer needed. `keep` notes, durably and in a thread, up to which seq the second
+        appliance had everything durable: a store that ever holds less is not the one the marks were cleared for.
+
+        Runs until cancelled.
+        """
         while True:
             await trio.sleep(HOUSEKEEPING_SECONDS)
             self._end_brackets()
             for volume in self.tracker.unsynced(monotonic()):
                 await self._sync_source(volume)
-            self.tracker.durable(self.first.durable)
-            self.intent.clear(self.tracker.clearable(monotonic()))
+            self.tracker.durable(durable := self.first.durable)
+            if self.link.equal and self.tracker.has_clearable(monotonic()):
+                await trio.to_thread.run_sync(keep, durable)
+                # A change may have gone unrecorded meanwhile, and its region must keep its mark.
+                if self.link.equal:
+                    self.intent.clear(self.tracker.clearable(monotonic()))
             await self.intent.flush()
 
     async def _sync_source(self, volume: VolumeId) -> None:
@@ -395,18 +463,6 @@ class Agent:
             self._end_brackets()
         finally:
             self.lock.release(claim)
-
-
-def retire_record(volume: VolumeId, seq: Seq, time: TimeNs, run: ClockRun) -> Retire:
-    return Retire(seq, time, run, volume)
-
-
-def create_record(volume: Volume, seq: Seq, time: TimeNs, run: ClockRun) -> Create:
-    return Create(seq, time, run, volume.id, volume.path, volume.size, volume.mode, volume.uid, volume.gid)
-
-
-def resize_record(volume: Volume, seq: Seq, time: TimeNs, run: ClockRun) -> Resize:
-    return Resize(seq, time, run, volume.id, volume.size)
 
 
 def _sync_file(path: Path) -> None:

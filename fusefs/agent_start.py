@@ -15,10 +15,11 @@ from time import monotonic
 
 import trio
 
-from dedup.types import Epoch, EpochStart, ReconcileEnd, VolumeId, VolumeState
-from fusefs.agent import Agent, create_record, resize_record, retire_record
+from dedup.types import Epoch, EpochStart, VolumeId, VolumeState
+from fusefs.agent import Agent
 from fusefs.agent_source import AgentSource
 from fusefs.state_directory import AgentState, FileMark
+from fusefs.volume_records import attributes_record, create_record, resize_record, retire_record
 from replication.intent_log import IntentLog
 from replication.messages import Level, Welcome
 from replication.reconcile import Reconciled, Reconciler, Work, all_regions
@@ -61,6 +62,7 @@ def plan(
     clean_end = last.clean is not None and last.clean.held == welcome.held
     everything = (
         not welcome.has_base
+        or welcome.held < last.durable
         or last.store != welcome.store
         or intent.everything
         # A name that was being changed may have put another file in a volume's place.
@@ -103,6 +105,8 @@ async def begin(
         added = agent.volumes.add(volume.path, status, volume.volume)
         if status.st_size != volume.size:
             await agent.insist(partial(resize_record, added))
+        if (added.mode, added.uid, added.gid) != (volume.mode, volume.uid, volume.gid):
+            await agent.insist(partial(attributes_record, added))
         if plan.everything or volume.path in plan.changed:
             work.append(Work(volume.volume, all_regions(status.st_size)))
         elif volume.volume in plan.regions:
@@ -118,17 +122,31 @@ async def _record_file(agent: Agent, path: str, status: os.stat_result) -> Work:
     return Work(made.id, all_regions(status.st_size), fresh=True)
 
 
-async def make_equal(agent: Agent, work: Sequence[Work], progress: Reconciled) -> None:
-    """Reconciles the contents, then records the end of the gap: from there on every record is a recovery point."""
+async def make_equal(agent: Agent, work: Sequence[Work], progress: Reconciled, spells: int = 0) -> None:
+    """Reconciles the contents, then records the end of the gap: from there on every record is a recovery point.
+
+    `spells` is `link.spells` as of the choice of `work`: where changes went unrecorded since, it goes around again.
+    """
     await Reconciler(agent.link, AgentSource(agent), progress=progress).run(work)
-    end = await agent.insist(ReconcileEnd)
+    while (end := await agent.end_gap(spells)) is None:
+        spells = agent.link.spells
+        again = await _work_after_outage(agent)
+        await Reconciler(agent.link, AgentSource(agent), progress=progress).run(again)
+        work = [*work, *again]
     await agent.first.reached(end, Level.DURABLE)
     for one in work:
         if one.regions:
             agent.tracker.touch(one.volume, range(one.regions[0], one.regions[-1] + 1), end, now=monotonic())
     agent.intent.namespace_compared()
     agent.intent.clear_everything()
+    agent.equal_again(spells)
     log.info("the store equals the source as of seq %d; %d bytes were sent", end, progress.sent)
+
+
+async def _work_after_outage(agent: Agent) -> list[Work]:
+    fresh = set(await agent.catch_up())
+    work = [Work(volume.id, all_regions(volume.size), fresh=True) for volume in agent.volumes if volume.id in fresh]
+    return work + [Work(volume, regions) for volume, regions in agent.intent.marked().items() if volume not in fresh]
 
 
 async def resync_after_outages(agent: Agent, progress: Reconciled) -> None:
@@ -139,7 +157,6 @@ async def resync_after_outages(agent: Agent, progress: Reconciled) -> None:
     while True:
         await agent.link.gap_opened.wait()
         agent.link.gap_opened = trio.Event()
-        fresh = set(await agent.catch_up())
-        work = [Work(volume.id, all_regions(volume.size), fresh=True) for volume in agent.volumes if volume.id in fresh]
-        work += [Work(volume, regions) for volume, regions in agent.intent.marked().items() if volume not in fresh]
-        await make_equal(agent, work, progress)
+        if not agent.link.equal:  # else the reconcile under way when it opened has closed it, too
+            spells = agent.link.spells
+            await make_equal(agent, await _work_after_outage(agent), progress, spells)

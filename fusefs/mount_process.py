@@ -30,6 +30,7 @@ from fusefs.volume_table import VolumeTable, list_volumes
 from replication.agent_link import AgentLink
 from replication.background import Ready
 from replication.control import request
+from replication.errors import HistoryLost
 from replication.first_appliance import FirstAppliance
 from replication.intent_log import IntentLog
 from replication.modes import Mode, Outage
@@ -98,6 +99,7 @@ class MountProcess:
         self._supervisor = supervisor
         self._stop = trio.Event()
         self._equal = trio.Event()
+        self._has_base = False
         self._progress = Reconciled()
         self._drain_seconds = DRAIN_SECONDS
         self._background = trio.CancelScope()
@@ -117,6 +119,14 @@ class MountProcess:
             on_lost=lambda error: log.critical("replication has ended: %s; unmount and mount again", error),
         )
         welcome, known = await self.first.start()
+        self._has_base = welcome.has_base
+        if last.store == welcome.store and welcome.held < last.durable:
+            log.warning(
+                "the store holds records up to %d and had them up to %d: it was put back to an older state; everything "
+                "is compared, and what it lost is a gap",
+                welcome.held,
+                last.durable,
+            )
         nursery.start_soon(self.first.run)
         files = await trio.to_thread.run_sync(list_volumes, settings.source)
         intent = await trio.to_thread.run_sync(_open_intent, self._state.intent_path)
@@ -127,6 +137,7 @@ class MountProcess:
         self._work = await begin(self.agent, todo, epoch, known, files)
         await trio.to_thread.run_sync(self._state.joined, welcome.store)
         if todo.clean:
+            self.agent.link.equal = True
             self._equal.set()
 
     async def _stored_epoch(self) -> Epoch:
@@ -172,27 +183,36 @@ class MountProcess:
         """What goes on beside the requests, until the drain ends it: nothing may be recorded after the last record."""
         with self._background:
             async with trio.open_nursery() as nursery:
-                for task in (self.agent.link.heartbeats, self.agent.housekeeping, self._reconcile):
-                    nursery.start_soon(task)
+                nursery.start_soon(self.agent.link.heartbeats)
+                nursery.start_soon(self.agent.housekeeping, self._state.marks_go)
+                nursery.start_soon(self._reconcile)
         self._background_ended.set()
 
     async def _reconcile(self) -> None:
-        if not self._equal.is_set():
-            await make_equal(self.agent, self._work, self._progress)
-            self._work = ()
-            self._equal.set()
-        await resync_after_outages(self.agent, self._progress)
+        try:
+            if not self._equal.is_set():
+                await make_equal(self.agent, self._work, self._progress)
+                self._work = ()
+                self._has_base = True
+                self._equal.set()
+            await resync_after_outages(self.agent, self._progress)
+        except HistoryLost:
+            return  # `on_lost` has said it; applications keep their mount
 
     async def _drain(self) -> None:
         """Everything durable on both sides, and the clean mark, so that the next start goes on without a gap."""
         self._background.cancel()
         await self._background_ended.wait()
         with trio.move_on_after(self._drain_seconds) as patience:
-            await self.agent.drain()
+            try:
+                await self.agent.drain()
+            except HistoryLost as lost:
+                log.error("not drained: %s; the next mount compares source and store", lost)
+                return
         if patience.cancelled_caught:
             log.error("not drained within %g s; the next mount reconciles what is marked", self._drain_seconds)
             return
-        if not self._equal.is_set() or self.agent.link.degraded:
+        if not self.agent.link.equal:
             log.warning("the store does not equal the source yet; the next mount goes on with the reconcile")
             return
         intent = self.agent.intent
@@ -220,8 +240,7 @@ class MountProcess:
         if not isinstance(name, str):
             raise RewindError("a bookmark needs a name")
         check_name(name)
-        if not self._equal.is_set():
-            raise RewindError("the base snapshot is still being made; bookmark once `rewindfs status` says protected")
+        self.agent.link.require_equal()
         return {"name": name, "seq": await self.agent.bookmark(name)}
 
     async def _mode(self, body: Body) -> Body:
@@ -245,7 +264,7 @@ class MountProcess:
 
     async def _status(self, body: Body) -> Body:
         status = self.first.status()
-        reconciling = not self._equal.is_set() or self.agent.link.degraded
+        reconciling = not self.agent.link.equal
         oldest = status.oldest_queued
         return {
             "group": self._settings.group,
@@ -270,9 +289,9 @@ class MountProcess:
         if link is LinkState.LOST or self.agent.link.degraded:
             return "degraded"
         if outage:
-            return "blocked" if self.first.blocks else "degraded"
-        if not self._equal.is_set():
-            return "initializing"
+            return "blocked" if self.first.outage_policy is Outage.BLOCK else "degraded"
+        if not self.agent.link.equal:
+            return "reconciling" if self._has_base else "initializing"
         return "protected"
 
 

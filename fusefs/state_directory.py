@@ -52,13 +52,18 @@ class CleanEnd:
 
 @dataclass(frozen=True, slots=True)
 class AgentState:
-    """The content of agent.json. `store` is the store's uuid, empty before the first connection."""
+    """The content of agent.json. `store` is the store's uuid, empty before the first connection.
+
+    `durable`: the second appliance had everything up to it durable when marks were last cleared from the intent log. A
+    store that holds less has lost what nothing marks any more.
+    """
 
     version: int = STATE_VERSION
     source: str = field(default_factory=lambda: uuid.uuid4().hex)
     group: str = ""
     store: str = ""
     epoch: Epoch = Epoch(0)
+    durable: Seq = Seq(0)
     clean: CleanEnd | None = None
 
 
@@ -105,12 +110,16 @@ class StateDirectory:
     def joined(self, store: str) -> None:
         """The store this group is replicated to; durable."""
         if store != self.state.store:
-            self._save(replace(self.state, store=store))
+            self._save(replace(self.state, store=store, durable=Seq(0)))
+
+    def marks_go(self, durable: Seq) -> None:
+        """Call it before marks are cleared: the second appliance has everything up to `durable` durable. Durable."""
+        self._save(replace(self.state, durable=durable))
 
     def ended_cleanly(self, held: Seq, volumes: Mapping[str, os.stat_result]) -> None:
         """Leaves the clean mark; durable."""
         marks = {path: FileMark.of(status) for path, status in volumes.items()}
-        self._save(replace(self.state, clean=CleanEnd(held, marks)))
+        self._save(replace(self.state, durable=held, clean=CleanEnd(held, marks)))
 
     def close(self) -> None:
         """Gives the lock back."""

@@ -11,11 +11,11 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dedup.errors import RewindError
-from dedup.types import VolumeId
+from dedup.types import Seq, VolumeId
 from fusefs.inode_map import FileKey
 
 STATE_DIRECTORY = ".rewindfs"
@@ -26,7 +26,8 @@ STATE_DIRECTORY = ".rewindfs"
 class Volume:
     """A volume as the agent knows it. `size` is what the mount made of it; `mode`, `uid`, `gid` as last recorded.
 
-    `known`: the store has its Create record. `moved`: its path changed unrecorded.
+    `known`: the store has its Create record. `moved`: its path changed unrecorded; `restyled`: its mode or owner did.
+    `growing`: the ends of recorded writes past `size` that the source has not taken yet, by seq.
     """
 
     id: VolumeId
@@ -38,6 +39,13 @@ class Volume:
     gid: int
     known: bool = True
     moved: bool = False
+    restyled: bool = False
+    growing: dict[Seq, int] = field(default_factory=dict)
+
+    @property
+    def size_to_be(self) -> int:
+        """The size once the source has taken every write that is recorded."""
+        return max(self.size, *self.growing.values()) if self.growing else self.size
 
 
 class VolumeTable:

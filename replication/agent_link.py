@@ -2,8 +2,9 @@
 
 Invariants:
 - seq, time and place in the queue are given in one synchronous step, so their orders are the same (`order`);
-- once a change has gone unrecorded (an outage whose policy is to continue), the next record is a ReconcileBegin: the
-  gap is in the history before anything that follows it (`gap-is-said`).
+- once a change has gone unrecorded (an outage whose policy is to continue), the next records are the corrections that
+  are owed and a ReconcileBegin: the gap is in the history before anything that follows it (`gap-is-said`);
+- `spells` grows with each such time: a reconcile whose work was chosen in an earlier spell must not end the gap.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import trio
 
+from dedup.errors import RewindError
 from dedup.types import (
     ClockRun,
     Heartbeat,
@@ -21,8 +23,10 @@ from dedup.types import (
     Seq,
     TimeNs,
 )
+from replication.errors import HistoryLost, OutageError
 from replication.first_appliance import FirstAppliance
 from replication.messages import Compare
+from replication.modes import Outage
 from replication.record_clock import RecordClock
 
 log = logging.getLogger(__name__)
@@ -32,6 +36,7 @@ RECORD_BYTES = 512
 OUTAGE_REASON = "an outage longer than the queue could hold"
 
 Stamp = tuple[Seq, TimeNs, ClockRun]
+Build = Callable[[Seq, TimeNs, ClockRun], Record]
 
 
 class AgentLink:
@@ -42,6 +47,12 @@ class AgentLink:
         self.last = last
         self._clock = clock
         self._unrecorded = False
+        self._reason = ""
+        self._owed: list[Build] = []
+        self.spells = 0
+        """How often changes began to go unrecorded."""
+        self.equal = False
+        """Whether the history equals the source, so that no reconcile is owed. Set by whoever ends the gap."""
         self.gap_opened = trio.Event()
         """Set when a ReconcileBegin was recorded because changes had gone unrecorded: a reconcile is due."""
 
@@ -53,16 +64,52 @@ class AgentLink:
     async def room(self, nbytes: int) -> bool:
         """Waits until a record of `nbytes` may be queued: True. False in an outage whose policy is to continue: the
         change must not be recorded, and its region stays marked. OutageError where the policy is to fail."""
-        if not await self.first.room(nbytes):
-            if not self._unrecorded:
-                log.error("changes are no longer recorded: %s; their regions are marked", OUTAGE_REASON)
-            self._unrecorded = True
+        try:
+            has_room = await self.first.room(nbytes)
+        except HistoryLost:
+            if self.first.outage_policy is not Outage.CONTINUE:
+                raise
+            has_room = False
+        if not has_room:
+            self._go_unrecorded(OUTAGE_REASON)
             return False
         if self._unrecorded:
             self._unrecorded = False
-            self.put(lambda seq, time, run: ReconcileBegin(seq, time, run, OUTAGE_REASON))
+            owed, self._owed = self._owed, []
+            for build in owed:
+                self.put(build)
+            self.put(lambda seq, time, run: ReconcileBegin(seq, time, run, self._reason))
             self.gap_opened.set()
         return True
+
+    async def room_by_and_by(self, nbytes: int) -> bool:
+        """As `room`, for what no application waits for: False, too, where the policy is to fail. Try again later."""
+        try:
+            return await self.room(nbytes)
+        except OutageError:
+            return False
+
+    def owe(self, correction: Build) -> None:
+        """A record says what the source did not take, and the truth cannot be recorded now. `correction` is recorded
+        first of all once it can, and a reconcile follows. It is small: nobody asks for its room."""
+        self._owed.append(correction)
+        self._go_unrecorded("a change that the source refused, and that could not be corrected at once")
+
+    def _go_unrecorded(self, reason: str) -> None:
+        if not self._unrecorded:
+            log.error("recording is interrupted: %s; what changes is marked, and reconciled afterwards", reason)
+            self.spells += 1
+            self._reason = reason
+        self._unrecorded = True
+        self.equal = False
+
+    def require_equal(self) -> None:
+        """RewindError while the history does not equal the source: no recovery point can be named."""
+        if not self.equal:
+            raise RewindError(
+                "the store does not equal the source yet: a reconcile is under way or due; try again once "
+                "`rewindfs status` says protected"
+            )
 
     def stamp(self) -> Stamp:
         """The next seq, and its time. To be used at once: nothing may be awaited before `first.append`."""
@@ -89,5 +136,8 @@ class AgentLink:
         while True:
             seen = self.last
             await trio.sleep(interval)
-            if self.last == seen and not self._unrecorded and self.first.has_room(RECORD_BYTES):
+            if not (self._unrecorded or self.last == seen) or not self.first.has_room(RECORD_BYTES):
+                continue
+            # After an outage this begins the reconcile, also where no application writes any more.
+            if await self.room(RECORD_BYTES):
                 self.put(Heartbeat)

@@ -121,7 +121,7 @@ class Reconciler:
                 data = await trio.to_thread.run_sync(read, fd, length, offset) if held else b""
                 if not data:
                     return
-                if await self.link.room(len(data)):
+                if await self.link.room_by_and_by(len(data)):
                     seq, time, run = self.link.stamp()
                     self.link.first.append(Reconcile(seq, time, run, Extent(volume, offset, data)))
                     break
@@ -178,7 +178,7 @@ class Reconciler:
                     return None
                 key = self.link.first.digest_key
                 digests = await trio.to_thread.run_sync(_digests, fd, offset, length, key)
-                if await self.link.room(len(digests) + RECORD_BYTES):
+                if await self.link.room_by_and_by(len(digests) + RECORD_BYTES):
                     seq, time, run = self.link.stamp()
                     self.link.first.append(Compare(seq, time, run, volume, offset, digests))
                     return _Pending(region, offset, length, seq)

@@ -112,6 +112,11 @@ class RegionTracker:
             del self._regions[key]
         return found
 
+    def has_clearable(self, now: float) -> bool:
+        """Whether `clearable` would return anything: always True when it would, seldom when it would not."""
+        oldest = next(iter(self._regions.values()), None)
+        return oldest is not None and now - oldest.touched >= IDLE_SECONDS
+
     def unsynced(self, now: float) -> set[VolumeId]:
         """Volumes that keep rested regions only for want of a source fdatasync: sync these to let marks go."""
         found = set()
