@@ -16,13 +16,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from fusefs.mountpoint import mounts
+import trio
+
+from dedup.reader import GroupReader, StoreReader
+from dedup.types import Gap, Seq
+from fusefs.agent_control import ask
+from fusefs.mountpoint import control_socket, mount_at, mounts
+from fusefs.volume_table import STATE_DIRECTORY
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOKEN_NAME = "REWINDFS_TEST"
@@ -86,7 +93,8 @@ class World:
         done = self.rewindfs(*args, check=False)
         assert done.returncode == 1, f"exit {done.returncode}: {done.stdout}{done.stderr}"
         assert done.stdout == ""
-        (line,) = done.stderr.splitlines()
+        # A warning may come first: that store and source share a file system, as here they do.
+        (line,) = (line for line in done.stderr.splitlines() if not line.startswith("rewindfs: warning: "))
         assert line.startswith("rewindfs: error: "), line
         return line.removeprefix("rewindfs: error: ")
 
@@ -96,6 +104,55 @@ class World:
         base = ["--wait-base"] if wait_base else []
         self.rewindfs("mount", self.source, self.mnt, "--store", self.store, "--mode", mode, *base, *log, *options)
         return self.pids()
+
+    def ask(self, command: str, **body: object) -> Any:
+        """What the process behind the mount answers, without a command's start: for what is asked often."""
+        return trio.run(ask, control_socket(self.mnt), command, body)
+
+    def wait_for_state(self, *states: str) -> dict[str, Any]:
+        """The status as soon as its state is one of these; AssertionError after a minute."""
+        return self.wait_for_status(lambda status: status["state"] in states, f"state {' or '.join(states)}")
+
+    def wait_for_status(self, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        """The first status that is as `wanted`. Nobody is told of such changes, so it is asked again and again."""
+        end = time.monotonic() + END_SECONDS_MAX
+        while True:
+            status: dict[str, Any] = self.ask("status")
+            if wanted(status):
+                return status
+            assert time.monotonic() < end, f"{what} not reached: {status}\n{self.logs()}"
+            time.sleep(0.02)
+
+    @contextmanager
+    def reader(self) -> Iterator[GroupReader]:
+        """The store's only group, read beside whoever writes it."""
+        store = StoreReader.open(self.store)
+        try:
+            yield store.group()
+        finally:
+            store.close()
+
+    def check_equal(self) -> None:
+        """Asserts that the store's `@latest` is a recovery point and holds every file of the source, byte for byte.
+
+        The source must be at rest. With a mount, everything is made durable first.
+        """
+        if mount_at(self.mnt) is not None:
+            self.ask("durable")
+        with self.reader() as group:
+            seq = group.resolve("latest").seq
+            volumes = group.volumes_at(seq)
+            files = {str(file.relative_to(self.source)): file for file in volumes_in(self.source)}
+            assert volumes.keys() == files.keys()
+            for path, volume in volumes.items():
+                status = files[path].stat()
+                assert volume.size == status.st_size, path
+                assert (volume.mode, volume.uid, volume.gid) == (status.st_mode & 0o7777, status.st_uid, status.st_gid)
+                check_same(image_bytes(group, path, seq), files[path].read_bytes(), f"{path} at seq={seq}")
+
+    def gaps(self) -> list[Gap]:
+        with self.reader() as group:
+            return group.gaps()
 
     def pids(self) -> Pids:
         pids = self.json("status", self.mnt)["pids"]
@@ -227,6 +284,34 @@ def wait_for_end(pid: int) -> None:
     finally:
         os.close(pidfd)
     assert ended, f"process {pid} has not ended"
+
+
+def volumes_in(source: Path) -> list[Path]:
+    """The files of a source directory that are volumes."""
+    return [
+        file
+        for file in source.rglob("*")
+        if file.is_file() and not file.is_symlink() and STATE_DIRECTORY not in file.relative_to(source).parts[:1]
+    ]
+
+
+def image_bytes(group: GroupReader, path: str, seq: Seq) -> bytes:
+    """A whole volume as it was at `seq`."""
+    image = group.image(group.volumes_at(seq)[path].volume, seq)
+    return b"".join(image.read(offset, 1 << 20) for offset in range(0, image.size, 1 << 20))
+
+
+def check_same(found: bytes, wanted: bytes, what: str) -> None:
+    """Asserts equality; names the first differing block, not the megabytes."""
+    if found == wanted:
+        return
+    assert len(found) == len(wanted), f"{what}: {len(found)} bytes instead of {len(wanted)}"
+    blocks = [at for at in range(0, len(found), 4096) if found[at : at + 4096] != wanted[at : at + 4096]]
+    first = blocks[0]
+    raise AssertionError(
+        f"{what}: {len(blocks)} blocks differ, the first at {first}: {found[first : first + 32].hex()} instead of "
+        f"{wanted[first : first + 32].hex()}"
+    )
 
 
 def digest(path: Path) -> str:
