@@ -163,7 +163,7 @@ def unmount(mountpoint: Path, drain_timeout: float) -> None:
 
 def _alive(mountpoint: Path) -> bool:
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)
     except OSError:
         return False
     return True
@@ -244,7 +244,9 @@ def print_json(value: object) -> None:
 def status(place: Path, as_json: bool, fail_on_lag: float | None, watch: bool) -> None:
     """How a mount or a store is doing."""
     while True:
-        report = mount_status(place) if not (place / "STORE").exists() else store_status(place)
+        # The mount table first: a mount whose process has died answers no other question.
+        is_store = mount_at(place) is None and (place / "STORE").exists()
+        report = store_status(place) if is_store else mount_status(place)
         print_json(report) if as_json else click.echo(describe(report))
         lag: Any = report["lag"]
         if fail_on_lag is not None and lag is not None and lag["seconds"] > fail_on_lag:

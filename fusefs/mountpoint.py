@@ -83,7 +83,8 @@ def check_mountpoint(path: Path) -> None:
     path = absolute(path)
     while mount := mount_at(path):
         try:
-            os.stat(path)
+            # Not stat: the kernel answers that from its cache for a second after the process has died.
+            os.statvfs(path)
         except OSError as error:
             if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
                 raise
