@@ -155,7 +155,7 @@ class World:
             return group.gaps()
 
     def pids(self) -> Pids:
-        pids = self.json("status", self.mnt)["pids"]
+        pids = self.ask("status")["pids"]
         return Pids(pids["mount"], pids["second"])
 
     def browse(self) -> Path:
