@@ -12,7 +12,6 @@ Invariants:
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import stat
@@ -45,11 +44,12 @@ from dedup.types import (
 from fusefs.inode_map import FileKey
 from fusefs.intercept import CreateFile, NamespaceChange, RemoveFile, RenamePath
 from fusefs.range_lock import RangeLock
+from fusefs.source_writes import sync_file, write_at
 from fusefs.volume_records import attributes_record, create_record, resize_record, retire_record
 from fusefs.volume_table import Volume, VolumeTable, check_path
 from replication.agent_link import RECORD_BYTES, AgentLink
 from replication.errors import OutageError
-from replication.intent_log import IntentLog
+from replication.intent_log import IntentLog, IntentLogFailed
 from replication.messages import Level
 from replication.region_tracker import REGION_BYTES, RegionTracker, regions_of
 
@@ -99,7 +99,7 @@ class Agent:
         The source's OSError is raised after the record has been corrected; OutageError before the source saw anything.
         """
         if volume is None or self.volumes.get(volume) is None:
-            return _write_at(fd, data, os.fstat(fd).st_size if append and volume is None else offset)
+            return write_at(fd, data, os.fstat(fd).st_size if append and volume is None else offset)
         length = len(data)
         if append:
             claim = await self.lock.claim_volume(volume)
@@ -108,7 +108,7 @@ class Agent:
         try:
             known = self.volumes.get(volume)
             if known is None:  # unlinked while this waited for its turn
-                return _write_at(fd, data, offset)
+                return write_at(fd, data, offset)
             if append and offset >= known.size:
                 # Below the end it is no append but a page of a mapping that the kernel writes back through this handle.
                 offset = os.fstat(fd).st_size
@@ -139,7 +139,7 @@ class Agent:
                     refusal = error
             if refusal is None:
                 try:
-                    written = _write_at(fd, data, offset)
+                    written = write_at(fd, data, offset)
                 except OSError as error:
                     refusal = error
             if written < length:
@@ -433,26 +433,31 @@ class Agent:
         while True:
             await trio.sleep(HOUSEKEEPING_SECONDS)
             self._end_brackets()
-            for volume in self.tracker.unsynced(monotonic()):
-                await self._sync_source(volume)
-            self.tracker.durable(durable := self.first.durable)
-            if self.link.equal and self.tracker.has_clearable(monotonic()):
-                await trio.to_thread.run_sync(keep, durable)
-                # A change may have gone unrecorded meanwhile, and its region must keep its mark.
-                if self.link.equal:
-                    self.intent.clear(self.tracker.clearable(monotonic()))
-            await self.intent.flush()
+            try:
+                await self._let_marks_go(keep)
+            except (OSError, IntentLogFailed) as error:
+                # A full or failing disk of the source: marks that stay do no harm.
+                log.error("marks cannot be let go, trying again: %s", error)
+
+    async def _let_marks_go(self, keep: Callable[[Seq], object]) -> None:
+        for volume in self.tracker.unsynced(monotonic()):
+            await self._sync_source(volume)
+        self.tracker.durable(durable := self.first.durable)
+        if self.link.equal and self.tracker.has_clearable(monotonic()):
+            await trio.to_thread.run_sync(keep, durable)
+            # A change may have gone unrecorded meanwhile, and its region must keep its mark.
+            if self.link.equal:
+                self.intent.clear(self.tracker.clearable(monotonic()))
+        await self.intent.flush()
 
     async def _sync_source(self, volume: VolumeId) -> None:
         known = self.volumes.get(volume)
         if known is None:
             return
         token = self.tracker.token()
-        try:
-            await trio.to_thread.run_sync(_sync_file, self.source / known.path)
-        except FileNotFoundError:
-            return  # renamed or unlinked meanwhile: the next round finds it, or it is gone
-        self.tracker.source_synced(volume, token)
+        # Renamed or unlinked meanwhile: the next round finds it, or it is gone.
+        if await trio.to_thread.run_sync(sync_file, self.source / known.path, known.key):
+            self.tracker.source_synced(volume, token)
 
     async def drain(self) -> None:
         """Everything recorded is durable at the second appliance, everything written is on the source's disk."""
@@ -463,27 +468,3 @@ class Agent:
             self._end_brackets()
         finally:
             self.lock.release(claim)
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fdatasync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_at(fd: int, data: bytes, offset: int) -> int:
-    """Writes all of `data`, or what the source takes of it; raises its error when it takes nothing."""
-    written = os.pwrite(fd, data, offset)
-    view = memoryview(data)
-    while written < len(data):
-        try:
-            more = os.pwrite(fd, view[written:], offset + written)
-        except OSError as error:
-            log.debug("short write: %s", errno.errorcode.get(error.errno or 0, "?"))
-            break
-        if not more:
-            break
-        written += more
-    return written

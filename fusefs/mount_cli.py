@@ -20,7 +20,7 @@ from dedup.reader import StoreReader
 from dedup.types import TimeNs
 from fusefs.agent_control import Body, ask
 from fusefs.mount_process import DRAIN_SECONDS, MountSettings, run_mount
-from fusefs.mountpoint import NotMounted, absolute, check_mountpoint, control_socket, mount_at
+from fusefs.mountpoint import NotMounted, absolute, check_mountpoint, control_socket, is_dead, mount_at
 from fusefs.mountpoint import unmount as leave
 from replication.background import Ready, run
 from replication.modes import Mode, Outage
@@ -154,19 +154,11 @@ def unmount(mountpoint: Path, drain_timeout: float) -> None:
         socket = control_socket(mountpoint)
     except NotMounted:
         found = mount_at(mountpoint)
-        if found is None or found.fstype != "fuse.rewindfs" or not _alive(mountpoint):
+        if found is None or found.fstype != "fuse.rewindfs" or is_dead(mountpoint):
             raise
         leave(mountpoint)  # a snapshot mount: nothing to drain
         return
     trio.run(_drain_and_leave, mountpoint, socket, drain_timeout)
-
-
-def _alive(mountpoint: Path) -> bool:
-    try:
-        os.statvfs(mountpoint)
-    except OSError:
-        return False
-    return True
 
 
 def tell(mountpoint: Path, command: str, body: Body) -> Body:

@@ -215,6 +215,12 @@ class MountProcess:
         if not self.agent.link.equal:
             log.warning("the store does not equal the source yet; the next mount goes on with the reconcile")
             return
+        try:
+            await self._leave_clean()
+        except (OSError, RewindError) as error:
+            log.error("no clean mark can be left: %s; the next mount reconciles what is marked", error)
+
+    async def _leave_clean(self) -> None:
         intent = self.agent.intent
         intent.clear((volume, region) for volume, regions in intent.marked().items() for region in regions)
         await intent.close()

@@ -75,6 +75,20 @@ def mount_at(path: Path) -> Mount | None:
     return next((mount for mount in reversed(mounts()) if mount.path == path), None)
 
 
+def is_dead(path: Path) -> bool:
+    """Whether the process that served the mount at `path` has died."""
+    try:
+        # Not stat: the kernel answers that from its cache for a second after the process has died.
+        os.statvfs(path)
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            return False  # somebody is there to say so
+        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise
+        return True
+    return False
+
+
 def check_mountpoint(path: Path) -> None:
     """Returns when `path` is an empty directory and nothing is mounted there; MountpointRefused otherwise.
 
@@ -82,17 +96,12 @@ def check_mountpoint(path: Path) -> None:
     """
     path = absolute(path)
     while mount := mount_at(path):
-        try:
-            # Not stat: the kernel answers that from its cache for a second after the process has died.
-            os.statvfs(path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
-                raise
+        if is_dead(path):
             if mount.fstype != FSTYPE:
                 raise MountpointRefused(
                     f"{path}: a dead {mount.fstype} mount is there: its process has died. Remove it with "
                     f"fusermount3 -u -z {path}, then try again"
-                ) from error
+                )
             unmount(path, lazy=True)
             log.warning(
                 "%s: cleaned a stale mount of %s: the rewindfs process that served it had died", path, mount.source
