@@ -233,16 +233,8 @@ class World:
     def close(self) -> list[str]:
         """Unmounts, waits for the processes to leave, and says what was left and had to be forced."""
         left: list[str] = []
-        for place in reversed(self._loop_mounts.copy()):
-            if self.run("umount", place, check=False).returncode:
-                left.append(f"{place} was busy")
-                self.run("umount", "-l", place, check=False)
-        try:
-            self._wait_until_detached()
-        except AssertionError as error:
-            left.append(str(error))
-            for device in self._loop_devices():
-                self.run("losetup", "-d", device, check=False)
+        # What lies on a rewindfs mount goes before it, what it lies on goes after it.
+        below = [place for place in reversed(self._loop_mounts) if self.run("umount", place, check=False).returncode]
         for mount in reversed(self._fuse_mounts()):
             if self.run("fusermount3", "-u", mount, check=False).returncode:
                 left.append(f"{mount} was busy")
@@ -254,11 +246,22 @@ class World:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 left.append(f"process {pid} did not leave: {command}")
                 os.kill(pid, signal.SIGKILL)
+        for place in below:
+            if self.run("umount", place, check=False).returncode:
+                left.append(f"{place} was busy")
+                self.run("umount", "-l", place, check=False)
+        try:
+            self._wait_until_detached()
+        except AssertionError as error:
+            left.append(str(error))
+            for device in self._loop_devices():
+                self.run("losetup", "-d", device, check=False)
         left.extend(f"{mount} is still mounted" for mount in self._fuse_mounts())
         return left
 
     def _fuse_mounts(self) -> list[str]:
-        return [str(mount.path) for mount in mounts() if mount.path.is_relative_to(self.directory)]
+        found = [mount for mount in mounts() if mount.path.is_relative_to(self.directory)]
+        return [str(mount.path) for mount in found if mount.fstype.startswith("fuse")]
 
     def _loop_devices(self) -> list[str]:
         listing = self.run("losetup", "--list", "--noheadings", "--raw", "--output", "NAME,BACK-FILE").stdout
