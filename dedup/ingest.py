@@ -51,6 +51,7 @@ from dedup.types import (
     Rename,
     Resize,
     Retire,
+    Seq,
     VolumeId,
     Write,
 )
@@ -60,6 +61,7 @@ log = logging.getLogger(__name__)
 Block = bytes | bytearray | memoryview
 ZEROS_FINGERPRINT: Final = fingerprint(ZERO_BLOCK)
 _EMPTY_EXTENT: Final = b""
+_NO_ADDRESSES: Final[Addresses] = np.zeros(0, dtype=np.uint64)
 _KINDS: Final[dict[type, EntryKind]] = {
     Write: EntryKind.WRITE,
     Aggregate: EntryKind.AGGREGATE,
@@ -199,6 +201,8 @@ class Ingest:
 
         OutOfOrder if a record does not follow the one before; StoreFull or StoreFailed from the disk.
         """
+        if _all_plain(records, state):
+            return self._log_plain(records, journal, journal_id)
         staging = _Staging(state, read_head)
         pieces: list[list[Piece]] = []
         held = state.held
@@ -210,6 +214,34 @@ class Ingest:
             pieces.append(_pieces(staging, record))
         self._place_all(records, pieces, journal)
         return [_logged(record, found, journal_id) for record, found in zip(records, pieces, strict=True)]
+
+    def _log_plain(self, records: Sequence[Record], journal: DataJournal, journal_id: JournalId) -> list[Logged]:
+        """The same for records that are `_all_plain`: nothing has to be completed from the head, nor staged."""
+        blocks: list[Block] = []
+        for record in records:
+            if type(record) is Write:
+                data = record.extent.data
+                if len(data) == BLOCK_BYTES:
+                    blocks.append(data)
+                else:
+                    view = memoryview(data)
+                    blocks += [view[at : at + BLOCK_BYTES] for at in range(0, len(data), BLOCK_BYTES)]
+        addresses, fingerprints = self._place(blocks, journal) if blocks else (_NO_ADDRESSES, [])
+        entries: list[Logged] = []
+        at = 0
+        for record in records:
+            seq = record.seq
+            if type(record) is Write:
+                extent = record.extent
+                end = at + len(extent.data) // BLOCK_BYTES
+                marks = fingerprints[at] if end == at + 1 else b"".join(fingerprints[at:end])
+                logged = LoggedExtent(extent.volume, extent.offset, len(extent.data), addresses[at:end], marks)
+                at = end
+                entries.append(Logged(EntryKind.WRITE, seq, seq, record.time, record.run, journal_id, (logged,), None))
+            else:
+                kind = _KINDS[type(record)]
+                entries.append(Logged(kind, seq, seq, record.time, record.run, journal_id, (), record))
+        return entries
 
     def _place_all(self, records: Sequence[Record], pieces: list[list[Piece]], journal: DataJournal) -> None:
         """Gives every piece its addresses: Reconcile's in `base`, all others in `journal`."""
@@ -268,6 +300,28 @@ class Ingest:
         except Damaged as damage:
             log.warning("not shared: %s", damage)
             return False
+
+
+def _all_plain(records: Sequence[Record], state: GroupState) -> bool:
+    """Whether these are writes of whole blocks to volumes that exist, flushes and heartbeats, each after the last."""
+    held = state.held
+    for record in records:
+        held = Seq(held + 1)
+        if record.seq != held:
+            return False
+        if type(record) is Write:
+            extent = record.extent
+            length = len(extent.data)
+            if (
+                not length
+                or (length | extent.offset) % BLOCK_BYTES
+                or extent.zeros
+                or extent.volume not in state.volumes
+            ):
+                return False
+        elif type(record) is not Heartbeat and type(record) is not Flush:
+            return False
+    return True
 
 
 def _pieces(staging: _Staging, record: Record) -> list[Piece]:

@@ -34,6 +34,7 @@ from dedup.layout import (
     padded,
 )
 from dedup.types import (
+    BLOCK_BYTES,
     VOLUME_BYTES_MAX,
     Aggregate,
     Attributes,
@@ -262,6 +263,8 @@ def kind_of(entry: Entry) -> EntryKind:
 
 def encode(logged: Logged, seed: int) -> bytes:
     """The entry's bytes in a segment of that seed, a multiple of 8. ValueError when not well made or too large."""
+    if logged.body is None and len(logged.extents) == 1:
+        return _encode_lone(logged, logged.extents[0], seed)
     _check(logged)
     parts = [bytes(ENTRY_HEADER_BYTES)]
     length = ENTRY_HEADER_BYTES
@@ -299,6 +302,42 @@ def encode(logged: Logged, seed: int) -> bytes:
     return bytes(entry)
 
 
+def _encode_lone(logged: Logged, extent: LoggedExtent, seed: int) -> bytes:
+    """`encode` for the entries that are nearly all there are: one extent, no body. They need no padding."""
+    spans = logged.seq - logged.first_seq
+    if logged.kind not in _BARE_KINDS or spans < 0 or (spans and logged.kind is not EntryKind.AGGREGATE):
+        raise ValueError(f"the entry of seq {logged.seq} is not well made: its kind needs a body, or one seq")
+    blocks = _check_extent(logged, extent)
+    length = ENTRY_HEADER_BYTES + EXTENT_HEADER_BYTES + blocks * (ADDRESS_BYTES + FINGERPRINT_BYTES)
+    if length > ENTRY_BYTES_MAX:
+        raise ValueError(f"the entry of seq {logged.seq} has {length} bytes, more than {ENTRY_BYTES_MAX}")
+    head = _HEADER.pack(
+        0, length, logged.kind, 0, logged.journal, logged.seq, logged.first_seq, logged.time, logged.run, 1
+    )
+    checked = b"".join(
+        (
+            head[CHECKSUM_BYTES:],
+            _EXTENT.pack(extent.volume, 0, extent.offset, extent.length, blocks),
+            extent.addresses.astype("<u8", copy=False).tobytes(),
+            extent.fingerprints,
+        )
+    )
+    return checksum(checked, seed).to_bytes(CHECKSUM_BYTES, "little") + checked
+
+
+def _check_extent(logged: Logged, extent: LoggedExtent) -> int:
+    """The blocks that the extent touches. ValueError unless it has a pointer for each, within the largest volume."""
+    offset, end = extent.offset, extent.offset + extent.length
+    blocks = -(-end // BLOCK_BYTES) - offset // BLOCK_BYTES if extent.length else 0
+    if len(extent.addresses) != blocks or len(extent.fingerprints) != blocks * FINGERPRINT_BYTES:
+        raise ValueError(
+            f"the entry of seq {logged.seq} is not well made: {extent.length} bytes at {offset} touch {blocks} blocks"
+        )
+    if offset < 0 or end > VOLUME_BYTES_MAX:
+        raise ValueError(f"the entry of seq {logged.seq} is not well made: an extent ends past the largest volume")
+    return blocks
+
+
 def _check(logged: Logged) -> None:
     """Before the write: what `decode` would call damage must not be written. ValueError."""
     fault = None
@@ -316,11 +355,7 @@ def _check(logged: Logged) -> None:
     ):
         fault = "its body is another entry's"
     for extent in logged.extents:
-        blocks = block_span(extent.offset, extent.length)[1]
-        if len(extent.addresses) != blocks or len(extent.fingerprints) != blocks * FINGERPRINT_BYTES:
-            fault = f"{extent.length} bytes at {extent.offset} touch {blocks} blocks"
-        elif extent.offset < 0 or extent.offset + extent.length > VOLUME_BYTES_MAX:
-            fault = "an extent ends past the largest volume"
+        _check_extent(logged, extent)
     if fault is not None:
         raise ValueError(f"the entry of seq {logged.seq} is not well made: {fault}")
 
