@@ -13,7 +13,10 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -23,7 +26,7 @@ import msgspec
 import xxhash
 
 from dedup import layout
-from dedup.errors import Damaged
+from dedup.errors import Damaged, StoreFailed, StoreFull
 from dedup.group_state import Checkpoint, GroupState, RunStart
 from dedup.layout import ANCHOR_KEY, GROUP_KEY, TIME_KEY, VOLUME_KEY
 from dedup.metadata_journal import JournalPosition
@@ -33,6 +36,8 @@ from dedup.types import Address, ContainerId, Gap, Seq, Snapshot, TimeNs, Volume
 MAP_BYTES: Final = 1 << 40
 """Size of the LMDB map: address space only, the file grows as it is used. Fixed: a map cannot grow under readers."""
 READERS_MAX: Final = 1024
+_CRAMPED_BYTES: Final = 64 << 20
+"""With less room than this, a checkpoint may well have met the end of the disk."""
 _WATERMARK: Final = b"watermark"
 _DATABASES: Final = (
     "groups", "anchors", "times", "volumes", "paths", "names", "gaps", "runs", "pointers", "fingerprints", "store",
@@ -91,9 +96,22 @@ class Index:
         """A read transaction; lasts one request (a long one keeps old pages alive)."""
         return self.env.begin()
 
-    def write(self) -> Txn:
-        """The write transaction of a checkpoint; its commit is synced."""
-        return self.env.begin(write=True)
+    @contextmanager
+    def write(self) -> Iterator[Txn]:
+        """The write transaction of a checkpoint; committed, synced, when the context ends without an error.
+
+        StoreFull, and then nothing was written and it may be tried again; StoreFailed.
+        """
+        try:
+            with self.env.begin(write=True) as txn:
+                yield txn
+        except lmdb.Error as error:
+            path = self.env.path()
+            # LMDB calls a write that a full disk cut short EIO. Nothing was committed then, it may be tried again.
+            short = error.code == errno.EIO and _free_bytes(path) < _CRAMPED_BYTES
+            if short or error.code in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreFull(f"{path}: no space left; free space on the store's disk") from error
+            raise StoreFailed(f"{path}: the index cannot be written ({error}); open the store anew") from error
 
     def pointers(self, group_id: int) -> PointerMap:
         return PointerMap(self.db["pointers"], group_id)
@@ -120,6 +138,11 @@ class Index:
         group_id = max(self.group_ids(txn).values(), default=0) + 1
         txn.put(name.encode(), group_id.to_bytes(2, "big"), db=self.db["groups"])
         return group_id
+
+
+def _free_bytes(path: str) -> int:
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
 
 
 def _decode(value: bytes, kind: type[_Value]) -> _Value:
