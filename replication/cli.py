@@ -61,7 +61,9 @@ def second(
             await _serve(store, sockets, ready, guardian)
         except BaseException as error:
             guardian.failed(explain(cause(error)))
-            log.critical("ended by an error: %s", explain(cause(error)), exc_info=error)
+            if ready_fd is not None:
+                # Nobody sees this process's stderr: the parent that started it has only its log.
+                log.critical("ended by an error: %s", explain(cause(error)), exc_info=error)
             raise
 
     run(main, foreground=foreground, log_file=log_file, debug=debug)

@@ -105,7 +105,7 @@ class Commands:
         group = self._group(caller, body)
         name, at = _text(body, "name", "") or None, _text(body, "at", "latest")
         volume = _text(body, "volume", "") or None
-        if name is not None:
+        if name is not None and not await self._writer.run(group.name_exists, name):
             self._check_reservation(group.name, name)
         snapshot = await self._writer.run(group.create_snapshot, name, at, volume)
         return {"group": group.name, **dataclasses.asdict(snapshot)}
