@@ -48,7 +48,7 @@ from fusefs.source_writes import sync_file, write_at
 from fusefs.volume_records import attributes_record, create_record, resize_record, retire_record
 from fusefs.volume_table import Volume, VolumeTable, check_path
 from replication.agent_link import RECORD_BYTES, AgentLink
-from replication.errors import OutageError
+from replication.errors import LinkDown, LinkReset, OutageError
 from replication.intent_log import IntentLog, IntentLogFailed
 from replication.messages import Level
 from replication.region_tracker import REGION_BYTES, RegionTracker, regions_of
@@ -361,9 +361,17 @@ class Agent:
     async def bookmark(self, name: str) -> Seq:
         """A named recovery point across all volumes, after a flush; durable at the second appliance when it returns.
 
-        NameRefused if the name is taken; OutageError when it cannot be recorded now.
+        RequestRefused if the name is taken; OutageError when it cannot be recorded now. A link that is down, and no
+        outage yet, is waited for: the second appliance may be starting again.
         """
-        await self.first.request("name.check", {"name": name})
+        while True:
+            try:
+                await self.first.request("name.check", {"name": name})
+                break
+            except (LinkDown, LinkReset):
+                if self.first.outage:
+                    raise
+                await trio.sleep(_INSIST_SECONDS)
         await trio.to_thread.run_sync(pyfuse3.syncfs, str(self.source))
         if not await self.link.room(RECORD_BYTES):
             raise OutageError("the second appliance cannot be reached: nothing is recorded now, nor is a bookmark")

@@ -294,7 +294,7 @@ class MountProcess:
     def _state_word(self, link: LinkState, outage: bool) -> str:
         if link is LinkState.LOST or self.agent.link.degraded:
             return "degraded"
-        if outage:
+        if outage or link is LinkState.FULL:
             return "blocked" if self.first.outage_policy is Outage.BLOCK else "degraded"
         if not self.agent.link.equal:
             return "reconciling" if self._has_base else "initializing"
