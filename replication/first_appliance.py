@@ -210,7 +210,10 @@ class FirstAppliance:
         """Returns when the mode lets the write `seq` return: True. False: an outage lasts and the policy is to
         continue; the record stays queued. Raises OutageError (to fail; the record stays queued too, so the agent
         corrects it) or HistoryLost. No checkpoint when there is nothing to wait for."""
-        return await self._reached(seq, self._policy.write_waits_for)
+        level = self._policy.write_waits_for
+        if self._link is not None and not self._progress.has_reached(seq, level):
+            self._link.hear_soon()
+        return await self._reached(seq, level)
 
     async def flushed(self, seq: Seq) -> bool:
         """Like `acknowledged`, for the flush record of an fsync."""

@@ -39,6 +39,12 @@ HANDSHAKE_SECONDS: Final = 10.0
 """Longest that a peer may take from Hello to its last VolumePage."""
 VOLUMES_MAX: Final = 1 << 20
 """Most volumes that a peer may list."""
+ANSWER_MILLISECONDS: Final = 1
+"""The least that poll(2) can wait; an embedded second appliance answers in about 0.15 ms."""
+ANSWER_ROW: Final = 32
+"""After so many answers that were waited for on the spot, one is not, so that writers beside it can show themselves."""
+ANSWER_REST: Final = 64
+"""Frames in a row that are not waited for, once the peer was too slow or a writer was not alone."""
 
 
 class SessionEnded(Exception):
@@ -100,6 +106,11 @@ class Link:
         """What the last SyncRequest covers."""
         self._wake: trio.Event | None = None
         """Set while the sender's task waits for something to send."""
+        self._row = 0
+        """Answers that were waited for on the spot, one after the other."""
+        self._rest = 0
+        """Frames for whose answers nobody waits on the spot."""
+        self._handle: Callable[[Message], None] | None = None
         self._scope = trio.CancelScope()
         self._reason: Exception | None = None
 
@@ -113,11 +124,45 @@ class Link:
         self._outbox.append(frame)
         if self._wake is None or self._reason is not None:
             return
-        if alone and not self._cut:
+        if not alone:
+            self._rest = ANSWER_REST
+        elif not self._cut:
             self._send_now()
             if not self._cut and not self._due():
                 return
         self._wake.set()
+
+    def hear_soon(self) -> None:
+        """Takes the answer to a lone frame here and now, if it comes within ANSWER_MILLISECONDS.
+
+        Sleeps in the kernel for so long at most, and the loop with it: where the peer answers in a fraction of that, it
+        saves a lone writer two turns of the loop. Writers side by side are better off without, for their frames then
+        travel together: an offer that meets an unreceived frame puts this to rest, and after each ANSWER_ROW answers
+        one is left to the loop, so that such an offer can happen. A peer that is too slow puts it to rest, too.
+        """
+        if self._rest:
+            self._rest -= 1
+            return
+        # Only while the sender's task has nothing to do: what that one has yet to send is not answered soon.
+        if self._handle is None or self._wake is None or self._cut or self._reason is not None:
+            return
+        if not self._outbox.lone:
+            return
+        try:
+            data = self._connection.receive_soon(ANSWER_MILLISECONDS)
+            if not data:
+                self._row, self._rest = 0, ANSWER_REST
+                return
+            self._row += 1
+            if self._row >= ANSWER_ROW:
+                self._row, self._rest = 0, 1
+            self._session.receive_data(data)
+            while (message := self._session.next_event()) is not None:
+                if isinstance(message, Failure):
+                    raise SessionEnded(message)
+                self._handle(message)
+        except (LinkDown, ProtocolError, SessionEnded) as error:
+            self._break(error)
 
     def command(self, request: Request) -> None:
         """Sends the request when fewer than REQUESTS_OPEN_MAX are open. The caller bounds how many it gives."""
@@ -145,6 +190,7 @@ class Link:
     async def run(self, handle: Callable[[Message], None]) -> Exception:
         """Sends and receives until the session ends; gives each message of the peer to `handle`. Returns why it ended:
         LinkDown, ProtocolError or SessionEnded. The connection is closed then. Cancelled, it closes it as well."""
+        self._handle = handle
         async with self._connection:
             with self._scope:
                 async with trio.open_nursery() as nursery:

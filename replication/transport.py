@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import stat
 from abc import ABC, abstractmethod
@@ -51,6 +52,12 @@ class Connection(ABC):
         """The next bytes, at most RECEIVE_BYTES_MAX; b"" at the end of the stream. Always a checkpoint; cancelled, it
         has consumed nothing. Raises LinkDown."""
 
+    def receive_soon(self, milliseconds: int) -> bytes:
+        """The next bytes if they come within so many milliseconds, for which this blocks the thread; else b"", also at
+        the end of the stream, which `receive` then tells. A `receive` that waits meanwhile goes on waiting, and gets
+        what comes after. Never more than RECEIVE_BYTES_MAX. Raises LinkDown."""
+        return b""
+
     @abstractmethod
     async def aclose(self) -> None:
         """Closes both directions at once; waiting calls raise LinkDown. Harmless when closed. Does not wait."""
@@ -73,6 +80,8 @@ class SocketConnection(Connection):
         self._sending = False
         self._receiving = False
         self._receive_bytes = RECEIVE_BYTES_MIN
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         if self._sending:
@@ -120,19 +129,32 @@ class SocketConnection(Connection):
         finally:
             self._receiving = False
 
+    def receive_soon(self, milliseconds: int) -> bytes:
+        self._open_socket()
+        try:
+            # Sleeping in the kernel, and not asking again and again.
+            return self._take_some() if self._poll.poll(milliseconds) else b""
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            raise LinkDown(f"the link to the peer broke: {error}") from error
+
     async def _receive_some(self) -> bytes:
         while True:
             # A checkpoint before the bytes are taken: a peer that never pauses must not starve the other tasks, and
             # a cancelled receive must lose nothing.
             await trio.lowlevel.wait_readable(self._open_socket())
             try:
-                data = self._sock.recv(self._receive_bytes)
+                return self._take_some()
             except BlockingIOError:
                 continue
-            # Large buffers only while they are filled: making one costs more than a small message.
-            full = len(data) == self._receive_bytes
-            self._receive_bytes = RECEIVE_BYTES_MAX if full else RECEIVE_BYTES_MIN
-            return data
+
+    def _take_some(self) -> bytes:
+        data = self._open_socket().recv(self._receive_bytes)
+        # Large buffers only while they are filled: making one costs more than a small message.
+        full = len(data) == self._receive_bytes
+        self._receive_bytes = RECEIVE_BYTES_MAX if full else RECEIVE_BYTES_MIN
+        return data
 
     def _open_socket(self) -> socket.socket:
         if self._sock.fileno() < 0:

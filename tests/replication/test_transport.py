@@ -175,3 +175,38 @@ def test_no_other_file_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(ReplicationError):
         listen_unix(path, replace_stale=True)
     assert path.read_text() == "precious"
+
+
+async def test_receive_soon_takes_what_comes_and_leaves_the_rest_to_receive() -> None:
+    one, other = socket_pair()
+    async with one, other:
+        assert one.receive_soon(1) == b""
+        await other.send([b"abc"])
+        assert one.receive_soon(1) == b"abc"
+        got: list[bytes] = []
+
+        async def receive() -> None:
+            got.append(await one.receive())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await trio.testing.wait_all_tasks_blocked()
+            await other.send([b"def"])
+            assert one.receive_soon(1) == b"def"  # the other one goes on waiting
+            await trio.testing.wait_all_tasks_blocked()
+            assert got == []
+            await other.send([b"ghi"])
+        assert got == [b"ghi"]
+        await other.aclose()
+        assert one.receive_soon(1) == b""
+        assert await one.receive() == b""
+    with pytest.raises(LinkDown):
+        one.receive_soon(1)
+
+
+async def test_receive_soon_where_nothing_can_be_awaited_on_the_spot() -> None:
+    one, other = memory_pair()
+    async with one, other:
+        await other.send([b"abc"])
+        assert one.receive_soon(1) == b""
+        assert await one.receive() == b"abc"
