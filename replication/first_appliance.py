@@ -260,6 +260,8 @@ class FirstAppliance:
         for what it was promised."""
         self._close_aggregate()
         self._policy = mode_policy(mode, trio.current_time)
+        if self._link is not None:
+            self._link.gather_seconds = self._policy.gather_seconds
         self._settle_waiters()
 
     async def drain(self) -> None:
@@ -396,7 +398,7 @@ class FirstAppliance:
 
     def _connected(self, connection: Connection, session: Session, welcome: Welcome) -> None:
         self._digest_key = welcome.digest_key
-        self._link = Link(connection, session, self._outbox)
+        self._link = Link(connection, session, self._outbox, self._policy.gather_seconds)
         # A full store takes the session and refuses the record: only progress, or nothing to do, shows that it is over.
         if self._link_state is not LinkState.FULL or not self._outbox.unreceived:
             self._set_link_state(LinkState.CONNECTED, "")

@@ -15,6 +15,8 @@ from replication.messages import Compare, Level
 from replication.outbox import FRAME_OVERHEAD_BYTES, Frame, frame_of
 from replication.wire import encode_aggregate
 
+ASYNC_GATHER_SECONDS: Final = 0.005
+"""What async adds to the store's lag; at 5,000 writes a second 25 travel together."""
 BATCH_SECONDS: Final = 0.05
 """Longest that a write waits in an open aggregate. It is the age of what a crash of the first appliance's process costs
 on top of async; at 10,000 writes a second it is past BATCH_WRITES_MAX, so it bounds quiet times only."""
@@ -61,6 +63,10 @@ class ModePolicy(Protocol):
         """What an outage means unless the operator says otherwise."""
 
     @property
+    def gather_seconds(self) -> float:
+        """How long a frame may wait on its way out for others to travel with; 0 where somebody waits for the answer."""
+
+    @property
     def open_bytes(self) -> int:
         """Memory of the writes that are taken and not yet part of a frame."""
 
@@ -101,11 +107,13 @@ class SyncMode(_AtOnce):
     write_waits_for: Final = Level.RECEIVED
     flush_waits_for: Final = Level.DURABLE
     outage: Final = Outage.BLOCK
+    gather_seconds: Final = 0.0
 
 
 class AsyncMode(_AtOnce):
     """A write returns when the first appliance holds it."""
 
+    gather_seconds: Final = ASYNC_GATHER_SECONDS
     mode: Final = Mode.ASYNC
     write_waits_for: Final = Level.QUEUED
     flush_waits_for: Final = Level.QUEUED
@@ -121,6 +129,7 @@ class BatchMode:
     """
 
     mode: Final = Mode.BATCH
+    gather_seconds: Final = 0.0  # an aggregate has gathered
     write_waits_for: Final = Level.QUEUED
     flush_waits_for: Final = Level.QUEUED
     outage: Final = Outage.CONTINUE

@@ -80,6 +80,10 @@ class Outbox:
         return bool(self._sent or self._waiting)
 
     @property
+    def unsent_frames(self) -> int:
+        return len(self._waiting)
+
+    @property
     def lone(self) -> bool:
         """Whether one frame, and no more, was sent and is not received."""
         return len(self._sent) == 1 and not self._waiting

@@ -23,7 +23,7 @@ from replication.errors import (
 )
 from replication.first_appliance import FirstAppliance
 from replication.messages import Compare, ErrorCode, Level
-from replication.modes import BATCH_SECONDS, Mode, Outage
+from replication.modes import ASYNC_GATHER_SECONDS, BATCH_SECONDS, Mode, Outage
 from replication.status import FirstApplianceStatus, LinkState
 from tests.replication.scripted_second import VOLUME, ScriptedSecond
 
@@ -70,6 +70,9 @@ async def rig(**options: object) -> AsyncIterator[Rig]:
 
 
 async def settled() -> None:
+    """What was appended has left, and everything that follows from it has happened."""
+    await trio.testing.wait_all_tasks_blocked()
+    await trio.sleep(ASYNC_GATHER_SECONDS)
     await trio.testing.wait_all_tasks_blocked()
 
 
