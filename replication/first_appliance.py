@@ -356,8 +356,7 @@ class FirstAppliance:
             or bool(self._room)
         )
 
-    async def _watch_progress(self) -> None:
-        """Looks at the levels now and then, which costs the way of a write nothing."""
+    async def _watch_progress(self) -> None:  # now and then, which costs the way of a write nothing
         seen = (self.received, self.durable)
         stuck_since = trio.current_time()
         while True:
@@ -391,10 +390,10 @@ class FirstAppliance:
         connection = await self._connect()
         try:
             session, welcome, volumes = await greet(connection, self._group, self._epoch)
+            return connection, session, welcome, volumes
         except BaseException:
             await connection.aclose()
             raise
-        return connection, session, welcome, volumes
 
     def _connected(self, connection: Connection, session: Session, welcome: Welcome) -> None:
         self._digest_key = welcome.digest_key
@@ -479,8 +478,8 @@ class FirstAppliance:
 
     def _handle(self, message: Message) -> None:
         match message:
-            case Ack(received, durable):
-                self._acknowledge(received, durable)
+            case Ack():
+                self._acknowledge(message.received, message.durable)
             case CompareResult(seq):
                 self._compares.settle(seq, message)
             case Reply(number):

@@ -48,8 +48,9 @@ def frame_of(record: Record | Compare, buffers: list[Buffer] | None = None) -> F
     length = FRAME_OVERHEAD_BYTES
     for buffer in buffers:
         length += len(buffer)
-    first_seq = record.first_seq if isinstance(record, Aggregate) else record.seq
-    return Frame(kind, first_seq, record.seq, record.time, buffers, length, record if kind is Compare else None)  # type: ignore[arg-type]
+    seq = record.seq
+    first_seq = record.first_seq if kind is Aggregate else seq  # type: ignore[union-attr]
+    return Frame(kind, first_seq, seq, record.time, buffers, length, record if kind is Compare else None)  # type: ignore[arg-type]
 
 
 class Outbox:
@@ -120,6 +121,14 @@ class Outbox:
             self._sent.extend(taken)
             self.sent_seq = max(self.sent_seq, taken[-1].seq)
         return taken
+
+    def take_one(self) -> Frame:
+        """The next frame to send, alone; it counts as sent from now on. To be called when one waits."""
+        frame = self._waiting.popleft()
+        self._sent.append(frame)
+        if frame.seq > self.sent_seq:
+            self.sent_seq = frame.seq
+        return frame
 
     def acknowledge(self, received: Seq, durable: Seq) -> bool:
         """Notes what the second appliance has; drops what is durable. Says whether room was made."""

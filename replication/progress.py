@@ -60,7 +60,9 @@ class Progress:
         return rose
 
     def has_reached(self, seq: Seq, level: Level) -> bool:
-        return seq <= (self.received, self.received, self.durable)[level] or level is Level.QUEUED
+        if level is Level.QUEUED:
+            return True
+        return seq <= (self.durable if level is Level.DURABLE else self.received)
 
     async def wait(self, seq: Seq, level: Level, *, releasable: bool) -> bool:
         """Waits until `seq` has reached the level: True. A `releasable` wait may end earlier: False, or the error given

@@ -36,6 +36,7 @@ from dedup.types import (
 )
 from replication.commands import Caller, Commands
 from replication.errors import LinkDown, LocalProtocolError, ProtocolError, ReplicationError
+from replication.frame_layout import ACK
 from replication.messages import (
     DIGEST_BYTES,
     PROTOCOL_VERSION,
@@ -57,7 +58,7 @@ from replication.messages import (
 from replication.session import Session, Side
 from replication.store_writer import Round, StoreWriter
 from replication.transport import Connection
-from replication.wire import encode
+from replication.wire import Buffer, encode
 
 if TYPE_CHECKING:
     from dedup.group_writer import GroupWriter
@@ -315,7 +316,8 @@ class ServerSession:
                 data = await self._receive()
                 if not data:
                     return
-                self._reading.deadline = float("inf")
+                if group is None:
+                    self._reading.deadline = float("inf")
                 self._session.receive_data(data)
 
     async def _take(self, caller: Caller, group: GroupWriter | None, answers: trio.Nursery) -> None:
@@ -325,7 +327,12 @@ class ServerSession:
         next_event = self._session.next_event
         while (message := next_event()) is not None and self._farewell is None:
             taken += 1
-            if isinstance(message, Compare):
+            if type(message) is Write:
+                batch.append(message)
+                batch_bytes += RECORD_BYTES + message.extent.length
+                if len(batch) < BATCH_RECORDS_MAX and batch_bytes < BATCH_BYTES_MAX:
+                    continue
+            elif isinstance(message, Compare):
                 batch.append(Heartbeat(message.seq, message.time, message.run))
                 batch_bytes += RECORD_BYTES
             elif not isinstance(message, (Request, SyncRequest, Failure)):
@@ -411,8 +418,24 @@ class ServerSession:
                 await self._send(Reply(request.id, {}, _line(f"{request.command} has no answer that fits: {error}")))
 
     async def _ack(self, group: GroupWriter) -> None:
+        if not self._sending.locked():
+            # Nobody is sending, and nobody can begin before the next await: no lock, when the link takes all of it.
+            frame = self._session.send(Ack(group.held, group.durable))
+            self._cut = True
+            sent = self._connection.send_nowait(frame)
+            if sent < ACK.size:
+                await self._send_rest(memoryview(b"".join(frame))[sent:])
+            self._cut = False
+            return
         # Made when it is this task's turn to send: an Ack never decreases.
         await self._turn(lambda: Ack(group.held, group.durable))
+
+    async def _send_rest(self, rest: Buffer) -> None:
+        self._sending.acquire_nowait()
+        try:
+            await self._connection.send([rest])
+        finally:
+            self._sending.release()
 
     async def _send(self, message: Message) -> None:
         await self._turn(lambda: message)

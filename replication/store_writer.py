@@ -72,18 +72,14 @@ class StoreWriter:
 
         Cancelled: none, unless they are being ingested in a thread: then it ends first and returns.
         """
-        await self._acquire()
-        try:
-            self._check()
-            if nbytes < THREAD_BYTES:
-                group.ingest(records)
-            else:
-                await trio.to_thread.run_sync(group.ingest, records)
-        except StoreFailed as error:
-            self.fail(error)
-            raise
-        finally:
-            self._lock.release()
+        if nbytes >= THREAD_BYTES:
+            await self.run(group.ingest, records)
+        elif self._lock.locked():
+            async with self._lock:
+                self._ingest_here(group, records)
+        else:
+            # Nobody holds the lock, and nobody can take it before the next await.
+            self._ingest_here(group, records)
         self._unsynced_bytes += nbytes
         self._dirty.set()
         if self._unsynced_bytes >= SYNC_BYTES:
@@ -146,12 +142,13 @@ class StoreWriter:
         if self.error is not None:
             raise self.error
 
-    async def _acquire(self) -> None:
-        # Without a checkpoint when nobody holds it: a small ingest must not cost a turn of the loop.
+    def _ingest_here(self, group: GroupWriter, records: Sequence[Record]) -> None:
+        self._check()
         try:
-            self._lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self._lock.acquire()
+            group.ingest(records)
+        except StoreFailed as error:
+            self.fail(error)
+            raise
 
     def _tell(self) -> None:
         changed, self._changed = self._changed, trio.Event()

@@ -19,6 +19,8 @@ import zstandard
 
 from dedup.types import (
     AGGREGATE_BYTES_MAX,
+    VOLUME_BYTES_MAX,
+    WRITE_BYTES_MAX,
     Aggregate,
     Correct,
     Extent,
@@ -86,6 +88,20 @@ def _payload(chunk: Buffer, start: int, end: int) -> bytes | memoryview:
 
 def _decode_write(chunk: Buffer, start: int, end: int) -> Message:
     _, kind, flags, _, seq, time, run, volume, offset, length = WRITE.unpack_from(chunk, start)
+    # The common case, in one condition; everything else is sorted out below.
+    if (
+        kind == _WRITE
+        and not flags
+        and 0 < length <= WRITE_BYTES_MAX
+        and length == end - start - 44
+        and seq
+        and volume
+        and offset + length <= VOLUME_BYTES_MAX
+    ):
+        data = memoryview(chunk)[start + 44 : end]
+        return Write(
+            seq, time, run, Extent(volume, offset, bytes(data) if length <= COPY_BYTES_MAX else data.toreadonly())
+        )
     check_extent(volume, offset, length)
     extent = _extent(chunk, start + 44, end, flags, volume, offset, length)
     if not seq:
@@ -260,6 +276,8 @@ class Decoder:
         """The next complete message, or None until more data comes. Raises ProtocolError, then always again."""
         if self._error is not None:
             raise self._error
+        if self._frame is None and self._at == len(self._chunk):
+            return None
         try:
             return self._next()
         except (Malformed, StructError) as error:
