@@ -252,8 +252,13 @@ class GroupState:
             self.gap = Gap(first, None, since, None, reason)
 
     def _record_gap(self, gap: Gap) -> None:
-        if self.base and self.gap is None:
+        if not self.base:
+            return
+        if self.gap is None:
             self.new_gaps.append(gap)
+        elif gap.first < self.gap.first:
+            # What follows lies in the gap that is open; what was refused before it opened does not.
+            self.new_gaps.append(replace(gap, last=Seq(self.gap.first - 1)))
 
     def _reconciled(self, seq: Seq, time: TimeNs) -> None:
         gap, self.gap = self.gap, None

@@ -17,7 +17,7 @@ from dedup import layout
 from dedup.catalog import Catalog
 from dedup.errors import Damaged, NameRefused, StoreError, UnknownName
 from dedup.group_state import BASE_NAME, GroupState
-from dedup.metadata_journal import EntryKind, JournalPosition, JournalWriter, Logged, read
+from dedup.metadata_journal import FIRST_POSITION, EntryKind, JournalPosition, JournalWriter, Logged, read
 from dedup.moment import check_name, default_name
 from dedup.pointer_map import SEQ_MAX, Addresses
 from dedup.reader import GroupReader, StoreReader
@@ -76,8 +76,12 @@ class GroupWriter:
         with store.index.read() as txn:
             group_id = store.index.group_ids(txn).get(name)
         if group_id is None:
+            is_new = not any(layout.segment_named(found) for found in store.storage.listdir(directory))
             with store.index.write() as txn:
                 group_id = store.index.add_group(txn, name)
+                if is_new:
+                    # From its first record on, a group without an anchor is one whose index was lost.
+                    Catalog(store.index, group_id).put(txn, GroupState(), FIRST_POSITION)
         catalog = Catalog(store.index, group_id)
         state, position = cls._recover(store, catalog, name)
         journal = JournalWriter.open(store.storage, directory, position)
@@ -181,10 +185,11 @@ class GroupWriter:
         self._journal.sync()
         self._durable, self._durable_position = held, position
 
-    def discard_after_durable(self) -> None:
-        """After a failed sync: cuts the journal to what is durable, so that nothing else can pass for kept."""
+    def discard_after_durable(self, why: str) -> None:
+        """After a failed sync: nothing is journalled any more, and the journal is cut to what is durable: nothing
+        else can pass for kept."""
         try:
-            self._journal.truncate_to(self._durable_position)
+            self._journal.give_up(why, self._durable_position)
         except StoreError as error:
             log.critical("group %s: cannot cut the journal back to seq %d: %s", self.name, self._durable, error)
 

@@ -103,13 +103,15 @@ class _Staging:
     blocks: dict[tuple[VolumeId, int], Block] = field(default_factory=dict)
     cuts: dict[VolumeId, int] = field(default_factory=dict)
     sizes: dict[VolumeId, int] = field(default_factory=dict)
+    retired: set[VolumeId] = field(default_factory=set)
 
     def size(self, volume: VolumeId) -> int:
+        """The volume's size so far. StoreError if it does not exist: such a record must not get into the journal."""
         size = self.sizes.get(volume)
         if size is not None:
             return size
         state = self.head.volumes.get(volume)
-        if state is None:
+        if state is None or volume in self.retired:
             raise StoreError(f"a record names volume {volume}, which does not exist")
         return state.size
 
@@ -125,6 +127,17 @@ class _Staging:
         if state is None or number * BLOCK_BYTES >= state.size:
             return ZERO_BLOCK
         return self.read_head(volume, number)
+
+    def create(self, volume: VolumeId, size: int) -> None:
+        """A volume begins. StoreError when its number is taken, or was."""
+        if volume < self.head.next_volume or volume in self.sizes:
+            raise StoreError(f"a record creates volume {volume}, which there has been already")
+        self.sizes[volume] = size
+
+    def retire(self, volume: VolumeId) -> None:
+        self.size(volume)
+        self.sizes.pop(volume, None)
+        self.retired.add(volume)
 
     def resize(self, volume: VolumeId, size: int) -> list[Piece]:
         """Cuts or grows; the last block that remains is completed with zeros: the piece to store, if there is one."""
@@ -336,7 +349,16 @@ def _pieces(staging: _Staging, record: Record) -> list[Piece]:
             cut = staging.resize(extent.volume, size)
             return [*cut, staging.write(extent)] if extent.length else cut
         case Create(volume=volume, size=size):
-            staging.sizes[volume] = size
+            staging.create(volume, size)
+        case Retire(volume=volume):
+            staging.retire(volume)
+        case Rename(moves=moves, retired=gone):
+            for volume in gone:
+                staging.retire(volume)
+            for volume, _ in moves:
+                staging.size(volume)
+        case Attributes(volume=volume):
+            staging.size(volume)
     return []
 
 

@@ -75,7 +75,7 @@ __all__ = [
 class JournalWriter:
     """The one writer of a group's journal.
 
-    Everything is called by one thread at a time, but `sync`, which may run beside the others.
+    Everything is called by one thread at a time, but `sync` and `give_up`, which may run beside the others.
     """
 
     def __init__(
@@ -91,6 +91,8 @@ class JournalWriter:
         self._failed: str | None = None
         # Held while a descriptor is synced or closed: a sync must not meet a number that was given out anew.
         self._sync_lock = threading.Lock()
+        # Held by an append from its first look to its last step, so that `give_up` comes before or after all of it.
+        self._append_lock = threading.Lock()
 
     @classmethod
     def open(cls, storage: Storage, directory: Path, position: JournalPosition | None) -> JournalWriter:
@@ -141,24 +143,26 @@ class JournalWriter:
         StoreFull: nothing was kept and the journal goes on where it was. StoreFailed: open the store anew.
         OutOfOrder: an entry does not follow the one before it. May start a new segment, which syncs the old one.
         """
-        self._check_usable()
         if not entries:
             return
-        last = self._last
-        for entry in entries:
-            if last is not None and not follows(last, entry.kind, entry.first_seq, entry.seq):
-                raise OutOfOrder(f"seq {entry.first_seq}..{entry.seq} ({entry.kind.name}) does not follow seq {last}")
-            last = entry.seq
-        if self._position.offset >= SEGMENT_BYTES_MAX:
-            self._rotate(Seq(entries[0].first_seq - 1 if entries[0].kind.consumes_seq else entries[0].seq))
-        encoded = [encode(entry, self._seed) for entry in entries]
-        try:
-            self._storage.pwritev(self._fd, encoded, self._position.offset)
-        except StoreError as error:
-            self._take_back(error)
-            raise
-        self._last = last
-        self._position = JournalPosition(self._position.segment, self._position.offset + sum(map(len, encoded)))
+        with self._append_lock:
+            self._check_usable()
+            last = self._last
+            for entry in entries:
+                if last is not None and not follows(last, entry.kind, entry.first_seq, entry.seq):
+                    seqs = f"{entry.first_seq}..{entry.seq}"
+                    raise OutOfOrder(f"seq {seqs} ({entry.kind.name}) does not follow seq {last}")
+                last = entry.seq
+            if self._position.offset >= SEGMENT_BYTES_MAX:
+                self._rotate(Seq(entries[0].first_seq - 1 if entries[0].kind.consumes_seq else entries[0].seq))
+            encoded = [encode(entry, self._seed) for entry in entries]
+            try:
+                self._storage.pwritev(self._fd, encoded, self._position.offset)
+            except StoreError as error:
+                self._take_back(error)
+                raise
+            self._last = last
+            self._position = JournalPosition(self._position.segment, self._position.offset + sum(map(len, encoded)))
 
     def _take_back(self, cause: StoreError) -> None:
         """After a failed write: cuts off what it left. Synced, so that it cannot return under what is written next."""
@@ -199,9 +203,21 @@ class JournalWriter:
                 self._failed = str(error)
                 raise
 
+    def give_up(self, why: str, position: JournalPosition) -> None:
+        """After a failure: nothing is appended any more, and what lies after `position` is cut off as far as the disk
+        allows, so that the next writer does not take for kept what never became durable. Callable beside `append`, from
+        any thread. StoreError when it cannot be cut."""
+        with self._append_lock:
+            self._failed = self._failed or why
+            if self._fd >= 0 and position < self._position:
+                self._cut_back(position)
+
     def truncate_to(self, position: JournalPosition) -> None:
         """Takes back, durably, everything after `position` (the end of an entry). Damaged, StoreFailed."""
         self._check_usable()
+        self._cut_back(position)
+
+    def _cut_back(self, position: JournalPosition) -> None:
         if position > self._position:
             raise ValueError(f"{position} lies after {self._position}")
         if position.segment != self._position.segment:

@@ -92,6 +92,7 @@ class Store:
             storage.close(lock_fd)
             raise
         try:
+            store._sync_what_a_killed_writer_left()
             for name in sorted(storage.listdir(path / layout.GROUPS_NAME)):
                 store.group(name)
             store.checkpoint()
@@ -99,6 +100,21 @@ class Store:
             store.abandon()
             raise
         return store
+
+    def _sync_what_a_killed_writer_left(self) -> None:
+        """Blocks of the writer before may be in the page cache only; what recovery calls durable must not be."""
+        directory = self.path / layout.CONTAINERS_NAME
+        for name in self.storage.listdir(directory):
+            container = layout.container_named(name)
+            if container is None or not (
+                container >= self.watermark.next_container or container in self.watermark.open
+            ):
+                continue
+            fd = self.storage.open(directory / name, os.O_RDONLY)
+            try:
+                self.storage.datasync(fd)
+            finally:
+                self.storage.close(fd)
 
     def _allocate(self) -> ContainerId:
         container = ContainerId(self._next_container)
@@ -145,7 +161,7 @@ class Store:
             except StoreError as error:
                 self.fail(f"{error}; what was not durable is discarded and will be sent again")
                 for group, _, _ in marks:
-                    group.discard_after_durable()
+                    group.discard_after_durable(str(error))
                 raise StoreFailed(str(error)) from error
 
     def checkpoint_due(self) -> bool:
