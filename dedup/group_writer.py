@@ -200,7 +200,8 @@ class GroupWriter:
 
     # -- the head ----------------------------------------------------------------------------------------------------
 
-    def _head_address(self, volume: VolumeId, block: int) -> Address:
+    def head_address(self, volume: VolumeId, block: int) -> Address:
+        """Where the block is as of `held`."""
         found = self.state.overlay.get(volume, block)
         if found is not None:
             return found
@@ -216,7 +217,7 @@ class GroupWriter:
 
     def head_block(self, volume: VolumeId, block: int) -> bytes:
         """The block as of `held`, checked. Damaged if its stored bytes are not what they were."""
-        address = self._head_address(volume, block)
+        address = self.head_address(volume, block)
         return layout.ZERO_BLOCK if address == HOLE else self._store.pool.read_block(address)
 
     def compare(self, volume: VolumeId, offset: int, blocks: int, digest: Callable[[bytes], bytes]) -> list[bytes]:
@@ -228,7 +229,7 @@ class GroupWriter:
         digests: list[bytes] = []
         first = offset // BLOCK_BYTES
         for block in range(first, first + blocks):
-            if self._head_address(volume, block) == HOLE:
+            if self.head_address(volume, block) == HOLE:
                 digests.append(zeros)
                 continue
             try:

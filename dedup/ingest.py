@@ -14,9 +14,9 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from xxhash import xxh3_128_digest
@@ -58,7 +58,18 @@ from dedup.types import (
 
 log = logging.getLogger(__name__)
 
-Block = bytes | bytearray | memoryview
+Bytes = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Rotten:
+    """A block that should have been completed from the head, whose bytes there are damaged: it keeps its pointer, so
+    that reading it goes on to fail, and replication goes on. Whatever covers it whole heals it."""
+
+    address: Address
+
+
+Block = Bytes | Rotten
 ZEROS_FINGERPRINT: Final = fingerprint(ZERO_BLOCK)
 _EMPTY_EXTENT: Final = b""
 _NO_ADDRESSES: Final[Addresses] = np.zeros(0, dtype=np.uint64)
@@ -82,6 +93,18 @@ _KINDS: Final[dict[type, EntryKind]] = {
 _WITHOUT_BODY: Final = (Write, Aggregate, Reconcile)
 
 
+class HeadReader(Protocol):
+    """The head of a group, as far as ingest needs it."""
+
+    def head_block(self, volume: VolumeId, block: int) -> bytes:
+        """The block as of the last record journalled. Damaged."""
+        ...
+
+    def head_address(self, volume: VolumeId, block: int) -> Address:
+        """Its address."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Piece:
     """One extent of a record as whole blocks; `addresses` and `fingerprints` once they are placed."""
@@ -99,7 +122,7 @@ class _Staging:
     """What the records of a batch have done so far, over the head."""
 
     head: GroupState
-    read_head: Callable[[VolumeId, int], bytes]
+    read_head: HeadReader
     blocks: dict[tuple[VolumeId, int], Block] = field(default_factory=dict)
     cuts: dict[VolumeId, int] = field(default_factory=dict)
     sizes: dict[VolumeId, int] = field(default_factory=dict)
@@ -126,7 +149,11 @@ class _Staging:
         # A volume made in this batch has no head; neither has what lies past the head's end.
         if state is None or number * BLOCK_BYTES >= state.size:
             return ZERO_BLOCK
-        return self.read_head(volume, number)
+        try:
+            return self.read_head.head_block(volume, number)
+        except Damaged as damage:
+            log.error("volume %d, block %d stays damaged, though it is written to in part: %s", volume, number, damage)
+            return Rotten(self.read_head.head_address(volume, number))
 
     def create(self, volume: VolumeId, size: int) -> None:
         """A volume begins. StoreError when its number is taken, or was."""
@@ -153,7 +180,7 @@ class _Staging:
         for gone in [key for key in self.blocks if key[0] == volume and key[1] >= cut]:
             del self.blocks[gone]
         if kept:
-            zeroed = bytes(tail[:kept]) + bytes(BLOCK_BYTES - kept)
+            zeroed = tail if isinstance(tail, Rotten) else bytes(tail[:kept]) + bytes(BLOCK_BYTES - kept)
             self.blocks[volume, number] = zeroed
             pieces.append(Piece(volume, number * BLOCK_BYTES, kept, [zeroed]))
         return pieces
@@ -186,7 +213,12 @@ class _Staging:
             if at >= 0 and at + BLOCK_BYTES <= len(data):
                 blocks.append(data[at : at + BLOCK_BYTES])
             else:
-                whole = bytearray(self.block(extent.volume, number))
+                old = self.block(extent.volume, number)
+                if isinstance(old, Rotten):
+                    blocks.append(old)
+                    at += BLOCK_BYTES
+                    continue
+                whole = bytearray(old)
                 start, stop = max(0, at), min(len(data), at + BLOCK_BYTES)
                 whole[start - at : stop - at] = data[start:stop]
                 blocks.append(whole)
@@ -206,7 +238,7 @@ class Ingest:
         self,
         records: Sequence[Record],
         state: GroupState,
-        read_head: Callable[[VolumeId, int], bytes],
+        read_head: HeadReader,
         journal: DataJournal,
         journal_id: JournalId,
     ) -> list[Logged]:
@@ -230,7 +262,7 @@ class Ingest:
 
     def _log_plain(self, records: Sequence[Record], journal: DataJournal, journal_id: JournalId) -> list[Logged]:
         """The same for records that are `_all_plain`: nothing has to be completed from the head, nor staged."""
-        blocks: list[Block] = []
+        blocks: list[Bytes] = []
         for record in records:
             if type(record) is Write:
                 data = record.extent.data
@@ -267,7 +299,7 @@ class Ingest:
             if not chosen:
                 continue
             blocks = chosen[0].blocks if len(chosen) == 1 else [block for piece in chosen for block in piece.blocks]
-            addresses, fingerprints = self._place(blocks, target)
+            addresses, fingerprints = self._place_with_rotten(blocks, target)
             at = 0
             for piece in chosen:
                 end = at + len(piece.blocks)
@@ -275,7 +307,15 @@ class Ingest:
                 piece.fingerprints = b"".join(fingerprints[at:end])
                 at = end
 
-    def _place(self, blocks: list[Block], journal: DataJournal) -> tuple[Addresses, list[bytes]]:
+    def _place_with_rotten(self, blocks: list[Block], journal: DataJournal) -> tuple[Addresses, list[bytes]]:
+        rotten = {index: block.address for index, block in enumerate(blocks) if isinstance(block, Rotten)}
+        sound = [ZERO_BLOCK if isinstance(block, Rotten) else block for block in blocks]
+        addresses, fingerprints = self._place(sound, journal)
+        for index, address in rotten.items():
+            addresses[index] = address
+        return addresses, fingerprints
+
+    def _place(self, blocks: list[Bytes], journal: DataJournal) -> tuple[Addresses, list[bytes]]:
         """An address for each block: a hole, a block the store has, or a new one in `journal`."""
         fingerprints = [xxh3_128_digest(block) for block in blocks]
         found: list[int] = []
@@ -306,7 +346,7 @@ class Ingest:
             found[index] = found[first]
         return np.array(found, dtype=np.uint64), fingerprints
 
-    def _same(self, address: Address, block: Block) -> bool:
+    def _same(self, address: Address, block: Bytes) -> bool:
         """Whether the stored block has these very bytes; a damaged one is never shared, but stored anew."""
         try:
             return address != HOLE and self._pool.read_block(address) == bytes(block)

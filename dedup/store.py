@@ -200,7 +200,7 @@ class Store:
     def log_records(self, group: GroupWriter, records: Sequence[Record]) -> None:
         """GroupWriter.ingest's work; here because blocks and fingerprints are the store's."""
         self.refuse_if_failed()
-        entries = self.ingest.log(records, group.state, group.head_block, self.fine_journal, FINE_JOURNAL)
+        entries = self.ingest.log(records, group.state, group, self.fine_journal, FINE_JOURNAL)
         try:
             group.append(entries)
         except StoreFailed as error:

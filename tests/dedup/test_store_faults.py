@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dedup.errors import MomentRefused, StoreError, StoreFailed
+from dedup.errors import Damaged, MomentRefused, StoreError, StoreFailed
 from dedup.storage import Storage
 from dedup.store import Store
-from dedup.types import ReconcileBegin, Retire, VolumeId
+from dedup.types import ReconcileBegin, Retire, Seq, VolumeId
 from tests.dedup.model import Model
 from tests.dedup.test_store import check_moment, filled
 
@@ -114,6 +114,26 @@ def test_a_record_that_cannot_be_is_refused_before_it_is_journalled(path: Path) 
     reopened = Store.open(path)
     check_moment(reopened.group("g").reader(), model, model.seq)
     reopened.close()
+
+
+def test_a_rotten_block_stops_nothing_and_is_healed_by_a_whole_one(path: Path) -> None:
+    store, model, volume = filled(path)
+    group = store.group("g")
+    group.ingest([model.write(volume, 0, os.urandom(8192))])
+    store.checkpoint()
+    (container,) = containers(path)
+    with open(path / "containers" / container, "r+b") as file:
+        file.seek(-8192, os.SEEK_END)
+        file.write(b"rot")
+    group.ingest([model.write(volume, 100, b"in part"), model.write(volume, 4096 + 5, b"beside it")])
+    group.ingest([model.resize(volume, 2000), model.resize(volume, 1 << 20)])
+    image = group.reader().image(volume, Seq(model.seq))
+    with pytest.raises(Damaged, match="disk.img"):
+        image.read(0, 4096)
+    assert image.read(4096, 4096) == bytes(4096)
+    group.ingest([model.write(volume, 0, os.urandom(4096))])
+    check_moment(group.reader(), model, model.seq)
+    store.close()
 
 
 def twin(model: Model, volume: VolumeId) -> Model:
