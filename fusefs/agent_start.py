@@ -42,10 +42,12 @@ class Plan:
     """Files that were changed behind the mount: compared whole."""
     regions: Mapping[VolumeId, Sequence[Region]]
     """Marked regions of the other volumes."""
+    gap: bool = False
+    """The history is in a gap already: a start before this one began it and did not live to end it."""
 
     @property
     def clean(self) -> bool:
-        return not (self.everything or self.created or self.retired or self.changed or self.regions)
+        return not (self.everything or self.created or self.retired or self.changed or self.regions or self.gap)
 
 
 def plan(
@@ -80,7 +82,7 @@ def plan(
     regions = {
         volume: marked for volume, marked in intent.marked().items() if volume in kept and volume not in compared
     }
-    return Plan(everything, created, retired, tuple(changed), {} if everything else regions)
+    return Plan(everything, created, retired, tuple(changed), {} if everything else regions, welcome.reconciling)
 
 
 async def begin(
