@@ -39,12 +39,14 @@ async def serve(
     options: set[str],
     *,
     drain: Callable[[], Awaitable[None]],
+    before_requests: Callable[[], Awaitable[None]] | None = None,
     stop: trio.Event | None = None,
     max_tasks: int = TASKS_MAX,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Mounts `operations` at `mountpoint` and serves it until SIGTERM, SIGINT, `stop`, or an unmount by others.
 
+    `before_requests` is awaited once the kernel has accepted the mount, before anything can be asked of it.
     `task_status.started()` is called when the mount is in place; requests wait for the next moment and are answered.
     On a signal or `stop` it unmounts; files that are still open there get errors from then on. However it ended: when
     the last request has been answered it awaits `drain()` and returns. A second signal cancels requests that are stuck
@@ -60,6 +62,8 @@ async def serve(
         raise MountFailed(f"{mountpoint}: could not be mounted: {error}") from error
     unmounted = False
     try:
+        if before_requests is not None:
+            await before_requests()
         async with trio.open_nursery() as nursery:
 
             async def main_loop() -> None:

@@ -1,6 +1,7 @@
 """The process behind a source mount: FUSE, agent and first appliance, and the embedded second appliance as its child.
 
-Order of the start: the source's lock, the second appliance, a new epoch, the handshake, the list of volumes, the mount.
+Order of the start: the source's lock, the second appliance, a new epoch, the handshake, the list of volumes, the mount,
+the clean mark dropped, the first request.
 Order of the end: unmounted, drained, the clean mark, the second appliance stopped, the lock given back.
 """
 
@@ -100,6 +101,7 @@ class MountProcess:
         self._stop = trio.Event()
         self._equal = trio.Event()
         self._has_base = False
+        self._store = ""
         self._progress = Reconciled()
         self._drain_seconds = DRAIN_SECONDS
         self._background = trio.CancelScope()
@@ -107,7 +109,7 @@ class MountProcess:
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Greets the second appliance, and tells it of every volume; contents are left to `serve`."""
-        settings, last = self._settings, self._state.state
+        settings = self._settings
         epoch = await trio.to_thread.run_sync(self._state.begin_epoch, settings.group, await self._stored_epoch())
         self.first = FirstAppliance(
             partial(connect_unix, self._supervisor.socket),
@@ -118,6 +120,7 @@ class MountProcess:
             outage_after=settings.outage_after,
             on_lost=lambda error: log.critical("replication has ended: %s; unmount and mount again", error),
         )
+        last = self._state.state
         welcome, known = await self.first.start()
         self._has_base = welcome.has_base
         if last.store == welcome.store and welcome.held < last.durable:
@@ -135,7 +138,7 @@ class MountProcess:
         link = AgentLink(self.first, welcome.held, RecordClock(welcome.time, welcome.run))
         self.agent = Agent(settings.source, link, VolumeTable(welcome.next_volume), intent, RegionTracker())
         self._work = await begin(self.agent, todo, epoch, known, files)
-        await trio.to_thread.run_sync(self._state.joined, welcome.store)
+        self._store = welcome.store
         if todo.clean:
             self.agent.link.equal = True
             self._equal.set()
@@ -164,6 +167,7 @@ class MountProcess:
                         operations,
                         settings.mountpoint,
                         options,
+                        before_requests=self._before_requests,
                         drain=self._drain,
                         stop=self._stop,
                         max_tasks=TASKS_MAX,
@@ -178,6 +182,9 @@ class MountProcess:
         finally:
             operations.close()
             await control.aclose()
+
+    async def _before_requests(self) -> None:
+        await trio.to_thread.run_sync(self._state.serving, self._store)
 
     async def _in_background(self) -> None:
         """What goes on beside the requests, until the drain ends it: nothing may be recorded after the last record."""

@@ -6,13 +6,16 @@ speak to).
 Invariants:
 - `agent.json` is replaced as a whole: written anew, synced, renamed over, directory synced;
 - an epoch is on disk before anybody hears of it, so no two agent starts have the same;
-- `clean` is there only between a clean end and the next start, and it names every volume as it was left.
+- `clean` is there only between a clean end and the first request of the next mount, and it names every volume as it was
+  left. A start that fails or is killed leaves it: it stays true as long as nothing was written through a mount. What
+  such a start recorded shows in what the store holds, which is then past `held`.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -73,6 +76,7 @@ class StateDirectory:
     def __init__(self, source: Path, lock_fd: int, state: AgentState) -> None:
         self.path = source / STATE_DIRECTORY
         self._lock_fd = lock_fd
+        self._saving = threading.Lock()
         self.state = state
 
     @classmethod
@@ -102,24 +106,35 @@ class StateDirectory:
         return self.path / "control"
 
     def begin_epoch(self, group: str, at_least: Epoch) -> Epoch:
-        """A new epoch, durable: higher than any before, here and at the store (`at_least`). The clean mark is gone."""
-        epoch = Epoch(max(self.state.epoch, at_least) + 1)
-        self._save(replace(self.state, group=group, epoch=epoch, clean=None))
-        return epoch
+        """A new epoch, durable: higher than any before, here and at the store (`at_least`).
 
-    def joined(self, store: str) -> None:
-        """The store this group is replicated to; durable."""
-        if store != self.state.store:
-            self._save(replace(self.state, store=store, durable=Seq(0)))
+        The clean mark stays. In another group nothing of what was kept holds: it goes, and no store is known.
+        """
+        with self._saving:
+            state = self.state
+            if group != state.group:
+                state = replace(state, store="", durable=Seq(0), clean=None)
+            epoch = Epoch(max(state.epoch, at_least) + 1)
+            self._save(replace(state, group=group, epoch=epoch))
+            return epoch
+
+    def serving(self, store: str) -> None:
+        """Call it before the first write through the mount, when all that this start owes is marked: from now on the
+        group is replicated to `store`, and the clean mark is gone. Durable."""
+        with self._saving:
+            durable = self.state.durable if store == self.state.store else Seq(0)
+            self._save(replace(self.state, store=store, durable=durable, clean=None))
 
     def marks_go(self, durable: Seq) -> None:
         """Call it before marks are cleared: the second appliance has everything up to `durable` durable. Durable."""
-        self._save(replace(self.state, durable=durable))
+        with self._saving:
+            self._save(replace(self.state, durable=durable))
 
     def ended_cleanly(self, held: Seq, volumes: Mapping[str, os.stat_result]) -> None:
         """Leaves the clean mark; durable."""
         marks = {path: FileMark.of(status) for path, status in volumes.items()}
-        self._save(replace(self.state, durable=held, clean=CleanEnd(held, marks)))
+        with self._saving:
+            self._save(replace(self.state, durable=held, clean=CleanEnd(held, marks)))
 
     def close(self) -> None:
         """Gives the lock back."""

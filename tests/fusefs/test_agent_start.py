@@ -1,0 +1,102 @@
+"""What a start decides from what the end before it left, whatever kind of end that was."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dedup.types import ClockRun, Epoch, Seq, TimeNs, VolumeId, VolumeState
+from fusefs.agent_start import Plan, plan
+from fusefs.state_directory import StateDirectory
+from fusefs.volume_table import list_volumes
+from replication.intent_log import IntentLog
+from replication.messages import Welcome
+
+HELD = Seq(10)
+WELCOME = Welcome(
+    version=1,
+    store="store",
+    epoch=Epoch(1),
+    held=HELD,
+    durable=HELD,
+    time=TimeNs(1),
+    run=ClockRun(1),
+    has_base=True,
+    reconciling=False,
+    next_volume=VolumeId(2),
+    digest_key=b"",
+)
+
+
+class Left:
+    """A source with one volume, as a clean end at `HELD` left it."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self.file = source / "a.img"
+        self.file.write_bytes(bytes(8192))
+        state = StateDirectory.open(source)
+        state.begin_epoch("group", Epoch(0))
+        state.serving("store")
+        state.ended_cleanly(HELD, list_volumes(source))
+        state.close()
+
+    def change_behind_the_mount(self) -> None:
+        status = self.file.stat()
+        self.file.write_bytes(bytes(8191) + b"x")
+        os.utime(self.file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+    def start(self, welcome: Welcome = WELCOME, group: str = "group", *, served: bool = False) -> Plan:
+        """A start up to its decision, and killed there; or, `served`, when requests may come."""
+        state = StateDirectory.open(self.source)
+        try:
+            state.begin_epoch(group, welcome.epoch)
+            status = self.file.stat()
+            known = [
+                VolumeState(VolumeId(1), "a.img", status.st_size, status.st_mode & 0o7777, status.st_uid, status.st_gid)
+            ]
+            intent = IntentLog.open(state.intent_path)
+            decided = plan(welcome, known, list_volumes(self.source), state.state, intent)
+            if served:
+                state.serving(welcome.store)
+            return decided
+        finally:
+            state.close()
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Left:
+    return Left(tmp_path)
+
+
+def test_killed_start_still_knows_what_changed_behind_the_mount(left: Left) -> None:
+    assert left.start().clean
+    left.change_behind_the_mount()
+    assert left.start().changed == ("a.img",)
+    assert left.start().changed == ("a.img",)
+
+
+def test_start_killed_after_its_first_record_is_not_taken_for_a_clean_end(left: Left) -> None:
+    assert left.start().clean
+    assert left.start(replace(WELCOME, held=Seq(HELD + 1))).everything
+
+
+def test_clean_mark_ends_with_the_first_request(left: Left) -> None:
+    assert left.start(served=True).clean
+    left.change_behind_the_mount()
+    assert left.start().changed == (), "nothing may be read from a mark that writes through the mount made old"
+
+
+def test_clean_end_of_another_group_says_nothing(left: Left) -> None:
+    assert left.start(group="other").everything
+    assert left.start(group="other").everything
+    assert left.start().everything
+
+
+def test_gap_that_an_earlier_start_left_open_is_closed(left: Left) -> None:
+    decided = left.start(replace(WELCOME, reconciling=True))
+    assert not decided.clean
+    assert not (decided.everything or decided.changed or decided.regions), "nothing else is owed"
