@@ -112,7 +112,7 @@ class AgentLink:
             )
 
     def stamp(self) -> Stamp:
-        """The next seq, and its time. To be used at once: nothing may be awaited before `first.append`."""
+        """The next seq, and its time. To be used at once: nothing may be awaited before `take`."""
         self.last = Seq(self.last + 1)
         time, run = self._clock.stamp()
         return self.last, time, run
@@ -120,8 +120,20 @@ class AgentLink:
     def put(self, build: Callable[[Seq, TimeNs, ClockRun], Record | Compare]) -> Seq:
         """Stamps and queues the record that `build` makes; after `room`, with no await between."""
         seq, time, run = self.stamp()
-        self.first.append(build(seq, time, run))
+        try:
+            self.first.append(build(seq, time, run))
+        except BaseException:
+            self.last = self.first.last_seq
+            raise
         return seq
+
+    def take(self, record: Record | Compare) -> None:
+        """Queues the record that was just stamped. Where it is refused, its seq is the next one's: no hole is left."""
+        try:
+            self.first.append(record)
+        except BaseException:
+            self.last = self.first.last_seq
+            raise
 
     async def record(self, build: Callable[[Seq, TimeNs, ClockRun], Record]) -> Seq | None:
         """Room, then `put`, then what the mode has a change wait for. None where it must go unrecorded."""

@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -20,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Protocol
 
 import trio
@@ -40,6 +42,8 @@ _Read = Callable[[int, int, int], bytes]
 """(fd, length, offset) → bytes, as os.pread."""
 _ZEROS: Final = bytes(BLOCK_BYTES)
 _RETRY_SECONDS: Final = 0.2
+UNREADABLE_SECONDS: Final = 5.0
+"""How long a reconcile waits where the source could not be read: an application may write the range anew meanwhile."""
 
 
 class SourceFiles(Protocol):
@@ -118,15 +122,15 @@ class Reconciler:
         """Sends what `read` finds in the range, which is no longer than a record may be."""
         while True:
             async with self.source.claimed(volume, offset, length) as held:
-                data = await trio.to_thread.run_sync(read, fd, length, offset) if held else b""
-                if not data:
+                data = await self._read(volume, read, fd, length, offset) if held else b""
+                if data == b"":
                     return
-                if await self.link.room_by_and_by(len(data)):
+                if data is not None and await self.link.room_by_and_by(len(data)):
                     seq, time, run = self.link.stamp()
-                    self.link.first.append(Reconcile(seq, time, run, Extent(volume, offset, data)))
+                    self.link.take(Reconcile(seq, time, run, Extent(volume, offset, data)))
                     break
             # In an outage this waits without the lock: writers go on, and their regions are marked.
-            await trio.sleep(_RETRY_SECONDS)
+            await trio.sleep(_RETRY_SECONDS if data is not None else UNREADABLE_SECONDS)
         self.progress.sent += len(data)
         await self._throttle(seq, len(data))
 
@@ -177,12 +181,28 @@ class Reconciler:
                 if not length:
                     return None
                 key = self.link.first.digest_key
-                digests = await trio.to_thread.run_sync(_digests, fd, offset, length, key)
-                if await self.link.room_by_and_by(len(digests) + RECORD_BYTES):
+                digests = await self._read(volume, partial(_digests, key), fd, length, offset)
+                # Not with the key of a session that has ended: every block would differ.
+                if (
+                    digests is not None
+                    and await self.link.room_by_and_by(len(digests) + RECORD_BYTES)
+                    and self.link.first.digest_key == key
+                ):
                     seq, time, run = self.link.stamp()
-                    self.link.first.append(Compare(seq, time, run, volume, offset, digests))
+                    self.link.take(Compare(seq, time, run, volume, offset, digests))
                     return _Pending(region, offset, length, seq)
-            await trio.sleep(_RETRY_SECONDS)
+            await trio.sleep(_RETRY_SECONDS if digests is not None else UNREADABLE_SECONDS)
+
+    async def _read(self, volume: VolumeId, read: _Read, fd: int, length: int, offset: int) -> bytes | None:
+        """What `read` makes of the range; None where the source cannot be read there now. The gap stays open as long:
+        the store cannot be said to equal what nobody can read."""
+        try:
+            return await trio.to_thread.run_sync(read, fd, length, offset)
+        except OSError as error:
+            if self.verify_only:
+                raise
+            log.error("volume %d at %d cannot be read: %s; the reconcile tries again", volume, offset, error)
+            return None
 
 
 def all_regions(size: int) -> Sequence[Region]:
@@ -199,12 +219,14 @@ def _data_at(fd: int, length: int, offset: int) -> bytes:
     """The bytes of a range, b"" if it is one hole or past the end."""
     try:
         data = os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError:  # ENXIO: no data from here to the end
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # no data from here to the end
+            raise
         return b""
     return b"" if data >= offset + length else os.pread(fd, length, offset)
 
 
-def _digests(fd: int, offset: int, length: int, key: bytes) -> bytes:
+def _digests(key: bytes, fd: int, length: int, offset: int) -> bytes:
     """Digests of every block of a range, the last one padded with zeros. A hole is not read."""
     content = _data_at(fd, length, offset)
     zeros = digest(key, _ZEROS)

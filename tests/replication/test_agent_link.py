@@ -11,7 +11,7 @@ import trio
 from dedup.errors import RewindError
 from dedup.types import ClockRun, Correct, Extent, Heartbeat, ReconcileBegin, Record, Seq, TimeNs, VolumeId, Write
 from replication.agent_link import AgentLink
-from replication.errors import HistoryLost, OutageError
+from replication.errors import HistoryLost, LocalProtocolError, OutageError
 from replication.messages import Compare
 from replication.modes import Outage
 from replication.record_clock import RecordClock
@@ -24,6 +24,12 @@ class ScriptedFirst:
         self.outage_policy = policy
         self.answer: bool | Exception = True
         self.records: list[Record | Compare] = []
+        self.refuses: type | None = None
+        """Records of this type cannot be encoded."""
+
+    @property
+    def last_seq(self) -> Seq:
+        return self.records[-1].seq if self.records else Seq(0)
 
     async def room(self, nbytes: int) -> bool:
         if isinstance(self.answer, Exception):
@@ -34,6 +40,8 @@ class ScriptedFirst:
         return self.answer is True
 
     def append(self, record: Record | Compare) -> None:
+        if self.refuses is not None and isinstance(record, self.refuses):
+            raise LocalProtocolError("too long")
         self.records.append(record)
 
 
@@ -65,6 +73,18 @@ async def test_gap_is_recorded_before_what_follows_it() -> None:
     assert [record.seq for record in first.records] == [1, 2]
     assert link.gap_opened.is_set() and not link.degraded
     assert not link.equal, "a reconcile is owed until somebody says that it was done"
+
+
+async def test_refused_record_leaves_no_hole() -> None:
+    first = ScriptedFirst()
+    link = a_link(first)
+    link.put(a_write)
+    first.refuses = Write
+    with pytest.raises(LocalProtocolError):
+        link.put(a_write)
+    with pytest.raises(LocalProtocolError):
+        link.take(a_write(*link.stamp()))
+    assert link.put(Heartbeat) == 2
 
 
 async def test_each_spell_counts() -> None:
