@@ -6,16 +6,16 @@ Invariants:
 - `acknowledged-is-kept`: a region is marked in the intent log, durably, before its first write, and stays marked until
   its records are durable at the second appliance and its bytes on the source's disk;
 - a record that the source then refused is corrected under the same lock, with what the source really holds;
-- names and sizes change between `namespace_begin` and `namespace_end` of the intent log. A name's change is made
+- names and sizes change within a bracket (namespace_brackets.py). A name's change is made
   before it is recorded, since only then is its outcome known; the lock of the whole group is held meanwhile.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ import pyfuse3
 import trio
 
 from dedup.types import (
+    VOLUME_BYTES_MAX,
     Bookmark,
     ClockRun,
     Correct,
@@ -43,9 +44,17 @@ from dedup.types import (
 )
 from fusefs.inode_map import FileKey
 from fusefs.intercept import CreateFile, NamespaceChange, RemoveFile, RenamePath
+from fusefs.namespace_brackets import NamespaceBrackets
 from fusefs.range_lock import RangeLock
 from fusefs.source_writes import sync_file, write_at
-from fusefs.volume_records import attributes_record, create_record, resize_record, retire_record
+from fusefs.volume_records import (
+    attributes_record,
+    check_moves,
+    create_record,
+    rename_records,
+    resize_record,
+    retire_record,
+)
 from fusefs.volume_table import Volume, VolumeTable, check_path
 from replication.agent_link import RECORD_BYTES, AgentLink
 from replication.errors import LinkDown, LinkReset, OutageError
@@ -74,8 +83,7 @@ class Agent:
         self.intent = intent
         self.tracker = tracker
         self.lock = RangeLock()
-        self._open_brackets: deque[Seq] = deque()
-        self._unrecorded_brackets = 0
+        self.brackets = NamespaceBrackets(source, intent, link.first)
         self._unrecorded_retired: list[VolumeId] = []
 
     # -- handles -----------------------------------------------------------------------------------------------------
@@ -119,6 +127,8 @@ class Agent:
     async def _write_claimed(self, volume: Volume, fd: int, offset: int, data: bytes, length: int) -> int:
         seq = _NO_SEQ
         end = offset + length
+        if end > VOLUME_BYTES_MAX:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         self.tracker.write_begin(volume.id, offset, length, now=monotonic())
         try:
             first, last = offset // REGION_BYTES, (end - 1) // REGION_BYTES
@@ -130,7 +140,7 @@ class Agent:
             written = 0
             if await self.link.room(length) and volume.known:
                 seq, time, run = self.link.stamp()
-                self.first.append(Write(seq, time, run, Extent(volume.id, offset, data)))
+                self.link.take(Write(seq, time, run, Extent(volume.id, offset, data)))
                 if end > volume.size:
                     volume.growing[seq] = end
                 try:
@@ -173,18 +183,25 @@ class Agent:
         if refused == _NO_SEQ:
             return _NO_SEQ
         log.warning("%s: the source refused or shortened the write of seq %d; corrected", volume.path, refused)
-        if not await self.link.room_by_and_by(length):
+        extent = None
+        if await self.link.room_by_and_by(length):
+            size = volume.size_to_be
+            count = max(0, min(length, size - offset))
+            try:
+                extent = Extent(volume.id, offset, os.pread(fd, count, offset).ljust(count, b"\0"))
+            except OSError as error:
+                log.error("%s: what it holds at %d cannot be read: %s; a reconcile is owed", volume.path, offset, error)
+        if extent is None:
             # The moment is no recovery point; what the range holds is told by the reconcile that is owed now.
             nothing = Extent(volume.id, offset, b"")
             self.link.owe(lambda seq, time, run: Correct(seq, time, run, refused, volume.size_to_be, nothing))
             return refused
-        size = volume.size_to_be
-        count = max(0, min(length, size - offset))
-        extent = Extent(volume.id, offset, os.pread(fd, count, offset).ljust(count, b"\0"))
         return self.link.put(lambda seq, time, run: Correct(seq, time, run, refused, size, extent))
 
     async def resize(self, volume: VolumeId | None, fd: int, size: int) -> None:
-        """Records the new size and sets it."""
+        """Records the new size and sets it. OSError EFBIG past what a volume may have."""
+        if volume is not None and size > VOLUME_BYTES_MAX:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         if volume is None or self.volumes.get(volume) is None:
             await trio.to_thread.run_sync(os.ftruncate, fd, size)
             return
@@ -200,11 +217,27 @@ class Agent:
             self.lock.release(claim)
 
     async def _resize_claimed(self, volume: Volume, fd: int, old: int, size: int) -> None:
-        await self.intent.namespace_begin()
+        # What grows is zeros on both sides; what is cut off differs when nobody records that.
+        cut = max(0, old - size)
+        self.tracker.write_begin(volume.id, size, cut, now=monotonic())
+        try:
+            await self.brackets.begin()
+            if regions := regions_of(size, cut):
+                await self._mark_in_bracket(volume.id, regions)
+            await self._resize_in_bracket(volume, fd, old, size)
+        finally:
+            self.tracker.write_end(volume.id, size, cut, self.link.last, now=monotonic())
+
+    async def _mark_in_bracket(self, volume: VolumeId, regions: range) -> None:
+        try:
+            await self._mark(volume, regions.start, regions.stop - 1)
+        except BaseException:
+            self.brackets.close(_NO_SEQ)
+            raise
+
+    async def _resize_in_bracket(self, volume: Volume, fd: int, old: int, size: int) -> None:
         seq: Seq | None = _NO_SEQ
         try:
-            changed = regions_of(min(old, size), abs(size - old))
-            await self._mark(volume.id, changed.start, changed.stop - 1)
             if await self.link.room(RECORD_BYTES) and volume.known:
                 seq = self.link.put(lambda seq, time, run: Resize(seq, time, run, volume.id, size))
                 await self.first.acknowledged(seq)
@@ -219,9 +252,7 @@ class Agent:
                 seq = self._take_back(volume, fd, seq or _NO_SEQ)
             raise
         finally:
-            # Sizes may have been zeroed without a write: these regions keep their marks until this record is durable.
-            self.tracker.touch(volume.id, changed, self.link.last, now=monotonic())
-            self._close_bracket(seq)
+            self.brackets.close(seq)
 
     def _take_back(self, volume: Volume, fd: int, refused: Seq) -> Seq | None:
         """What record `refused` cut off is still there, and may be large: left to a reconcile."""
@@ -231,20 +262,6 @@ class Agent:
         nothing = Extent(volume.id, 0, b"")
         self.link.owe(lambda seq, time, run: Correct(seq, time, run, refused, volume.size_to_be, nothing))
         return None
-
-    def _close_bracket(self, seq: Seq | None) -> None:
-        """`namespace_end` as soon as `seq` is durable at the second appliance; None: once the store equals the source
-        again, for the change went unrecorded."""
-        if seq is None:
-            self._unrecorded_brackets += 1
-        else:
-            self._open_brackets.append(seq)
-            self._end_brackets()
-
-    def _end_brackets(self) -> None:
-        while self._open_brackets and self._open_brackets[0] <= self.first.durable:
-            self._open_brackets.popleft()
-            self.intent.namespace_end()
 
     async def fsync(self, volume: VolumeId | None, fd: int, datasync: bool) -> None:
         """Syncs the source, then records a recovery point; in sync mode it is durable at the second appliance too."""
@@ -284,20 +301,23 @@ class Agent:
             check_path(path)
         claim = await self.lock.claim_all()
         try:
-            await self.intent.namespace_begin()
+            if isinstance(change, RenamePath):
+                check_moves([(volume.id, path) for volume, path in self._all_moves(change)])
+            await self.brackets.begin()
             seq: Seq | None = _NO_SEQ
             try:
                 recorded = await self.link.room(RECORD_BYTES)
                 outcome = await trio.to_thread.run_sync(change.perform)
+                seq = None  # made, and unrecorded until the record is taken, whatever is raised meanwhile
                 build = self._outcome(change, outcome, recorded)
-                if not recorded:
-                    seq = None
-                elif build is not None:
+                if recorded and build is None:
+                    seq = _NO_SEQ
+                elif recorded and build is not None:
                     seq = self.link.put(build)
                     await self.first.acknowledged(seq)
                 return outcome
             finally:
-                self._close_bracket(seq)
+                self.brackets.close(seq)
         finally:
             self.lock.release(claim)
 
@@ -325,11 +345,9 @@ class Agent:
                 return self._renamed(change, recorded)
 
     def _renamed(self, change: RenamePath, recorded: bool) -> Callable[..., Rename] | None:
-        moved = self._moves(change.key, change.is_directory, change.old, change.new)
+        moved = self._all_moves(change)
         replaced: list[Volume] = []
-        if change.exchange:
-            moved += self._moves(change.replaced, change.replaced_is_directory, change.new, change.old)
-        elif change.replaced is not None and change.replaced != change.key:
+        if not change.exchange and change.replaced is not None and change.replaced != change.key:
             gone = self.volumes.by_key(change.replaced)
             if gone is not None:
                 replaced.append(gone)
@@ -342,6 +360,12 @@ class Agent:
         if not moves and not retired:
             return None
         return lambda seq, time, run: Rename(seq, time, run, moves, retired)
+
+    def _all_moves(self, change: RenamePath) -> list[tuple[Volume, str]]:
+        moved = self._moves(change.key, change.is_directory, change.old, change.new)
+        if change.exchange:
+            moved += self._moves(change.replaced, change.replaced_is_directory, change.new, change.old)
+        return moved
 
     def _moves(self, key: FileKey | None, is_directory: bool, old: str, new: str) -> list[tuple[Volume, str]]:
         if is_directory:
@@ -388,16 +412,16 @@ class Agent:
             for gone in self._unrecorded_retired:
                 await self.insist(partial(retire_record, gone))
             self._unrecorded_retired.clear()
+            # In this order a path is free before a new volume takes it.
+            moved = [volume for volume in self.volumes if volume.moved and volume.known]
+            for rename in rename_records([(volume.id, volume.path) for volume in moved]):
+                await self.insist(rename)
+            for volume in moved:
+                volume.moved = False
             fresh = [volume for volume in self.volumes if not volume.known]
             for volume in fresh:
                 await self.insist(partial(create_record, volume))
                 volume.known, volume.moved, volume.restyled = True, False, False
-            moved = [volume for volume in self.volumes if volume.moved]
-            if moved:
-                moves = tuple((volume.id, volume.path) for volume in moved)
-                await self.insist(lambda seq, time, run: Rename(seq, time, run, moves))
-            for volume in moved:
-                volume.moved = False
             for volume in self.volumes:
                 await self.insist(partial(resize_record, volume))
                 if volume.restyled:
@@ -428,9 +452,7 @@ class Agent:
         """The end of the gap is durable: nothing is owed any more, unless changes went unrecorded since."""
         if self.link.spells == spells:
             self.link.equal = True
-            while self._unrecorded_brackets:
-                self._unrecorded_brackets -= 1
-                self.intent.namespace_end()
+            self.brackets.equal_again()
 
     async def housekeeping(self, keep: Callable[[Seq], object]) -> None:
         """Lets marks go that are no longer needed. `keep` notes, durably and in a thread, up to which seq the second
@@ -440,8 +462,8 @@ class Agent:
         """
         while True:
             await trio.sleep(HOUSEKEEPING_SECONDS)
-            self._end_brackets()
             try:
+                await self.brackets.settle()
                 await self._let_marks_go(keep)
             except (OSError, IntentLogFailed) as error:
                 # A full or failing disk of the source: marks that stay do no harm.
@@ -472,7 +494,6 @@ class Agent:
         claim = await self.lock.claim_all()
         try:
             await self.first.reached(self.link.last, Level.DURABLE)
-            await trio.to_thread.run_sync(pyfuse3.syncfs, str(self.source))
-            self._end_brackets()
+            await self.brackets.sync()
         finally:
             self.lock.release(claim)

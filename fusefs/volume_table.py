@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dedup.errors import RewindError
-from dedup.types import Seq, VolumeId
+from dedup.types import PATH_BYTES_MAX, Seq, VolumeId
 from fusefs.inode_map import FileKey
 
 STATE_DIRECTORY = ".rewindfs"
@@ -112,11 +112,13 @@ def key_of(status: os.stat_result) -> FileKey:
 
 
 def check_path(path: str) -> None:
-    """OSError EILSEQ for a path that a record cannot carry: names of volumes are UTF-8."""
+    """OSError for a path that a record cannot carry: EILSEQ unless it is UTF-8, ENAMETOOLONG past PATH_BYTES_MAX."""
     try:
-        path.encode()
+        encoded = path.encode()
     except UnicodeEncodeError:
         raise OSError(errno.EILSEQ, "the name of a volume must be UTF-8", path) from None
+    if len(encoded) > PATH_BYTES_MAX:
+        raise OSError(errno.ENAMETOOLONG, f"the path of a volume has at most {PATH_BYTES_MAX} bytes", path)
 
 
 def list_volumes(source: Path) -> dict[str, os.stat_result]:
@@ -144,7 +146,7 @@ def list_volumes(source: Path) -> dict[str, os.stat_result]:
             try:
                 check_path(path)
             except OSError as error:
-                raise RewindError(f"{os.fsencode(full)!r}: the name of a volume must be UTF-8; rename it") from error
+                raise RewindError(f"{os.fsencode(full)!r}: {error.strerror}; rename it") from error
             if status.st_nlink > 1:
                 raise RewindError(
                     f"{full} has {status.st_nlink} hard links; a volume has one name: copy it, or unlink the others"
