@@ -15,7 +15,7 @@ from dedup.types import TimeNs
 _NETWORK_FILE_SYSTEMS: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "fuse.sshfs"}
 )
-"""Where mmap and flock between hosts are not what LMDB and the writer's lock need (DESIGN §3.8)."""
+"""Where mmap and flock between hosts are not what LMDB and the writer's lock need."""
 
 
 def create_marker(storage: Storage, path: Path) -> None:

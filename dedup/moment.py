@@ -1,4 +1,4 @@
-"""TIME: the grammar by which a person names a moment (CLI.md), and the names that snapshots may have.
+"""TIME: the grammar by which a person names a moment, and the names that snapshots may have.
 
 Pure text; which recovery point a moment is, `catalog` and `reader` decide.
 """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Addresses = npt.NDArray[np.uint64]
 
 DELTAS_MAX: Final = 8
-"""Deltas on one whole leaf: a read walks at most this many versions back (DESIGN: the leaf is whole after 8)."""
+"""Deltas on one whole leaf: a read walks at most this many versions back."""
 DELTA_POINTERS_MAX: Final = LEAF_BLOCKS // 4
 """Past this many changed pointers a whole leaf is about as small as the delta, and quicker to read."""
 SEQ_MAX: Final = Seq((1 << 64) - 1)

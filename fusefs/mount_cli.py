@@ -249,7 +249,7 @@ def status(place: Path, as_json: bool, fail_on_lag: float | None, watch: bool) -
 
 
 def mount_status(mountpoint: Path) -> dict[str, Any]:
-    """The report on a source mount; CLI.md has its shape."""
+    """The report on a source mount. Its keys are a contract: more may come, none goes."""
     report: dict[str, Any] = tell(mountpoint, "status", {})
     oldest = report.pop("oldest_queued")
     report["lag"]["seconds"] = 0.0 if oldest is None else max(0.0, (time.time_ns() - oldest) / 1e9)

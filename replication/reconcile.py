@@ -4,7 +4,7 @@ Ranges are taken one after another. Where the store knows nothing of a volume, i
 the source's blocks are compared at the second appliance with what it holds *at that place of the record stream*, and
 blocks that differ are sent. Bytes are read and their record is stamped under the range lock, so they are what the
 source holds at that seq; what applications write meanwhile follows as records of its own. (Online initialization
-beside application IO; see FIELD.md's related patents for the idea.)
+beside application IO; US 10,031,690 describes the idea.)
 
 Invariants:
 - no lock is held while an answer of the second appliance is awaited;

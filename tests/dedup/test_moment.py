@@ -1,4 +1,4 @@
-"""TIME: each form of CLI.md, and what is refused."""
+"""TIME: each form of the grammar, and what is refused."""
 
 from __future__ import annotations
 
