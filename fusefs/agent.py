@@ -140,7 +140,7 @@ class Agent:
             written = 0
             if await self.link.room(length) and volume.known:
                 seq, time, run = self.link.stamp()
-                self.first.append(Write(seq, time, run, Extent(volume.id, offset, data)))
+                self.link.take(Write(seq, time, run, Extent(volume.id, offset, data)))
                 if end > volume.size:
                     volume.growing[seq] = end
                 try:

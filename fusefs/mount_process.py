@@ -135,7 +135,7 @@ class MountProcess:
         intent = await trio.to_thread.run_sync(_open_intent, self._state.intent_path)
         todo = plan(welcome, known, files, last, intent)
         log.info("epoch %d after seq %d: %s", epoch, welcome.held, "a clean start" if todo.clean else todo)
-        link = AgentLink(self.first, RecordClock(welcome.time, welcome.run))
+        link = AgentLink(self.first, welcome.held, RecordClock(welcome.time, welcome.run))
         self.agent = Agent(settings.source, link, VolumeTable(welcome.next_volume), intent, RegionTracker())
         self._work = await begin(self.agent, todo, epoch, known, files)
         self._store = welcome.store

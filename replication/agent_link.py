@@ -40,10 +40,11 @@ Build = Callable[[Seq, TimeNs, ClockRun], Record]
 
 
 class AgentLink:
-    """Stamps and queues records. `first` has greeted the second appliance; `clock` continues the group's time."""
+    """Stamps and queues records. `last` is the last seq of the group, `clock` continues its time."""
 
-    def __init__(self, first: FirstAppliance, clock: RecordClock) -> None:
+    def __init__(self, first: FirstAppliance, last: Seq, clock: RecordClock) -> None:
         self.first = first
+        self.last = last
         self._clock = clock
         self._unrecorded = False
         self._reason = ""
@@ -54,11 +55,6 @@ class AgentLink:
         """Whether the history equals the source, so that no reconcile is owed. Set by whoever ends the gap."""
         self.gap_opened = trio.Event()
         """Set when a ReconcileBegin was recorded because changes had gone unrecorded: a reconcile is due."""
-
-    @property
-    def last(self) -> Seq:
-        """The last seq of the group. A record that was stamped and refused leaves it as it was: no hole."""
-        return self.first.last_seq
 
     @property
     def degraded(self) -> bool:
@@ -116,15 +112,28 @@ class AgentLink:
             )
 
     def stamp(self) -> Stamp:
-        """The next seq, and its time. To be used at once: nothing may be awaited before `first.append`."""
+        """The next seq, and its time. To be used at once: nothing may be awaited before `take`."""
+        self.last = Seq(self.last + 1)
         time, run = self._clock.stamp()
-        return Seq(self.first.last_seq + 1), time, run
+        return self.last, time, run
 
     def put(self, build: Callable[[Seq, TimeNs, ClockRun], Record | Compare]) -> Seq:
         """Stamps and queues the record that `build` makes; after `room`, with no await between."""
         seq, time, run = self.stamp()
-        self.first.append(build(seq, time, run))
+        try:
+            self.first.append(build(seq, time, run))
+        except BaseException:
+            self.last = self.first.last_seq
+            raise
         return seq
+
+    def take(self, record: Record | Compare) -> None:
+        """Queues the record that was just stamped. Where it is refused, its seq is the next one's: no hole is left."""
+        try:
+            self.first.append(record)
+        except BaseException:
+            self.last = self.first.last_seq
+            raise
 
     async def record(self, build: Callable[[Seq, TimeNs, ClockRun], Record]) -> Seq | None:
         """Room, then `put`, then what the mode has a change wait for. None where it must go unrecorded."""

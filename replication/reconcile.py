@@ -127,7 +127,7 @@ class Reconciler:
                     return
                 if data is not None and await self.link.room_by_and_by(len(data)):
                     seq, time, run = self.link.stamp()
-                    self.link.first.append(Reconcile(seq, time, run, Extent(volume, offset, data)))
+                    self.link.take(Reconcile(seq, time, run, Extent(volume, offset, data)))
                     break
             # In an outage this waits without the lock: writers go on, and their regions are marked.
             await trio.sleep(_RETRY_SECONDS if data is not None else UNREADABLE_SECONDS)
@@ -189,7 +189,7 @@ class Reconciler:
                     and self.link.first.digest_key == key
                 ):
                     seq, time, run = self.link.stamp()
-                    self.link.first.append(Compare(seq, time, run, volume, offset, digests))
+                    self.link.take(Compare(seq, time, run, volume, offset, digests))
                     return _Pending(region, offset, length, seq)
             await trio.sleep(_RETRY_SECONDS if digests is not None else UNREADABLE_SECONDS)
 

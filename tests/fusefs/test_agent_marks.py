@@ -43,7 +43,7 @@ class Bench:
         self.file = directory / "a.img"
         self.file.write_bytes(bytes(8192))
         self.first = First()
-        self.link = AgentLink(self.first, RecordClock(TimeNs(0), 1))  # type: ignore[arg-type]
+        self.link = AgentLink(self.first, Seq(0), RecordClock(TimeNs(0), 1))  # type: ignore[arg-type]
         self.link.equal = True
         self.agent = Agent(
             directory, self.link, VolumeTable(VolumeId(1)), IntentLog.open(directory / "intent"), RegionTracker()

@@ -46,7 +46,7 @@ class ScriptedFirst:
 
 
 def a_link(first: ScriptedFirst) -> AgentLink:
-    link = AgentLink(first, RecordClock(TimeNs(0), ClockRun(1)))  # type: ignore[arg-type]
+    link = AgentLink(first, Seq(0), RecordClock(TimeNs(0), ClockRun(1)))  # type: ignore[arg-type]
     link.equal = True
     return link
 
@@ -83,7 +83,7 @@ async def test_refused_record_leaves_no_hole() -> None:
     with pytest.raises(LocalProtocolError):
         link.put(a_write)
     with pytest.raises(LocalProtocolError):
-        link.first.append(a_write(*link.stamp()))
+        link.take(a_write(*link.stamp()))
     assert link.put(Heartbeat) == 2
 
 
