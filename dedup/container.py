@@ -69,9 +69,17 @@ class RawContainerWriter:
         path = container_path(directory, container)
         header = ContainerHeader(container, journal, ContainerForm.RAW, TimeNs(time.time_ns()))
         try:
-            fd = storage.create(path, pack_container_header(header))
+            fd = storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         except FileExistsError as error:
             raise StoreFailed(f"{path}: a container of that number is there already; open the store anew") from error
+        try:
+            storage.pwritev(fd, [pack_container_header(header)], 0)
+            storage.datasync(fd)
+            storage.sync_directory(directory)
+        except BaseException:
+            storage.close(fd)
+            storage.unlink(path)
+            raise
         return cls(storage, path, fd, container, journal)
 
     @property

@@ -280,7 +280,15 @@ def _make_segment(storage: Storage, directory: Path, first: Seq) -> tuple[int, S
     path = segment_path(directory, first)
     header = SegmentHeader(first, secrets.randbits(64), TimeNs(time.time_ns()))
     try:
-        fd = storage.create(path, pack_segment_header(header))
+        fd = storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     except FileExistsError as error:
         raise StoreFailed(f"{path}: a segment of that name is there already; open the store anew") from error
+    try:
+        storage.pwritev(fd, [pack_segment_header(header)], 0)
+        storage.datasync(fd)
+        storage.sync_directory(directory)
+    except BaseException:
+        storage.close(fd)
+        storage.unlink(path)
+        raise
     return fd, header

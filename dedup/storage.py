@@ -47,22 +47,6 @@ class Storage:
         self._paths[fd] = path
         return fd
 
-    def create(self, path: Path, content: bytes) -> int:
-        """A new file that holds `content`, open for reading and writing; it and its name are durable.
-
-        FileExistsError; StoreFull leaves no file, StoreFailed may.
-        """
-        fd = self.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        try:
-            self.pwritev(fd, [content], 0)
-            self.datasync(fd)
-            self.sync_directory(path.parent)
-        except BaseException:
-            self.close(fd)
-            self.unlink(path)
-            raise
-        return fd
-
     def close(self, fd: int) -> None:
         """Gives the descriptor back. Promises nothing about what was written: `datasync` does."""
         # The path goes first: the number may be given out anew, to another thread, as soon as it is closed.
