@@ -220,8 +220,22 @@ class Link:
 
     def _break(self, error: Exception) -> None:
         if self._reason is None:
-            self._reason = error
+            self._reason = self._last_words() or error if isinstance(error, LinkDown) else error
         self._scope.cancel()
+
+    def _last_words(self) -> SessionEnded | None:
+        """Why the peer closed, where a send broke before that was read."""
+        try:
+            while data := self._connection.receive_soon(0):
+                self._session.receive_data(data)
+                while (message := self._session.next_event()) is not None:
+                    if isinstance(message, Failure):
+                        return SessionEnded(message)
+                    if self._handle is not None:
+                        self._handle(message)
+        except (LinkDown, ProtocolError):
+            return None  # it said nothing; what broke the link first is the reason
+        return None
 
     async def _send(self) -> None:
         while True:
