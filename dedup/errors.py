@@ -58,5 +58,9 @@ class BadTime(StoreError):
     """The text does not parse as TIME."""
 
 
+class BadPolicy(StoreError):
+    """A retention policy that contradicts itself: tiers that do not ascend, a hard limit below the soft one."""
+
+
 class WouldBlock(Exception):
     """A read would have to wait for the disk, and the caller asked not to wait. Never shown to a person."""

@@ -61,6 +61,7 @@ CONTAINERS_NAME: Final = "containers"
 GROUPS_NAME: Final = "groups"
 JOURNAL_NAME: Final = "journal"
 READERS_NAME: Final = "readers"
+POLICY_NAME: Final = "policy"
 
 CONTAINER_SUFFIX: Final = ".rwc"
 SEGMENT_SUFFIX: Final = ".rwj"

@@ -81,7 +81,7 @@ def _parse_where(body: str, now: TimeNs) -> Latest | AtSeq | AtTime | Named | No
     clock = _clock_time(body)
     if clock is not None:
         return AtTime(clock)
-    age = _age_ns(body)
+    age = duration_ns(body)
     if age is not None:
         return AtTime(TimeNs(max(0, now - age)), relative=True)
     return Named(body) if _name_fault(body) is None else None
@@ -107,16 +107,30 @@ def _clock_time(body: str) -> TimeNs | None:
     return TimeNs(whole * _NS + int((fraction or "0").ljust(9, "0"))) if whole >= 0 else None
 
 
-def _age_ns(body: str) -> int | None:
-    match = _AGO.fullmatch(body)
-    if not body or match is None or any(part and len(part) > _DIGITS_MAX for part in match.groups()):
+def duration_ns(text: str) -> int | None:
+    """`2h`, `90m`, `1d2h3m4s` in nanoseconds: the grammar of ages and of how long a thing is kept. None: no duration."""
+    match = _AGO.fullmatch(text)
+    if not text or match is None or any(part and len(part) > _DIGITS_MAX for part in match.groups()):
         return None
     return sum(int(part) * unit for part, unit in zip(match.groups(), _AGO_UNITS, strict=True) if part) * _NS
+
+
+def duration_text(duration: int) -> str:
+    """The shortest text that `duration_ns` takes for it. Whole seconds only."""
+    seconds = duration // _NS
+    parts = []
+    for unit, letter in zip(_AGO_UNITS, "dhms", strict=True):
+        count, seconds = divmod(seconds, unit)
+        if count:
+            parts.append(f"{count}{letter}")
+    return "".join(parts) or "0s"
 
 
 def _name_fault(name: str) -> str | None:
     if not name:
         return "is empty"
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        return "is not UTF-8"
     if len(name.encode("utf-8", "surrogateescape")) > NAME_BYTES_MAX - 1:
         return f"is longer than {NAME_BYTES_MAX - 1} bytes"
     if "/" in name or "\0" in name or any(ord(char) < 32 for char in name):
@@ -134,7 +148,7 @@ def check_name(name: str) -> None:
     if fault is None and name in ("latest", "base"):
         fault = "is a word with a meaning of its own"
     if fault is None and (
-        name.startswith(("seq=", "bookmark=")) or _clock_time(name) is not None or _age_ns(name) is not None
+        name.startswith(("seq=", "bookmark=")) or _clock_time(name) is not None or duration_ns(name) is not None
     ):
         fault = "parses as a TIME"
     if fault is not None:
