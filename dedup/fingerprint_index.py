@@ -99,7 +99,10 @@ class FingerprintIndex:
         self._frozen = {}
 
     def remove(self, txn: lmdb.Transaction, entries: Iterable[tuple[bytes, Address]]) -> None:
-        """Takes out, in the caller's write transaction, each fingerprint that still stands for that address."""
+        """Takes out, in the caller's write transaction, each fingerprint that still stands for that address.
+
+        Nobody may look up until the caller has ended the transaction and called `reread`.
+        """
         cursor = txn.cursor(self._db)
         for fingerprint, where in entries:
             if self._recent.get(fingerprint) == where:
@@ -108,6 +111,10 @@ class FingerprintIndex:
                 del self._frozen[fingerprint]
             if cursor.set_key(fingerprint) and _address(cursor.value()) == where:
                 cursor.delete()
+
+    def reread(self) -> None:
+        """The next lookup sees what LMDB holds then."""
+        self._end_reading()
 
     def close(self) -> None:
         """Ends the read transaction. What is pending is dropped."""

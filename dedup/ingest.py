@@ -29,6 +29,7 @@ from dedup.group_state import GroupState
 from dedup.layout import ZERO_BLOCK, ZERO_FINGERPRINT, fingerprint
 from dedup.metadata_journal import EntryKind, Logged, LoggedExtent
 from dedup.pointer_map import Addresses
+from dedup.slot_marks import SlotMarks
 from dedup.types import (
     BASE_JOURNAL,
     BLOCK_BYTES,
@@ -233,6 +234,8 @@ class Ingest:
         self._index = index
         self._pool = pool
         self._base = base
+        self.shared: SlotMarks | None = None
+        """While a collection runs: every address that a hit shared since it began."""
 
     def log(
         self,
@@ -332,6 +335,8 @@ class Ingest:
                 twins.append((index, first))
             else:
                 new.append(index)
+        if self.shared is not None:
+            self.shared.add_each(where for where in found if where != HOLE)
         if new and len(new) == len(blocks):
             addresses = journal.append(blocks, fingerprints)
             for mark, where in zip(fingerprints, addresses.tolist(), strict=True):

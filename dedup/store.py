@@ -192,6 +192,19 @@ class Store:
             group.checkpointed()
         self._checkpointed_at = time.monotonic()
 
+    def settle(self) -> Watermark:
+        """A checkpoint whose watermark is of this very moment. No ingest meanwhile.
+
+        What it covers whole, no data journal appends to any more; and no number below its `next_container` is given
+        again, whatever is removed.
+        """
+        self.checkpoint()
+        now = self._watermark_now()
+        if self.index.watermark() != now:
+            with self.index.write() as txn:
+                self.index.put_watermark(txn, now)
+        return now
+
     def _watermark_now(self) -> Watermark:
         journals = (self.base_journal, self.fine_journal)
         taking = {one.container: one.slots_used for one in journals if one.container is not None}

@@ -54,6 +54,8 @@ class StoreWriter:
         """Set when the store has stopped; `error` says why."""
         self.error: StoreFailed | None = None
         self.syncs = 0
+        self.received_bytes = 0
+        """Payload ingested so far."""
         self._lock = trio.Lock()
         self._unsynced_bytes = 0
         self._dirty = trio.Event()
@@ -81,6 +83,7 @@ class StoreWriter:
             # Nobody holds the lock, and nobody can take it before the next await.
             self._ingest_here(group, records)
         self._unsynced_bytes += nbytes
+        self.received_bytes += nbytes
         self._dirty.set()
         if self._unsynced_bytes >= SYNC_BYTES:
             self._now.set()

@@ -156,7 +156,7 @@ class Supervisor:
         # A session of its own: Ctrl-C on the terminal is for the parent, which drains first.
         process: trio.Process = await trio.lowlevel.open_process(
             [*self._arguments, "--ready-fd", str(theirs.fileno())],
-            env=_environment(),
+            env=child_environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=self._output,
@@ -200,7 +200,7 @@ class Supervisor:
                 await process.wait()
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Ours, and the way to these very packages: a process in the background has another directory than its start."""
     here = str(Path(__file__).resolve().parent.parent)
     if here in site.getsitepackages():
