@@ -27,11 +27,24 @@ import xxhash
 
 from dedup import layout
 from dedup.errors import Damaged, StoreFailed, StoreFull
-from dedup.group_state import Checkpoint, GroupState, RunStart
+from dedup.group_state import Checkpoint, GroupState
 from dedup.layout import ANCHOR_KEY, GROUP_KEY, TIME_KEY, VOLUME_KEY
 from dedup.metadata_journal import JournalPosition
+from dedup.overlay import Overlay
 from dedup.pointer_map import PointerMap
-from dedup.types import Address, ContainerId, Gap, Seq, Snapshot, TimeNs, VolumeId, VolumeState
+from dedup.types import (
+    Address,
+    ContainerId,
+    Gap,
+    JournalId,
+    Route,
+    RunStart,
+    Seq,
+    Snapshot,
+    TimeNs,
+    VolumeId,
+    VolumeState,
+)
 
 MAP_BYTES: Final = 1 << 40
 """Size of the LMDB map: address space only, the file grows as it is used. Fixed: a map cannot grow under readers."""
@@ -39,6 +52,9 @@ READERS_MAX: Final = 1024
 _CRAMPED_BYTES: Final = 64 << 20
 """With less room than this, a checkpoint may well have met the end of the disk."""
 _WATERMARK: Final = b"watermark"
+_MANIFEST: Final = b"manifest"
+_ROUTE: Final = b"route"
+"""First part of keys in `store`; the group's id follows."""
 _DATABASES: Final = (
     "groups", "anchors", "times", "volumes", "paths", "names", "gaps", "runs", "pointers", "fingerprints", "store",
 )  # fmt: skip
@@ -227,32 +243,81 @@ class Catalog:
     def runs(self, txn: Txn) -> list[RunStart]:
         return [_decode(value, RunStart) for _, value in self._under_prefix(txn, "runs", self._prefix)]
 
-    def put(self, txn: Txn, state: GroupState, position: JournalPosition) -> None:
-        """Writes all of `state` that is new since the last checkpoint; the caller commits, then `checkpointed()`."""
-        seq = state.held
-        for volume in state.overlay.volumes:
-            cut = state.overlay.cuts.get(volume)
+    def put_pointers(self, txn: Txn, overlay: Overlay, seq: Seq) -> None:
+        """Writes what the overlay says into the pointer maps, as of `seq`."""
+        for volume in overlay.volumes:
+            cut = overlay.cuts.get(volume)
             if cut is not None:
                 self.pointers.clear_from(txn, volume, cut, seq)
-            for leaf, indexes, addresses in state.overlay.leaves(volume):
+            for leaf, indexes, addresses in overlay.leaves(volume):
                 self.pointers.put(txn, volume, leaf, seq, indexes, addresses)
-        for volume_state in state.new_volumes.values():
-            encoded = msgspec.msgpack.encode(volume_state)
-            txn.put(VOLUME_KEY.pack(self.group_id, volume_state.volume, seq), encoded, db=self._db["volumes"])
-        for path in map(str.encode, state.new_paths):
-            # Paths are longer than an LMDB key may be.
-            txn.put(self._prefix + xxhash.xxh3_128_digest(path), path, db=self._db["paths"])
+
+    def put(self, txn: Txn, state: GroupState, position: JournalPosition) -> None:
+        """Writes all of `state` that is new since the last checkpoint; the caller commits, then `checkpointed()`."""
+        self.put_anchor(txn, state, position)
         for name, snapshot in state.new_snapshots.items():
             key = self._prefix + name.encode()
             if snapshot is None:
                 txn.delete(key, db=self._db["names"])
             else:
                 txn.put(key, msgspec.msgpack.encode(snapshot), db=self._db["names"])
+
+    def put_anchor(self, txn: Txn, state: GroupState, position: JournalPosition) -> None:
+        """The same without the names: of a checkpoint in the past, after which names may have come and gone."""
+        seq = state.held
+        self.put_pointers(txn, state.overlay, seq)
+        for volume_state in state.new_volumes.values():
+            encoded = msgspec.msgpack.encode(volume_state)
+            txn.put(VOLUME_KEY.pack(self.group_id, volume_state.volume, seq), encoded, db=self._db["volumes"])
+        for path in map(str.encode, state.new_paths):
+            # Paths are longer than an LMDB key may be.
+            txn.put(self._prefix + xxhash.xxh3_128_digest(path), path, db=self._db["paths"])
         for gap in state.new_gaps:
             txn.put(ANCHOR_KEY.pack(self.group_id, gap.first), msgspec.msgpack.encode(gap), db=self._db["gaps"])
         for run in state.new_runs:
             key = self._prefix + run.run.to_bytes(4, "big")
             txn.put(key, msgspec.msgpack.encode(run), db=self._db["runs"])
+        for route in state.new_routes:
+            key = _ROUTE + ANCHOR_KEY.pack(self.group_id, route.after)
+            txn.put(key, route.journal.to_bytes(2, "big"), db=self._db["store"])
         anchor = msgspec.msgpack.encode(state.checkpoint(position))
         txn.put(ANCHOR_KEY.pack(self.group_id, seq), anchor, db=self._db["anchors"])
         txn.put(TIME_KEY.pack(self.group_id, state.run, state.time, seq), b"", db=self._db["times"])
+
+    def routes(self, txn: Txn) -> list[Route]:
+        """Every switch to another data journal, by seq."""
+        prefix = _ROUTE + self._prefix
+        return [
+            Route(Seq(int.from_bytes(key[-8:], "big")), JournalId(int.from_bytes(value, "big")))
+            for key, value in self._under_prefix(txn, "store", prefix)
+        ]
+
+    def journal_number(self, txn: Txn) -> int:
+        """The number of the manifest that the anchors, pointers and volumes here belong to."""
+        value = txn.get(_MANIFEST + self._prefix, db=self._db["store"])
+        return 0 if value is None else int.from_bytes(value, "big")
+
+    def put_journal_number(self, txn: Txn, number: int) -> None:
+        txn.put(_MANIFEST + self._prefix, number.to_bytes(8, "big"), db=self._db["store"])
+
+    def forget_anchors(self, txn: Txn, after: Seq, last: Seq) -> None:
+        """Drops the checkpoints after..last and what is keyed by them, pointers aside: that stretch is indexed anew."""
+        found: list[Checkpoint] = []
+        with txn.cursor(self._db["anchors"]) as cursor:
+            more = cursor.set_range(ANCHOR_KEY.pack(self.group_id, after + 1))
+            while more and cursor.key().startswith(self._prefix) and cursor.key()[2:] <= last.to_bytes(8, "big"):
+                found.append(_decode(cursor.value(), Checkpoint))
+                more = cursor.delete() and bool(cursor.key())
+        for anchor in found:
+            txn.delete(TIME_KEY.pack(self.group_id, anchor.run, anchor.time, anchor.held), db=self._db["times"])
+        with txn.cursor(self._db["volumes"]) as cursor:
+            more = cursor.set_range(self._prefix)
+            while more and cursor.key().startswith(self._prefix):
+                stale = after < int.from_bytes(cursor.key()[-8:], "big") <= last
+                more = (cursor.delete() and bool(cursor.key())) if stale else cursor.next()
+
+    def forget_gaps(self, txn: Txn, last: Seq) -> None:
+        """Drops the gaps that end at or before `last`: before the first recovery point there are none."""
+        for gap in self.gaps(txn):
+            if gap.last is not None and gap.last <= last:
+                txn.delete(ANCHOR_KEY.pack(self.group_id, gap.first), db=self._db["gaps"])

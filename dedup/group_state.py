@@ -18,9 +18,12 @@ from dedup.metadata_journal import EntryKind, JournalPosition, Logged
 from dedup.overlay import Overlay
 from dedup.types import (
     BLOCK_BYTES,
+    FINE_JOURNAL,
     Attributes,
+    BaseAdvance,
     Bookmark,
     ClockRun,
+    Consolidated,
     Correct,
     Create,
     Entry,
@@ -28,12 +31,18 @@ from dedup.types import (
     EpochStart,
     Flush,
     Gap,
+    JournalCreate,
+    JournalId,
+    JournalSpec,
+    JournalUse,
     PointKind,
     ReconcileBegin,
     ReconcileEnd,
     Rename,
     Resize,
     Retire,
+    Route,
+    RunStart,
     Seq,
     Snapshot,
     SnapshotCreate,
@@ -43,18 +52,10 @@ from dedup.types import (
     VolumeState,
 )
 
+FINE = JournalSpec(FINE_JOURNAL, "fine", 0)
+"""The every-write data journal that each group begins with."""
 BASE_NAME = "base"
 """Name of the base snapshot: the state at the end of the first full reconcile."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunStart:
-    """A clock run: its first record's seq and time, and the time of the record before it."""
-
-    run: ClockRun
-    first: Seq
-    time: TimeNs
-    previous_time: TimeNs
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ class Checkpoint:
     gap: Gap | None
     position: JournalPosition
     logical_bytes: int
+    journal: JournalId = FINE_JOURNAL
+    journals: tuple[JournalSpec, ...] = (FINE,)
 
 
 @dataclass(slots=True)
@@ -90,6 +93,9 @@ class GroupState:
     flushes: int = 0
     gap: Gap | None = None
     logical_bytes: int = 0
+    journal: JournalId = FINE_JOURNAL
+    """The data journal that the next IO goes to."""
+    journals: tuple[JournalSpec, ...] = (FINE,)
     volumes: dict[VolumeId, VolumeState] = field(default_factory=dict)
     overlay: Overlay = field(default_factory=Overlay)
     records: int = 0
@@ -101,6 +107,7 @@ class GroupState:
     """Names made (or forgotten: None) since the last checkpoint."""
     new_gaps: list[Gap] = field(default_factory=list)
     new_runs: list[RunStart] = field(default_factory=list)
+    new_routes: list[Route] = field(default_factory=list)
 
     @classmethod
     def at(cls, checkpoint: Checkpoint, volumes: dict[VolumeId, VolumeState]) -> GroupState:
@@ -117,6 +124,8 @@ class GroupState:
             flushes=checkpoint.flushes,
             gap=checkpoint.gap,
             logical_bytes=checkpoint.logical_bytes,
+            journal=checkpoint.journal,
+            journals=checkpoint.journals,
             volumes=volumes,
         )
 
@@ -135,6 +144,8 @@ class GroupState:
             gap=self.gap,
             position=position,
             logical_bytes=self.logical_bytes,
+            journal=self.journal,
+            journals=self.journals,
         )
 
     def checkpointed(self) -> None:
@@ -146,6 +157,7 @@ class GroupState:
         self.new_snapshots = {}
         self.new_gaps = []
         self.new_runs = []
+        self.new_routes = []
 
     @property
     def reconciling(self) -> bool:
@@ -157,6 +169,9 @@ class GroupState:
         previous_time = self.time
         kind = logged.kind
         self.records += 1
+        if kind in _CONSOLIDATED:
+            self._apply_consolidated(logged)
+            return
         if logged.run != self.run or not self.held:
             self.new_runs.append(RunStart(logged.run, logged.first_seq, logged.time, self.time))
             self.run = logged.run
@@ -174,6 +189,59 @@ class GroupState:
         if kind not in _KEEPS_POINT:
             self.point = PointKind.CRASH
 
+    def _apply_consolidated(self, logged: Logged) -> None:
+        """What a stretch of history changed, all at once; its blocks may come in several entries."""
+        body = logged.body
+        if isinstance(body, Consolidated):
+            self.held, self.time, self.run, self.epoch = body.seq, body.time, body.run, body.epoch
+            self.base, self.next_volume, self.gap = body.base, body.next_volume, body.gap
+            self.point, self.last_flush, self.flushes = body.point, body.last_flush, body.flushes
+            self.logical_bytes, self.journal = body.logical_bytes, body.journal
+            for volume, block in body.cuts:
+                self.overlay.cut(volume, block)
+            for state in body.volumes:
+                self._change(state)
+            self.new_paths.update(body.paths)
+            self.new_snapshots.update((snapshot.name, snapshot) for snapshot in body.snapshots)
+            self.new_snapshots.update(dict.fromkeys(body.forgotten))
+            self.new_gaps += body.gaps
+            self.new_runs += body.runs
+            self.new_routes += body.routes
+            self.journals += body.journals
+        for extent in logged.extents:
+            self.overlay.put(extent.volume, extent.offset // BLOCK_BYTES, extent.addresses)
+
+    def consolidated(self, journals_before: int) -> Consolidated:
+        """All that was applied since the last checkpoint, when there were so many data journals; blocks aside."""
+        known = self.new_snapshots.items()
+        return Consolidated(
+            seq=self.held,
+            time=self.time,
+            run=self.run,
+            epoch=self.epoch,
+            base=self.base,
+            next_volume=self.next_volume,
+            point=self.point,
+            last_flush=self.last_flush,
+            flushes=self.flushes,
+            gap=self.gap,
+            logical_bytes=self.logical_bytes,
+            journal=self.journal,
+            cuts=tuple(sorted(self.overlay.cuts.items())),
+            volumes=tuple(self.new_volumes[volume] for volume in sorted(self.new_volumes)),
+            paths=tuple(sorted(self.new_paths)),
+            snapshots=tuple(snapshot for _, snapshot in known if snapshot is not None),
+            forgotten=tuple(name for name, snapshot in known if snapshot is None),
+            gaps=tuple(self.new_gaps),
+            runs=tuple(self.new_runs),
+            journals=self.journals[journals_before:],
+            routes=tuple(self.new_routes),
+        )
+
+    def journal_spec(self, journal: JournalId) -> JournalSpec | None:
+        """The data journal of that number, None when the group has none such."""
+        return next((spec for spec in self.journals if spec.journal == journal), None)
+
     def volume(self, volume: VolumeId) -> VolumeState:
         """The volume's state now; Damaged if it does not exist (a record must not name it)."""
         try:
@@ -187,7 +255,7 @@ class GroupState:
         self.new_volumes[volume.volume] = volume
         self.new_paths.add(volume.path)
         if volume.retired:
-            del self.volumes[volume.volume]
+            self.volumes.pop(volume.volume, None)  # in a consolidated stretch it may have come and gone
         else:
             self.volumes[volume.volume] = volume
 
@@ -222,6 +290,14 @@ class GroupState:
                 )
             case SnapshotDelete(name=name):
                 self.new_snapshots[name] = None
+            case JournalCreate(spec=spec):
+                self.journals = (*self.journals, spec)
+            case JournalUse(journal=journal):
+                self.journal = journal
+                self.new_routes.append(Route(body.seq, journal))
+            case BaseAdvance(base=base, base_time=base_time):
+                self.base = base
+                self.new_snapshots[BASE_NAME] = Snapshot(BASE_NAME, base, base_time, "base")
             case EpochStart():
                 self.epoch = body.epoch
                 if not body.clean:
@@ -270,4 +346,5 @@ class GroupState:
             self.new_gaps.append(replace(gap, last=Seq(seq - 1), to_time=time))
 
 
-_KEEPS_POINT = frozenset({EntryKind.FLUSH, EntryKind.BOOKMARK, EntryKind.SNAPSHOT_CREATE, EntryKind.SNAPSHOT_DELETE})
+_CONSOLIDATED = frozenset({EntryKind.CONSOLIDATED, EntryKind.CONSOLIDATED_MORE})
+_KEEPS_POINT = frozenset({EntryKind.FLUSH, EntryKind.BOOKMARK}) | {kind for kind in EntryKind if not kind.consumes_seq}

@@ -9,10 +9,11 @@ Damaged for bytes that are not an entry, and expect the checksum to have been ve
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_type_hints
 
 import msgspec
 import numpy as np
@@ -38,8 +39,11 @@ from dedup.types import (
     VOLUME_BYTES_MAX,
     Aggregate,
     Attributes,
+    BaseAdvance,
     Bookmark,
     ClockRun,
+    Consolidated,
+    ConsolidatedMore,
     Correct,
     Create,
     Entry,
@@ -48,7 +52,10 @@ from dedup.types import (
     Extent,
     Flush,
     Heartbeat,
+    JournalCreate,
     JournalId,
+    JournalSpec,
+    JournalUse,
     Reconcile,
     ReconcileBegin,
     ReconcileEnd,
@@ -90,17 +97,23 @@ class EntryKind(IntEnum):
     RECONCILE_END = 15
     SNAPSHOT_CREATE = 16
     SNAPSHOT_DELETE = 17
+    CONSOLIDATED = 18
+    CONSOLIDATED_MORE = 19
+    JOURNAL_CREATE = 20
+    JOURNAL_USE = 21
+    BASE_ADVANCE = 22
 
     @property
     def consumes_seq(self) -> bool:
         """False for what the store itself adds: it carries the seq that it follows."""
-        return self < EntryKind.SNAPSHOT_CREATE
+        return self < EntryKind.SNAPSHOT_CREATE or self == EntryKind.CONSOLIDATED
 
 
 KINDS: Final[tuple[EntryKind | None, ...]] = (None, *EntryKind)
 """EntryKind by its number."""
-_BARE_KINDS: Final = frozenset({EntryKind.WRITE, EntryKind.AGGREGATE, EntryKind.RECONCILE})
-_EXTENT_KINDS: Final = _BARE_KINDS | {EntryKind.CORRECT, EntryKind.RESIZE}
+_BARE_KINDS: Final = frozenset({EntryKind.WRITE, EntryKind.AGGREGATE, EntryKind.RECONCILE, EntryKind.CONSOLIDATED_MORE})
+_EXTENT_KINDS: Final = _BARE_KINDS | {EntryKind.CORRECT, EntryKind.RESIZE, EntryKind.CONSOLIDATED}
+_SPANNING_KINDS: Final = frozenset({EntryKind.AGGREGATE, EntryKind.CONSOLIDATED})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,7 +145,7 @@ class LoggedExtent:
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """One entry. `body` is None for Write, Aggregate and Reconcile: the extents say it all.
+    """One entry. `body` is None for Write, Aggregate, Reconcile and ConsolidatedMore: the extents say it all.
 
     A Correct's body has an extent without data; a Resize may have an extent, the last block when it was cut short.
     `journal` is the data journal that received the blocks.
@@ -170,6 +183,17 @@ def _bytes(text: str) -> bytes:
 
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
+
+
+_CONSOLIDATED_HEAD: Final = 3
+"""Fields of Consolidated that the entry's header has: seq, time, run."""
+_CONSOLIDATED_NAMES: Final = tuple(field.name for field in dataclasses.fields(Consolidated))[_CONSOLIDATED_HEAD:]
+_CONSOLIDATED_TYPES: Final = get_type_hints(Consolidated)
+_CONSOLIDATED_SHAPE: Final = tuple[tuple(_CONSOLIDATED_TYPES[name] for name in _CONSOLIDATED_NAMES)]  # type: ignore[misc]
+
+
+def _consolidated_fields(body: Consolidated) -> tuple[object, ...]:
+    return tuple(getattr(body, name) for name in _CONSOLIDATED_NAMES)
 
 
 _CODECS: Final[dict[EntryKind, _Codec]] = {
@@ -246,12 +270,31 @@ _CODECS: Final[dict[EntryKind, _Codec]] = {
         lambda r: (_bytes(r.name),),
         lambda s, t, c, name: SnapshotDelete(s, t, c, _text(name)),
     ),
+    EntryKind.CONSOLIDATED: _codec(Consolidated, _CONSOLIDATED_SHAPE, _consolidated_fields, Consolidated),
+    EntryKind.JOURNAL_CREATE: _codec(
+        JournalCreate,
+        tuple[int, bytes, int],
+        lambda r: (r.spec.journal, _bytes(r.spec.name), r.spec.granularity_ns),
+        lambda s, t, c, journal, name, granularity: JournalCreate(
+            s, t, c, JournalSpec(JournalId(journal), _text(name), granularity)
+        ),
+    ),
+    EntryKind.JOURNAL_USE: _codec(
+        JournalUse, tuple[int], lambda r: (r.journal,), lambda s, t, c, journal: JournalUse(s, t, c, JournalId(journal))
+    ),
+    EntryKind.BASE_ADVANCE: _codec(
+        BaseAdvance,
+        tuple[int, int],
+        lambda r: (r.base, r.base_time),
+        lambda s, t, c, base, base_time: BaseAdvance(s, t, c, Seq(base), TimeNs(base_time)),
+    ),
 }
 
 _KIND_OF: Final[dict[type[Any], EntryKind]] = {
     Write: EntryKind.WRITE,
     Aggregate: EntryKind.AGGREGATE,
     Reconcile: EntryKind.RECONCILE,
+    ConsolidatedMore: EntryKind.CONSOLIDATED_MORE,
 } | {codec.type: kind for kind, codec in _CODECS.items()}
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
@@ -305,7 +348,7 @@ def encode(logged: Logged, seed: int) -> bytes:
 def _encode_lone(logged: Logged, extent: LoggedExtent, seed: int) -> bytes:
     """`encode` for the entries that are nearly all there are: one extent, no body. They need no padding."""
     spans = logged.seq - logged.first_seq
-    if logged.kind not in _BARE_KINDS or spans < 0 or (spans and logged.kind is not EntryKind.AGGREGATE):
+    if logged.kind not in _BARE_KINDS or spans < 0 or (spans and logged.kind not in _SPANNING_KINDS):
         raise ValueError(f"the entry of seq {logged.seq} is not well made: its kind needs a body, or one seq")
     blocks = _check_extent(logged, extent)
     length = ENTRY_HEADER_BYTES + EXTENT_HEADER_BYTES + blocks * (ADDRESS_BYTES + FINGERPRINT_BYTES)
@@ -341,7 +384,7 @@ def _check_extent(logged: Logged, extent: LoggedExtent) -> int:
 def _check(logged: Logged) -> None:
     """Before the write: what `decode` would call damage must not be written. ValueError."""
     fault = None
-    if logged.kind is not EntryKind.AGGREGATE and logged.first_seq != logged.seq:
+    if logged.kind not in _SPANNING_KINDS and logged.first_seq != logged.seq:
         fault = "only an aggregate spans seqs"
     elif not logged.first_seq <= logged.seq:
         fault = "its first seq lies after its last"

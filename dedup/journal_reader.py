@@ -23,12 +23,14 @@ from dedup.layout import (
     ENTRY_HEADER,
     ENTRY_HEADER_BYTES,
     ENTRY_PADDING_MASK,
+    RAW_GENERATION,
     SEGMENT_HEADER_BYTES,
     checksum,
     segment_named,
     segment_path,
     unpack_segment_header,
 )
+from dedup.manifest import read_manifest
 from dedup.storage import Storage
 from dedup.types import ClockRun, JournalId, Seq, TimeNs
 
@@ -38,14 +40,30 @@ CHUNK_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True, order=True)
 class JournalPosition:
-    """A place between entries: the first seq of a segment, and an offset in its file."""
+    """A place between entries: the first seq of a segment, an offset in its file, and which file that is."""
 
     segment: Seq
     offset: int
+    generation: int = RAW_GENERATION
 
 
 FIRST_POSITION: Final = JournalPosition(Seq(1), SEGMENT_HEADER_BYTES)
 """Where the first entry of a group's life goes."""
+
+
+class SegmentFile(NamedTuple):
+    """One segment of the journal: the first seq that it holds, and which of its files."""
+
+    first: Seq
+    generation: int = RAW_GENERATION
+
+    def path(self, directory: Path) -> Path:
+        return segment_path(directory, self.first, self.generation)
+
+    @property
+    def start(self) -> JournalPosition:
+        """Where its first entry starts."""
+        return JournalPosition(self.first, SEGMENT_HEADER_BYTES, self.generation)
 
 
 class Scanned(NamedTuple):
@@ -58,18 +76,18 @@ class Scanned(NamedTuple):
     run: ClockRun
     journal: JournalId
     raw: memoryview
-    segment: Seq
+    segment: SegmentFile
     end: int
     """Offset of the entry's end in the segment's file."""
 
     @property
     def position(self) -> JournalPosition:
         """The position after the entry."""
-        return JournalPosition(self.segment, self.end)
+        return JournalPosition(self.segment.first, self.end, self.segment.generation)
 
 
 def segments(storage: Storage, directory: Path) -> list[Seq]:
-    """The first seqs of the segments that are there, ascending; none when the directory is not there."""
+    """The first seqs of the raw segments that are there, ascending; none when the directory is not there."""
     try:
         names = storage.listdir(directory)
     except FileNotFoundError:
@@ -77,10 +95,27 @@ def segments(storage: Storage, directory: Path) -> list[Seq]:
     return sorted(first for name in names if (first := segment_named(name)) is not None)
 
 
+def chain(storage: Storage, directory: Path) -> list[SegmentFile]:
+    """The segments that make up the journal now, in order: what the manifest names, then the raw ones behind. Damaged.
+
+    A manifest that is replaced between the two looks is noticed and both are done again: what the first one named may
+    be gone.
+    """
+    manifest = read_manifest(storage, directory)
+    while True:
+        raw = segments(storage, directory)
+        again = read_manifest(storage, directory)
+        if again.number == manifest.number:
+            break
+        manifest = again
+    found = [SegmentFile(row.first, row.generation) for row in manifest.rows]
+    return found + [SegmentFile(first) for first in raw if first > manifest.last]
+
+
 def first_position(storage: Storage, directory: Path) -> JournalPosition:
     """Where the oldest entry starts, or will start."""
-    found = segments(storage, directory)
-    return JournalPosition(found[0], SEGMENT_HEADER_BYTES) if found else FIRST_POSITION
+    found = chain(storage, directory)
+    return found[0].start if found else FIRST_POSITION
 
 
 def scan(
@@ -101,27 +136,27 @@ def scan(
     ones: then the first bad entry of the last segment is the end, whatever follows. `limit` is a position known to be
     held: the scan ends there, and anything bad or missing before it is Damaged.
     """
-    found = [first for first in segments(storage, directory) if first >= start.segment]
+    found = [segment for segment in chain(storage, directory) if segment.first >= start.segment]
     if not found and start == FIRST_POSITION and limit is None:
         return
-    if not found or found[0] != start.segment:
-        raise Damaged(f"{segment_path(directory, start.segment)}: offset {start.offset}: the segment is missing")
+    if not found or found[0] != (start.segment, start.generation):
+        path = segment_path(directory, start.segment, start.generation)
+        raise Damaged(f"{path}: offset {start.offset}: the segment is missing")
     previous = Seq(start.segment - 1) if start.offset == SEGMENT_HEADER_BYTES else None
-    for index, first in enumerate(found):
-        if limit is not None and first > limit.segment:
+    for index, segment in enumerate(found):
+        if limit is not None and segment.first > limit.segment:
             return
-        path = segment_path(directory, first)
-        if previous is not None and first - 1 != previous:
-            raise Damaged(f"{path}: offset 0: the segment before it ends at seq {previous}")
-        is_last = index == len(found) - 1
-        stop = limit.offset if limit is not None and limit.segment == first else None
+        if previous is not None and segment.first - 1 != previous:
+            raise Damaged(f"{segment.path(directory)}: offset 0: the segment before it ends at seq {previous}")
+        is_last = index == len(found) - 1 and segment.generation == RAW_GENERATION
+        stop = limit.offset if limit is not None and limit.segment == segment.first else None
         if index > 0:
-            previous = Seq(first - 1)
-        segment = _SegmentScan(storage, path, first, is_last and limit is None, torn)
-        for scanned in segment.entries(start.offset if index == 0 else SEGMENT_HEADER_BYTES, previous, stop):
+            previous = Seq(segment.first - 1)
+        one = _SegmentScan(storage, directory, segment, is_last and limit is None, torn)
+        for scanned in one.entries(start.offset if index == 0 else SEGMENT_HEADER_BYTES, previous, stop):
             previous = scanned.seq
             yield scanned
-    if limit is not None and found[-1] < limit.segment:
+    if limit is not None and found[-1].first < limit.segment:
         raise Damaged(f"{segment_path(directory, limit.segment)}: offset {limit.offset}: the segment is missing")
 
 
@@ -138,7 +173,7 @@ def read(
         try:
             logged = decode(scanned.raw)
         except Damaged as error:
-            path = segment_path(directory, scanned.segment)
+            path = scanned.segment.path(directory)
             raise Damaged(f"{path}: offset {scanned.end - len(scanned.raw)}: {error}") from error
         yield logged, scanned.position
 
@@ -146,10 +181,12 @@ def read(
 class _SegmentScan:
     """One pass over one segment's file."""
 
-    def __init__(self, storage: Storage, path: Path, first: Seq, tail_may_be_torn: bool, torn: bool) -> None:
+    def __init__(
+        self, storage: Storage, directory: Path, segment: SegmentFile, tail_may_be_torn: bool, torn: bool
+    ) -> None:
         self._storage = storage
-        self._path = path
-        self._first = first
+        self._path = segment.path(directory)
+        self._segment = segment
         self._tail_may_be_torn = tail_may_be_torn
         self._torn = torn
         self._fd = -1
@@ -167,7 +204,7 @@ class _SegmentScan:
             if size <= SEGMENT_HEADER_BYTES and self._tail_may_be_torn:
                 return  # just made, or not even that: nothing was ever acknowledged in it
             header = unpack_segment_header(self._storage.pread(self._fd, SEGMENT_HEADER_BYTES, 0), self._path)
-            if header.first_seq != self._first:
+            if header.first_seq != self._segment.first:
                 raise self._damaged(0, f"the segment is that of seq {header.first_seq}")
             self._seed = header.seed
             yield from self._chunks(offset, previous, stop)
@@ -223,7 +260,7 @@ class _SegmentScan:
         unpack = ENTRY_HEADER.struct.unpack_from
         digest = xxhash.xxh3_64_intdigest
         seed = self._seed
-        first = self._first
+        segment = self._segment
         have = len(view)
         at = 0
         while have - at >= ENTRY_HEADER_BYTES:
@@ -244,7 +281,7 @@ class _SegmentScan:
             if first_seq > seq or (previous is not None and not follows(previous, kind, first_seq, seq)):
                 raise self._damaged(base + at, f"seq {first_seq}..{seq} does not follow seq {previous}")
             previous = seq
-            yield Scanned(kind, first_seq, seq, at_time, run, journal, raw, first, base + end), length
+            yield Scanned(kind, first_seq, seq, at_time, run, journal, raw, segment, base + end), length
             at = end
 
     def _is_tail(self, offset: int, previous: Seq | None) -> bool:

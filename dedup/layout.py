@@ -61,6 +61,7 @@ CONTAINERS_NAME: Final = "containers"
 GROUPS_NAME: Final = "groups"
 JOURNAL_NAME: Final = "journal"
 READERS_NAME: Final = "readers"
+QUARANTINE_NAME: Final = "quarantine"
 POLICY_NAME: Final = "policy"
 
 CONTAINER_SUFFIX: Final = ".rwc"
@@ -69,6 +70,11 @@ TEMPORARY_SUFFIX: Final = ".tmp"
 """What a file is called until it is complete and synced; left behind by a crash it is nothing and may be unlinked."""
 _CONTAINER_DIGITS: Final = 16
 _SEGMENT_DIGITS: Final = 20
+_GENERATION_DIGITS: Final = 10
+MANIFEST_NAME: Final = "MANIFEST"
+RAW_GENERATION: Final = 0
+"""The generation of a segment as ingest wrote it; a consolidated one has the number of the manifest that first named
+it."""
 
 
 def container_name(container: ContainerId) -> str:
@@ -85,18 +91,32 @@ def container_named(name: str) -> ContainerId | None:
     return None if number is None else ContainerId(number)
 
 
-def segment_name(first: Seq) -> str:
-    return f"{first:0{_SEGMENT_DIGITS}d}{SEGMENT_SUFFIX}"
+def segment_name(first: Seq, generation: int = RAW_GENERATION) -> str:
+    stem = f"{first:0{_SEGMENT_DIGITS}d}"
+    return (
+        f"{stem}{SEGMENT_SUFFIX}"
+        if generation == RAW_GENERATION
+        else f"{stem}.{generation:0{_GENERATION_DIGITS}d}{SEGMENT_SUFFIX}"
+    )
 
 
-def segment_path(directory: Path, first: Seq) -> Path:
-    return directory / segment_name(first)
+def segment_path(directory: Path, first: Seq, generation: int = RAW_GENERATION) -> Path:
+    return directory / segment_name(first, generation)
 
 
 def segment_named(name: str) -> Seq | None:
-    """The first seq of the journal segment a file name stands for, None when it is no segment's name."""
+    """The first seq of the raw journal segment a file name stands for, None when it is no such segment's name."""
     number = _number(name, SEGMENT_SUFFIX, _SEGMENT_DIGITS)
     return None if number is None else Seq(number)
+
+
+def consolidated_named(name: str) -> tuple[Seq, int] | None:
+    """First seq and generation of the consolidated segment a file name stands for, None when it is none's."""
+    first, _, rest = name.partition(".")
+    generation = _number(rest, SEGMENT_SUFFIX, _GENERATION_DIGITS)
+    if generation is None or len(first) != _SEGMENT_DIGITS or not (first.isascii() and first.isdigit()):
+        return None
+    return Seq(int(first)), generation
 
 
 def _number(name: str, suffix: str, digits: int) -> int | None:
@@ -401,6 +421,48 @@ def unpack_segment_header(data: bytes, path: Path) -> SegmentHeader:
     _verify(data, 0, SEGMENT_HEADER.size, path, "the segment's header")
     return SegmentHeader(Seq(first_seq), seed, TimeNs(created))
 
+
+# ---- manifest of a group's journal -----------------------------------------------------------------------------------
+
+MANIFEST_MAGIC: Final = b"rwMANIF\n"
+MANIFEST_HEADER: Final = Fields(
+    "manifest header",
+    ("magic", "8s"),
+    ("version", "H"),
+    ("reserved", "H"),
+    ("rows", "I"),
+    ("number", "Q"),
+)
+MANIFEST_ROW: Final = Fields(
+    "manifest row",
+    ("first", "Q"),
+    ("last", "Q"),
+    ("generation", "Q"),
+    ("window", "Q"),
+    ("newest", "Q"),
+    ("bytes", "Q"),
+    ("journal", "H"),
+    ("reserved", "H"),
+    ("reserved_more", "I"),
+)
+MANIFEST_ROWS_MAX: Final = 1 << 20
+
+# ---- pins of readers -------------------------------------------------------------------------------------------------
+
+BARRIER_NAME: Final = "barrier"
+PINS_SUFFIX: Final = ".pins"
+PINS_MAGIC: Final = b"rwREADR\n"
+PINS_HEADER: Final = Fields(
+    "pins header",
+    ("magic", "8s"),
+    ("version", "H"),
+    ("everything", "H"),
+    ("reserved", "I"),
+    ("checksum", "Q"),
+)
+PIN: Final = Fields("pin", ("seq", "Q"), ("group", "64s"), ("checksum", "Q"))
+PINS_MAX: Final = 4096
+"""Pins of one reader; one that needs more pins everything."""
 
 # ---- index (LMDB): fingerprints --------------------------------------------------------------------------------------
 

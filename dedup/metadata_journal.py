@@ -35,6 +35,8 @@ from dedup.journal_reader import (
     FIRST_POSITION,
     JournalPosition,
     Scanned,
+    SegmentFile,
+    chain,
     first_position,
     follows,
     read,
@@ -61,6 +63,8 @@ __all__ = [
     "Logged",
     "LoggedExtent",
     "Scanned",
+    "SegmentFile",
+    "chain",
     "decode",
     "encode",
     "extents_of",
@@ -96,7 +100,7 @@ class JournalWriter:
 
     @classmethod
     def open(cls, storage: Storage, directory: Path, position: JournalPosition | None) -> JournalWriter:
-        """Continues at `position`; what lies behind it is cut off, durably, before this returns.
+        """Continues at `position`, of a raw segment; what lies behind it is cut off, durably, before this returns.
 
         None starts the journal of a new group (the directory is there): Damaged if one with entries is there already.
         Damaged, UnknownFormat, StoreFull, StoreFailed.
@@ -174,6 +178,18 @@ class JournalWriter:
         except StoreError as error:
             self._failed = str(error)
             raise StoreFailed(str(error)) from cause
+
+    def rotate(self, last: Seq) -> bool:
+        """Starts the segment that follows seq `last`, the last one appended, unless the one so far has no seq yet.
+
+        The segment so far is complete then, and durable. False when there was nothing to complete. StoreFull,
+        StoreFailed.
+        """
+        with self._append_lock:
+            self._check_usable()
+            before = self._position.segment
+            self._rotate(last)
+            return self._position.segment != before
 
     def _rotate(self, last: Seq) -> None:
         """Starts the segment of `last` + 1, after making the one so far durable."""

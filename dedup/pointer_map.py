@@ -5,7 +5,8 @@ checkpoint that wrote it. The value is either the whole leaf, run-coded, or only
 version before it (at most DELTAS_MAX deltas lie on a whole leaf). A moment's pointer is found by one seek backward.
 
 Invariants:
-- a version, once committed, is never changed (`pointers-resolve`);
+- a version, once committed, is never changed (`pointers-resolve`), but goes with the checkpoint that wrote it when
+  its stretch of history is consolidated: `forget` and `put` within one transaction;
 - the oldest version of a leaf is whole, so a walk backward always ends;
 - a block with no version at or before a seq is a hole at that seq.
 """
@@ -78,6 +79,11 @@ def _decode_delta(value: bytes) -> tuple[npt.NDArray[np.uint16], Addresses]:
     )
 
 
+def named_by(value: bytes) -> Addresses:
+    """Every address that one version names itself, holes among them. Damaged."""
+    return decode_whole(value) if value[0] == POINTER_WHOLE else _decode_delta(value)[1]
+
+
 class PointerMap:
     """The pointer maps of one group, read and written within transactions that the caller makes."""
 
@@ -126,16 +132,19 @@ class PointerMap:
         indexes: npt.NDArray[np.uint16],
         addresses: Addresses,
     ) -> None:
-        """Writes the version of checkpoint `seq`: `indexes` (within the leaf, distinct) now have `addresses`."""
+        """Writes the version of checkpoint `seq`: `indexes` (within the leaf, distinct) now have `addresses`.
+
+        Later versions may exist, of checkpoints behind a stretch that is indexed anew: they say what they said.
+        """
         prefix = POINTER_KEY.pack(self._group_id, volume, leaf, 0)[:-8]
         with txn.cursor(self._db) as cursor:
             depth = DELTAS_MAX
             # A version of this very checkpoint (a cut, just before) cannot carry a delta: both have one key.
-            if self._seek_back(cursor, prefix, SEQ_MAX) and not cursor.key().endswith(seq.to_bytes(8, "big")):
+            if self._seek_back(cursor, prefix, seq) and not cursor.key().endswith(seq.to_bytes(8, "big")):
                 value = cursor.value()
                 depth = 0 if value[0] == POINTER_WHOLE else value[1]
             if depth >= DELTAS_MAX or len(indexes) > DELTA_POINTERS_MAX:
-                whole = self._leaf(cursor, volume, leaf, SEQ_MAX)
+                whole = self._leaf(cursor, volume, leaf, seq)
                 if whole is None:
                     whole = np.zeros(LEAF_BLOCKS, dtype=np.uint64)
                 whole[indexes] = addresses
@@ -157,11 +166,33 @@ class PointerMap:
                 yield leaf
                 leaf += 1
 
+    def forget(self, txn: lmdb.Transaction[bytes], volume: VolumeId, leaf: int, after: Seq, last: Seq) -> None:
+        """Drops the leaf's versions of checkpoints after..last; the caller writes, in this transaction, what still has
+        to be known of them: at `last` the leaf must be what it was."""
+        prefix = POINTER_KEY.pack(self._group_id, volume, leaf, 0)[:-8]
+        with txn.cursor(self._db) as cursor:
+            more = cursor.set_range(prefix + Seq(after + 1).to_bytes(8, "big"))
+            while more and cursor.key().startswith(prefix) and int.from_bytes(cursor.key()[-8:], "big") <= last:
+                more = cursor.delete() and bool(cursor.key())
+
+    def settle(self, txn: lmdb.Transaction[bytes], volume: VolumeId, leaf: int, last: Seq) -> None:
+        """After `forget` and what was put in its place: the oldest version is whole again, if it lies after `last`."""
+        prefix = POINTER_KEY.pack(self._group_id, volume, leaf, 0)[:-8]
+        with txn.cursor(self._db) as cursor:
+            if self._seek_back(cursor, prefix, last) or not cursor.set_range(prefix):
+                return
+            key, value = cursor.key(), cursor.value()
+            if key.startswith(prefix) and value[0] == POINTER_DELTA:
+                whole = np.zeros(LEAF_BLOCKS, dtype=np.uint64)
+                indexes, changed = _decode_delta(value)
+                whole[indexes] = changed
+                cursor.put(key, encode_whole(whole))
+
     def clear_from(self, txn: lmdb.Transaction[bytes], volume: VolumeId, block: int, seq: Seq) -> None:
         """From `block` on, everything is a hole as of checkpoint `seq` (the volume was cut there)."""
         for leaf in list(self.leaves(txn, volume, block // LEAF_BLOCKS)):
             start = max(0, block - leaf * LEAF_BLOCKS)
-            current = self.leaf(txn, volume, leaf, SEQ_MAX)
+            current = self.leaf(txn, volume, leaf, seq)
             if current is None or not current[start:].any():
                 continue
             indexes = np.arange(start, LEAF_BLOCKS, dtype=np.uint16)

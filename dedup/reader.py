@@ -20,7 +20,7 @@ from dedup import layout
 from dedup.catalog import Catalog, Index, Txn
 from dedup.container import ContainerPool
 from dedup.errors import MomentRefused, UnknownName
-from dedup.group_state import Checkpoint, GroupState, RunStart
+from dedup.group_state import Checkpoint, GroupState
 from dedup.image import Image
 from dedup.marker import read_marker
 from dedup.metadata_journal import JournalPosition, Logged, read
@@ -28,7 +28,7 @@ from dedup.moment import AtSeq, AtTime, Latest, Named, parse_time, rfc3339
 from dedup.pointer_map import SEQ_MAX
 from dedup.storage import Storage
 from dedup.synthesis import View, VolumePointers, changed_blocks, start_of, view_at
-from dedup.types import BLOCK_BYTES, Gap, Moment, Seq, Snapshot, TimeNs, VolumeId, VolumeState
+from dedup.types import BLOCK_BYTES, Gap, Moment, RunStart, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 from dedup.usage import StoreUsage, measure
 
 VIEWS_MAX: Final = 8

@@ -263,8 +263,44 @@ class SnapshotDelete:
     name: str
 
 
-Entry = Record | SnapshotCreate | SnapshotDelete
-"""What the metadata journal holds."""
+@dataclass(frozen=True, slots=True)
+class JournalSpec:
+    """A data journal of a group: how fine its recovery points are. `granularity_ns` 0 is every write."""
+
+    journal: JournalId
+    name: str
+    granularity_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class JournalCreate:
+    """Store-made entry: the group has a further data journal. Carries the seq it follows; consumes none."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    spec: JournalSpec
+
+
+@dataclass(frozen=True, slots=True)
+class JournalUse:
+    """Store-made entry: what follows `seq` is routed to that data journal. Consumes no seq."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    journal: JournalId
+
+
+@dataclass(frozen=True, slots=True)
+class BaseAdvance:
+    """Store-made entry: recovery point `base` is the base snapshot now; what was before it cannot be restored."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    base: Seq
+    base_time: TimeNs
 
 
 class PointKind(Enum):
@@ -317,6 +353,24 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """From the record after `after` on, IOs went to data journal `journal`."""
+
+    after: Seq
+    journal: JournalId
+
+
+@dataclass(frozen=True, slots=True)
+class RunStart:
+    """A clock run: its first record's seq and time, and the time of the record before it."""
+
+    run: ClockRun
+    first: Seq
+    time: TimeNs
+    previous_time: TimeNs
+
+
+@dataclass(frozen=True, slots=True)
 class Gap:
     """Moments first..last are refused, and times between from_time and to_time. Open while `last` is None."""
 
@@ -325,3 +379,56 @@ class Gap:
     from_time: TimeNs
     to_time: TimeNs | None
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Consolidated:
+    """Store-made entry in the place of records first_seq..seq: what they changed of the group, blocks aside.
+
+    Blocks are the entry's extents, and those of the CONSOLIDATED_MORE entries behind it. `cuts` hide, from that block
+    of the volume on, whatever is older than this entry. The other fields are those of `group_state.GroupState`.
+    """
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    epoch: Epoch
+    base: Seq
+    next_volume: VolumeId
+    point: PointKind
+    last_flush: Seq
+    flushes: int
+    gap: Gap | None
+    logical_bytes: int
+    journal: JournalId
+    cuts: tuple[tuple[VolumeId, int], ...] = ()
+    volumes: tuple[VolumeState, ...] = ()
+    paths: tuple[str, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
+    forgotten: tuple[str, ...] = ()
+    gaps: tuple[Gap, ...] = ()
+    runs: tuple[RunStart, ...] = ()
+    journals: tuple[JournalSpec, ...] = ()
+    routes: tuple[Route, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ConsolidatedMore:
+    """Store-made entry: further blocks of the Consolidated before it, whose seq it repeats."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+
+
+Entry = (
+    Record
+    | SnapshotCreate
+    | SnapshotDelete
+    | Consolidated
+    | ConsolidatedMore
+    | JournalCreate
+    | JournalUse
+    | BaseAdvance
+)
+"""What the metadata journal holds."""

@@ -1,0 +1,127 @@
+"""The index of a stretch of history that was consolidated: derived anew from the journal as it is now.
+
+Invariants:
+- one transaction: a reader sees the anchors, volumes and pointers of the stretch as they were, or as they are now;
+- what the index says of every moment behind the stretch is the same before and after;
+- nothing but the new journal segments is needed: so a writer that was killed between the manifest and this transaction
+  does it when it opens the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from dedup.catalog import Catalog, Txn
+from dedup.group_state import GroupState
+from dedup.journal_reader import JournalPosition, SegmentFile, read
+from dedup.layout import LEAF_BLOCKS
+from dedup.manifest import Manifest, SegmentRow
+from dedup.metadata_journal import EntryKind
+from dedup.storage import Storage
+from dedup.synthesis import start_of
+from dedup.types import BLOCK_BYTES, Consolidated, Seq, VolumeId
+
+ANCHOR_POINTERS: Final = 16_384
+"""Pointers between two anchors: what a moment's synthesis replays at most."""
+ANCHOR_RECORDS: Final = 8_192
+_FLUSH_POINTERS: Final = 1 << 18
+"""Pointers of one consolidated stretch that are held in memory before they go into the transaction."""
+
+LeafKey = tuple[VolumeId, int]
+
+
+def reindex(storage: Storage, directory: Path, catalog: Catalog, txn: Txn, manifest: Manifest) -> None:
+    """Brings the group's index up to `manifest`, which is the journal's now. The caller commits, synced.
+
+    Damaged when the new segments cannot be read: then nothing may be committed.
+    """
+    indexed = catalog.journal_number(txn)
+    for rows in _stretches(manifest, indexed):
+        _Stretch(storage, directory, catalog, txn, rows).run()
+    catalog.put_journal_number(txn, manifest.number)
+
+
+def _stretches(manifest: Manifest, indexed: int) -> Iterator[Sequence[SegmentRow]]:
+    """Rows newer than what is indexed, in groups of neighbours."""
+    group: list[SegmentRow] = []
+    for row in manifest.rows:
+        if row.generation > indexed:
+            group.append(row)
+        elif group:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+class _Stretch:
+    """Neighbouring new segments, and the transaction in which they are indexed."""
+
+    def __init__(
+        self, storage: Storage, directory: Path, catalog: Catalog, txn: Txn, rows: Sequence[SegmentRow]
+    ) -> None:
+        self._storage = storage
+        self._directory = directory
+        self._catalog = catalog
+        self._txn = txn
+        self._after = Seq(rows[0].first - 1)
+        self._last = rows[-1].last
+        self._begin = SegmentFile(rows[0].first, rows[0].generation).start
+        self._end = JournalPosition(rows[-1].first, rows[-1].bytes, rows[-1].generation)
+
+    def run(self) -> None:
+        touched = self._touched()
+        for volume, leaf in touched:
+            self._catalog.pointers.forget(self._txn, volume, leaf, self._after, self._last)
+        self._catalog.forget_anchors(self._txn, self._after, self._last)
+        if not self._after:
+            self._catalog.forget_gaps(self._txn, self._last)
+        self._anchors()
+        for volume, leaf in touched:
+            self._catalog.pointers.settle(self._txn, volume, leaf, self._last)
+
+    def _touched(self) -> list[LeafKey]:
+        """Every leaf that the stretch may have a version of: what its entries name, and what they cut off."""
+        touched: set[LeafKey] = set()
+        for logged, _ in read(self._storage, self._directory, self._begin, limit=self._end):
+            for extent in logged.extents:
+                first = extent.offset // BLOCK_BYTES
+                last = first + len(extent.addresses) - 1
+                touched.update((extent.volume, leaf) for leaf in range(first // LEAF_BLOCKS, last // LEAF_BLOCKS + 1))
+            if isinstance(logged.body, Consolidated):
+                gone = {state.volume: 0 for state in logged.body.volumes if state.retired}
+                for volume, block in {**dict(logged.body.cuts), **gone}.items():
+                    leaves = self._catalog.pointers.leaves(self._txn, volume, block // LEAF_BLOCKS)
+                    touched.update((volume, leaf) for leaf in leaves)
+        return sorted(touched)
+
+    def _anchors(self) -> None:
+        """Replays the stretch, with an anchor now and then, and one at its end."""
+        anchor = self._catalog.anchor(self._txn, self._after)
+        state, start = start_of(self._storage, self._directory, self._catalog, self._txn, anchor)
+        if anchor is not None and anchor.held == self._after:
+            start = self._begin
+        position = start
+        for logged, after in read(self._storage, self._directory, start, limit=self._end):
+            more = logged.kind is EntryKind.CONSOLIDATED_MORE
+            if position >= self._begin and not more and _due(state):
+                self._put(state, position)
+            state.apply(logged)
+            position = after
+            if logged.kind in _BULKY and state.overlay.count >= _FLUSH_POINTERS:
+                self._catalog.put_pointers(self._txn, state.overlay, state.held)
+                state.overlay = type(state.overlay)()
+        self._put(state, self._end)
+
+    def _put(self, state: GroupState, position: JournalPosition) -> None:
+        self._catalog.put_anchor(self._txn, state, position)
+        state.checkpointed()
+
+
+_BULKY: Final = frozenset({EntryKind.CONSOLIDATED, EntryKind.CONSOLIDATED_MORE})
+
+
+def _due(state: GroupState) -> bool:
+    return state.overlay.count >= ANCHOR_POINTERS or state.records >= ANCHOR_RECORDS
