@@ -60,6 +60,8 @@ class Store:
         self._failed: str | None = None
         self._sync_lock = threading.Lock()
         self.index = Index(path / layout.INDEX_NAME, writer=True)
+        # LMDB syncs its file, not the name: without the index recovery could not tell what was durable.
+        storage.sync_directory(path / layout.INDEX_NAME)
         containers = path / layout.CONTAINERS_NAME
         self.pool = ContainerPool(storage, containers)
         self.fingerprints = FingerprintIndex(self.index.env, self.index.db["fingerprints"])

@@ -1,0 +1,426 @@
+"""What a store is put through while it is crashed, and what must be true of it after.
+
+The work is a list of `SCENES`, each a function of a `Run`; a new part of the store gets its scene added here. A scene
+calls the store through the run, which keeps the models and notes before and after each call what the store owes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from dedup.errors import NotAStore
+from dedup.sealed import seal
+from dedup.store import Store
+from dedup.types import (
+    Attributes,
+    Bookmark,
+    ContainerId,
+    Epoch,
+    EpochStart,
+    ReconcileBegin,
+    ReconcileEnd,
+    Record,
+    Seq,
+    VolumeId,
+)
+from dedup.verify import verify
+from tests.dedup.model import Model
+from tests.dedup.test_store import check_moment
+
+SLOTS: Final = 12
+SEGMENT_BYTES: Final = 1500
+"""Small enough that the workload fills several containers and segments."""
+
+
+def small_files(patch: pytest.MonkeyPatch) -> None:
+    """Containers and segments are full after a few records."""
+    patch.setattr("dedup.container.SLOTS_MAX", SLOTS)
+    patch.setattr("dedup.metadata_journal.SEGMENT_BYTES_MAX", SEGMENT_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """What the store owes of one group: the seqs that it was given, has taken, and has called durable; the names that
+    it must have, and those that it is just making or forgetting."""
+
+    issued: int = 0
+    received: int = 0
+    durable: int = 0
+    names: frozenset[str] = frozenset()
+    unsettled: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What holds from some moment of a run on: whether there is a store, and what it owes of each group."""
+
+    created: bool = False
+    groups: tuple[tuple[str, Owed], ...] = ()
+
+
+class GroupModel(Model):
+    """With the records that the store's own model has no use for."""
+
+    def attributes(self, volume: VolumeId, mode: int) -> Attributes:
+        record = Attributes(*self._next(), volume, mode, 1, 2)
+        self._keep()
+        return record
+
+    def bookmark(self, name: str) -> Bookmark:
+        record = Bookmark(*self._next(), name)
+        self._keep()
+        return record
+
+    def start(self, epoch: int) -> EpochStart:
+        record = EpochStart(*self._next(), Epoch(epoch), clean=False)
+        self._keep()
+        return record
+
+    def outage(self, reason: str) -> ReconcileBegin:
+        record = ReconcileBegin(*self._next(), reason)
+        self._keep()
+        return record
+
+    def reconciled(self) -> ReconcileEnd:
+        record = ReconcileEnd(*self._next())
+        self._keep()
+        return record
+
+
+@dataclass
+class Run:
+    """One run of the workload. `mark` is told each new promise, in the order of the calls that it made."""
+
+    path: Path
+    mark: Callable[[Promise], None] = lambda promise: None
+    models: dict[str, GroupModel] = field(default_factory=dict)
+    owed: dict[str, Owed] = field(default_factory=dict)
+    created: bool = False
+    seed: int = 0
+    opened: Store | None = None
+
+    @property
+    def promise(self) -> Promise:
+        return Promise(self.created, tuple(self.owed.items()))
+
+    @property
+    def store(self) -> Store:
+        assert self.opened is not None
+        return self.opened
+
+    def model(self, group: str = "g") -> GroupModel:
+        return self.models[group]
+
+    def block(self) -> bytes:
+        """A block that there has not been before."""
+        self.seed += 1
+        return random.Random(self.seed).randbytes(4096)
+
+    def copy(self, path: Path) -> Run:
+        """The same in another place, with no store open."""
+        return Run(path, lambda promise: None, deepcopy(self.models), dict(self.owed), self.created, self.seed)
+
+    def _owe(self, group: str, **changes: object) -> None:
+        self.owed[group] = replace(self.owed[group], **changes)  # type: ignore[arg-type]
+        self.mark(self.promise)
+
+    # -- calls of the store ----------------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        Store.create(self.path)
+        self.created = True
+        self.mark(self.promise)
+
+    def open(self) -> None:
+        self.opened = Store.open(self.path)
+        for group in self.owed:
+            self._owe(group, durable=self.store.group(group).durable)
+
+    def close(self) -> None:
+        """Durable is what a close that comes back leaves."""
+        store, self.opened = self.store, None
+        store.close()
+        for group, owed in self.owed.items():
+            self._owe(group, durable=owed.received)
+
+    def kill(self) -> None:
+        """The process ends here; what was not synced stays where the kernel has it."""
+        store, self.opened = self.store, None
+        store.abandon()
+
+    def group(self, name: str) -> None:
+        """A group is made."""
+        self.models[name] = GroupModel()
+        self.owed[name] = Owed()
+        self.store.group(name)
+
+    def ingest(self, records: Sequence[Record], group: str = "g") -> None:
+        self._owe(group, issued=records[-1].seq)
+        self.store.group(group).ingest(records)
+        self._owe(group, received=self.store.group(group).held)
+
+    def settle(self) -> None:
+        """Notes what the store calls durable by now."""
+        for group in self.owed:
+            self._owe(group, durable=self.store.group(group).durable)
+
+    def sync(self) -> None:
+        self.store.sync()
+        self.settle()
+
+    def checkpoint(self) -> None:
+        self.store.checkpoint()
+        self.settle()
+
+    def name(self, name: str, at: str = "latest", group: str = "g") -> None:
+        """A snapshot is made."""
+        owed = self.owed[group]
+        self._owe(group, unsettled=owed.unsettled | {name})
+        self.store.group(group).create_snapshot(name, at)
+        self._owe(group, unsettled=owed.unsettled, names=owed.names | {name})
+        self.settle()
+
+    def forget(self, name: str, group: str = "g") -> None:
+        """A snapshot is deleted."""
+        owed = self.owed[group]
+        self._owe(group, unsettled=owed.unsettled | {name}, names=owed.names - {name})
+        self.store.group(group).delete_snapshot(name)
+        self._owe(group, unsettled=owed.unsettled)
+        self.settle()
+
+
+# -- the scenes --------------------------------------------------------------------------------------------------------
+
+A, B = VolumeId(1), VolumeId(2)
+
+
+def birth(run: Run) -> None:
+    run.create()
+    run.open()
+    run.group("g")
+
+
+def first_reconcile(run: Run) -> None:
+    model = run.model()
+    run.ingest([model.start(1)])
+    run.ingest([model.create("a.img", 40_000), model.create("b.img", 9_000)])
+    same = run.block()
+    run.ingest([model.reconcile(A, block * 4096, run.block()) for block in range(3)])
+    run.ingest([model.reconcile(A, 16384, same + same), model.reconcile(B, 0, same), model.reconciled()])
+    run.sync()
+
+
+def writes(run: Run) -> None:
+    model = run.model()
+    run.ingest([model.write(A, 0, run.block()), model.write(B, 4096, run.block())])
+    run.ingest([model.write(A, 5000, b"in part" * 99)])
+    run.sync()
+    twin = run.block()
+    run.ingest([model.write(A, 8192, twin), model.write(B, 0, twin + bytes(4096)), model.flush(A)])
+    run.ingest([model.write(A, 12_000, run.block() + run.block()[:3000])])
+    run.ingest([model.write(B, 0, run.block())])
+    run.sync()
+
+
+def a_snapshot(run: Run) -> None:
+    model = run.model()
+    run.ingest([model.write(A, 0, run.block())])
+    run.name("monday")
+    run.ingest([model.write(A, 0, run.block())])
+
+
+def every_kind(run: Run) -> None:
+    model = run.model()
+    run.ingest([model.resize(A, 10_001), model.write(A, 20_000, b"after the cut"), model.attributes(A, 0o600)])
+    refused = model.write(B, 4096, run.block())
+    run.ingest([refused])
+    run.ingest([model.correct(B, refused.seq, 9_000, 4096, b"the truth" * 50), model.heartbeat()])
+    run.ingest([model.aggregate(A, [(0, run.block()), (4096 + 100, b"x" * 500), (32_768, run.block())])])
+    run.ingest([model.bookmark("a-bookmark")])
+    run.sync()
+    run.ingest([model.flush(B), model.heartbeat(), model.resize(B, 30_000)])
+
+
+def another_group(run: Run) -> None:
+    run.group("h")
+    model = run.model("h")
+    run.ingest([model.start(1), model.create("c.img", 5000), model.write(VolumeId(1), 100, run.block())], "h")
+    run.ingest([model.reconciled(), model.write(VolumeId(1), 0, run.block())], "h")
+    run.sync()
+
+
+def a_kill(run: Run) -> None:
+    model = run.model()
+    run.ingest([model.write(A, 4096, run.block()), model.write(B, 8192, run.block())])
+    run.ingest([run.model("h").write(VolumeId(1), 4096, run.block())], "h")
+    run.kill()
+    run.open()
+
+
+def full_containers_and_segments(run: Run) -> None:
+    model = run.model()
+    for number in range(5):
+        run.ingest([model.write(A, block * 4096, run.block()) for block in range(number, number + 5)])
+        run.ingest([model.write(A, number * 3000, b"part" * 100 * number + b"!")])
+        if number % 2:
+            run.sync()
+    run.checkpoint()
+    run.ingest([model.write(B, 0, b"".join(run.block() for _ in range(SLOTS + 3)))])
+
+
+def names_of_volumes(run: Run) -> None:
+    model = run.model()
+    made = model.create("new.img")
+    run.ingest([made, model.write(made.volume, 0, run.block()), model.rename(made.volume, "b.img")])
+    run.ingest([model.create("b2.img", 100), model.rename(A, "moved.img")])
+    run.checkpoint()
+    run.ingest([model.retire(made.volume), model.write(A, 0, run.block())])
+    run.sync()
+
+
+def sealing(run: Run) -> None:
+    run.checkpoint()
+    store = run.store
+    taking = {store.base_journal.container, store.fine_journal.container}
+    for number in range(1, 4):
+        if number not in taking:
+            seal(store.storage, run.path / "containers", ContainerId(number), None)
+            store.pool.forget(ContainerId(number))
+    run.ingest([run.model().write(A, 100, b"completed from a sealed block")])
+    run.sync()
+
+
+def names_of_points(run: Run) -> None:
+    model = run.model()
+    run.name("early", "seq=9")
+    run.ingest([model.write(A, 0, run.block()), model.bookmark("another")])
+    run.forget("monday")
+    run.name("late")
+
+
+def a_clean_end(run: Run) -> None:
+    run.ingest([run.model().write(A, 0, run.block())])
+    run.close()
+    run.open()
+
+
+def an_outage(run: Run) -> None:
+    model = run.model()
+    run.ingest([model.outage("an outage"), model.reconcile(A, 0, run.block()), model.write(A, 9000, run.block())])
+    run.sync()
+    run.ingest([model.reconcile(A, 4096, run.block() + run.block()), model.reconciled()])
+    run.ingest([model.write(A, 4096, run.block())])
+    run.sync()
+
+
+def a_long_tail(run: Run) -> None:
+    """Much that is not synced, over several segments and containers, then a kill."""
+    model = run.model()
+    for number in range(6):
+        run.ingest([model.write(A, (number + at) * 4096, run.block()) for at in range(4)])
+        run.ingest([run.model("h").write(VolumeId(1), number * 1000, run.block()[:2000])], "h")
+    run.kill()
+    run.open()
+    run.ingest([model.write(A, 0, run.block())])
+
+
+def the_end(run: Run) -> None:
+    run.ingest([run.model().write(A, 0, run.block())])
+    run.close()
+
+
+Scene = Callable[[Run], None]
+SCENES: Final[tuple[Scene, ...]] = (
+    birth,
+    first_reconcile,
+    writes,
+    a_snapshot,
+    every_kind,
+    another_group,
+    a_kill,
+    full_containers_and_segments,
+    names_of_volumes,
+    sealing,
+    names_of_points,
+    a_clean_end,
+    an_outage,
+    a_long_tail,
+    the_end,
+)
+
+
+# -- what must be true after -------------------------------------------------------------------------------------------
+
+
+def check_after_crash(
+    path: Path, promise: Promise, models: dict[str, GroupModel], *, killed: bool, moments: int = 1 << 30
+) -> None:
+    """The store at `path` opens, owes what was promised and pays it, goes on, and is whole when it is closed.
+
+    `killed`: what was received is owed too. `moments`: how many of each group's are compared, the last ones always.
+    """
+    try:
+        store = Store.open(path)
+    except NotAStore:
+        assert not promise.created
+        return
+    going = {}
+    for name, owed in promise.groups:
+        group = store.group(name)
+        least = owed.received if killed else owed.durable
+        assert least <= group.held <= owed.issued, f"{name}: {least} <= held {group.held} <= {owed.issued}"
+        assert group.durable == group.held
+        model = models[name]
+        assert group.held == 0 or group.held in model.history, f"{name}: only a part of seq {group.held} is held"
+        kept = sorted(seq for seq in model.history if seq <= group.held)
+        _check_history(store, name, model, _thinned(kept, moments))
+        _check_names(store, name, owed, model)
+        going[name] = _go_on(store, name, model, group.held)
+    store.sync()
+    for name, model in going.items():
+        check_moment(store.group(name).reader(), model, model.seq)
+    store.close()
+    report = verify(path, read_data=True)
+    assert report.ok, report
+    store = Store.open(path)
+    for name, model in going.items():
+        assert store.group(name).held == model.seq
+        check_moment(store.group(name).reader(), model, model.seq)
+    store.close()
+
+
+def _thinned(seqs: list[int], most: int) -> list[int]:
+    return seqs if len(seqs) <= most else seqs[:: -(-2 * len(seqs) // most)] + seqs[-most // 2 :]
+
+
+def _check_history(store: Store, name: str, model: GroupModel, seqs: list[int]) -> None:
+    reader = store.group(name).reader()
+    for seq in seqs:
+        check_moment(reader, model, seq)
+
+
+def _check_names(store: Store, name: str, owed: Owed, model: GroupModel) -> None:
+    found = {snapshot.name for snapshot in store.group(name).reader().snapshots() if snapshot.kind == "snapshot"}
+    assert owed.names <= found <= owed.names | owed.unsettled
+    store.group(name).reader().points()
+
+
+def _go_on(store: Store, name: str, model: GroupModel, held: Seq) -> GroupModel:
+    """A few more records of every way that a block can come; the model with them, as it was at `held` before."""
+    content, paths = model.history.get(held, ({}, {}))
+    going = GroupModel(held, store.group(name).next_volume, dict(content), dict(paths))
+    made = going.create("made-after.img", 5000)
+    records: list[Record] = [made, going.write(made.volume, 3000, b"after the crash" * 300)]
+    for volume, data in content.items():
+        records.append(going.write(volume, max(0, len(data) - 100), b"goes on" * 20))
+        if data:
+            records.append(going.write(volume, 4096, data[:4096].ljust(4096, b"\0")))
+    store.group(name).ingest(records)
+    return going

@@ -1,0 +1,170 @@
+"""A workload is crashed at every file operation it makes, and what a crash can leave there is opened again.
+
+`crash_workload` has the work and what must be true after; `crash_disk` what a crash can leave. Each run prints how
+many points and states it tried.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.dedup.crash_disk import ALL, CORNERS, Disk, Image, some
+from tests.dedup.crash_storage import Event, Recorder, recording, unsynced
+from tests.dedup.crash_workload import SCENES, GroupModel, Promise, Run, check_after_crash, small_files
+
+FAILURES_MAX = 20
+
+
+@pytest.fixture(autouse=True)
+def _small_files_few_words(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Recovery says what it cuts off, thousands of times here."""
+    small_files(monkeypatch)
+    caplog.set_level(logging.CRITICAL + 1, "dedup")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A crash after so many of the recorded events, and what was promised by then."""
+
+    events: int
+    promise: Promise
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One run: its events, and the points between them."""
+
+    events: tuple[Event, ...]
+    points: tuple[Point, ...]
+    models: dict[str, GroupModel]
+
+    def disks(self) -> Iterator[tuple[Point, Disk, Event | None]]:
+        """Each point with the disk as it is then (not to be changed or kept) and the event that comes next."""
+        disk = Disk()
+        for point in self.points:
+            if point.events:
+                self.events[point.events - 1].play(disk)
+            yield point, disk, self.events[point.events] if point.events < len(self.events) else None
+
+
+def points_of(events: int, marks: list[tuple[int, Promise]]) -> tuple[Point, ...]:
+    """Of all promises made before the same event the last counts: what a call promised it promised by returning."""
+    last = dict(marks)
+    promise = Promise()
+    points = []
+    for at in range(events + 1):
+        promise = last.get(at, promise)
+        points.append(Point(at, promise))
+    return tuple(points)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    """The whole workload."""
+    root = tmp_path_factory.mktemp("recorded")
+    recorder = Recorder(root)
+    marks: list[tuple[int, Promise]] = []
+    with pytest.MonkeyPatch.context() as patch, recording(recorder):
+        small_files(patch)
+        run = Run(root / "store", lambda promise: marks.append((len(recorder.events), promise)))
+        for scene in SCENES:
+            scene(run)
+    return Recording(tuple(recorder.events), points_of(len(recorder.events), marks), run.models)
+
+
+class Tried:
+    """Checks images, each once for the same promise, counts, and gathers what fails."""
+
+    def __init__(self, directory: Path, models: dict[str, GroupModel], moments: int) -> None:
+        self._directory = directory
+        self._models = models
+        self._moments = moments
+        self._seen: set[tuple[int, Promise, bool]] = set()
+        self._failures: list[Exception] = []
+        self.points = 0
+        self.states = 0
+
+    def check(self, image: Image, promise: Promise, what: str, *, killed: bool) -> None:
+        """`what` was crashed, and how."""
+        key = (image.fingerprint(), promise, killed)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.states += 1
+        target = self._directory / "crashed"
+        target.mkdir()
+        try:
+            image.write(target)
+            check_after_crash(target / "store", promise, self._models, killed=killed, moments=self._moments)
+        except Exception as error:  # noqa: BLE001 - gathered; `report` raises it
+            error.add_note(f"crashed {what}")
+            self._failures.append(error)
+            if len(self._failures) >= FAILURES_MAX:
+                self.report()
+        finally:
+            shutil.rmtree(target)
+
+    def report(self) -> str:
+        """What was tried; raises what failed."""
+        tried = f"{self.points} crash points, {self.states} states opened, checked and gone on with"
+        if self._failures:
+            raise ExceptionGroup(f"{tried}; {len(self._failures)} failed", self._failures)
+        return tried
+
+
+def what(point: Point, recording: Recording) -> str:
+    before = recording.events[point.events - 1].what if point.events else "at the start"
+    return f"at point {point.events}, after: {before}"
+
+
+def crash(recording: Recording, tried: Tried, chosen: set[int], randoms: int, corners: int) -> None:
+    """Crashes at the chosen points: a kill, a kill within the next write, power cuts."""
+    for point, disk, following in recording.disks():
+        if point.events not in chosen:
+            continue
+        tried.points += 1
+        rng = random.Random(point.events)
+        where = what(point, recording)
+        tried.check(disk.after(ALL), point.promise, f"{where}; killed", killed=True)
+        part = None if following is None else following.part(rng)
+        if part is not None:
+            torn = deepcopy(disk)
+            part.play(torn)
+            tried.check(torn.after(ALL), point.promise, f"{where}; killed in: {part.what}", killed=True)
+        cuts = [*rng.sample(CORNERS, corners), *(some(point.events * 1000 + number) for number in range(randoms))]
+        for survival in cuts:
+            tried.check(disk.after(survival), point.promise, f"{where}; power cut: {survival}", killed=False)
+
+
+def said(tried: Tried, recording: Recording, record_property: Callable[[str, object], None]) -> None:
+    line = f"{tried.report()}; points in the workload: {len(recording.points)}"
+    record_property("tried", line)
+    print(line)
+
+
+def test_crashed_at_some_file_operations(
+    recorded: Recording, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    tried = Tried(tmp_path, recorded.models, moments=8)
+    chosen = set(random.Random(3).sample(range(len(recorded.points)), 60))
+    with unsynced():
+        crash(recorded, tried, chosen, randoms=1, corners=1)
+    said(tried, recorded, record_property)
+
+
+@pytest.mark.slow
+def test_crashed_at_every_file_operation(
+    recorded: Recording, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    tried = Tried(tmp_path, recorded.models, moments=24)
+    with unsynced():
+        crash(recorded, tried, set(range(len(recorded.points))), randoms=4, corners=len(CORNERS))
+    said(tried, recorded, record_property)
