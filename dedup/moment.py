@@ -108,7 +108,7 @@ def _clock_time(body: str) -> TimeNs | None:
 
 
 def duration_ns(text: str) -> int | None:
-    """`2h`, `90m`, `1d2h3m4s` in nanoseconds: the grammar of ages and of how long things are kept. None: no duration."""
+    """`2h`, `90m`, `1d2h3m4s` in nanoseconds: the grammar of ages and of how long things are kept. None: it is none."""
     match = _AGO.fullmatch(text)
     if not text or match is None or any(part and len(part) > _DIGITS_MAX for part in match.groups()):
         return None
