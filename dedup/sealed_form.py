@@ -103,8 +103,12 @@ class SealedForm:
     def _check_table(self, header: SealedHeader) -> None:
         ascending = bool((np.diff(self._slots) > 0).all()) and (header.slots == 0 or int(self._slots[-1]) < SLOTS_MAX)
         blocks = [min(SEALED_GROUP_BLOCKS, header.slots - i * SEALED_GROUP_BLOCKS) for i in range(header.groups)]
+        begin, end = header.table_end, header.table_end + header.groups * GROUP_BYTES_MAX
         sound = all(
-            row[2] == expected and row[1] <= GROUP_BYTES_MAX and row[3] in (CODING_STORED, CODING_ZSTD)
+            row[2] == expected
+            and begin <= row[0] <= end
+            and row[1] <= GROUP_BYTES_MAX
+            and row[3] in (CODING_STORED, CODING_ZSTD)
             for row, expected in zip(self._groups, blocks, strict=True)
         )
         if not ascending or not sound:
@@ -174,6 +178,10 @@ class SealedForm:
         group = bytes(stored)
         if coding == CODING_ZSTD:
             try:
+                # What a frame says of its length is what would be allocated for it.
+                said = zstandard.frame_content_size(stored)
+                if said != length:
+                    raise Damaged(f"{self._path}: offset {offset}: the group has {said} bytes, not {length}")
                 with self._decode_lock:
                     group = self._decompressor.decompress(stored, max_output_size=length)
             except zstandard.ZstdError as error:
