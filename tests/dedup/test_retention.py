@@ -334,6 +334,22 @@ def test_a_windowed_journal_keeps_its_last_point_once_the_window_is_over() -> No
     assert seqs(points, 120) == [2, 3, 6]
 
 
+def test_buckets_of_seven_minutes_lie_whole_in_the_hour_of_their_end() -> None:
+    """DAY_0 is no multiple of 7 minutes: one of those buckets lies across the first hour's end."""
+    begin, end = ((edge - DAY_0) // SECOND for edge in bucket(TimeNs(DAY_0 + HOUR_NS), 7 * MINUTE_NS))
+    assert begin < 3600 < end - 1
+    points = at(3000, begin, 3599, 3600, end - 1, granularity=7 * MINUTE_NS, flushed=(3,))
+    assert seqs(points, end) == [1, 3, 5], "the last is the last of all"
+    assert seqs(points, 86400 + 3600) == [1, 3, 5]
+    assert seqs(points, 86400 + 7200) == [1, 3, 5], "the flushed one is the second hour's"
+
+
+def test_what_closes_a_window_goes_with_the_oldest_tier() -> None:
+    points = at(0, 10, 20, 3 * 86400, 3 * 86400 + 1, closes=(1,))
+    assert seqs(points, 86400 * 9) == [1, 3, 5]
+    assert seqs(points, 86400 * 31) == [3, 5]
+
+
 def test_a_tier_of_zero_is_skipped() -> None:
     policy = Policy(2 * HOUR_NS, 0, DAY_NS, 0)
     points = at(0, 60, 120, 3599, 3600, 90000)
