@@ -15,6 +15,15 @@ from dedup.reader import GroupReader
 from dedup.synthesis import VolumePointers
 from dedup.types import BLOCK_BYTES, Seq, VolumeState
 
+JOURNAL: Final = "journal"
+MANIFEST: Final = "manifest"
+POINTERS: Final = "pointers-resolve"
+INDEX: Final = "index-equals-journal"
+CONTAINERS: Final = "containers"
+CATALOG: Final = "catalog"
+CHECKS: Final = (JOURNAL, MANIFEST, POINTERS, INDEX, CONTAINERS, CATALOG)
+"""The names of the checks, in the order of the report; `verify` says what each is."""
+
 DAMAGE_MAX: Final = 1000
 """Damage that one check names; what is more is only counted."""
 _LEAVES_PER_REQUEST: Final = 256
@@ -55,11 +64,23 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Repair:
+    """One thing that a repair did. `file` is relative to the store."""
+
+    what: str
+    file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of one `verify`."""
+    """The outcome of one `verify`; `repairs` is what was done before it, in order."""
 
     checks: tuple[Check, ...]
-    repaired: int = 0
+    repairs: tuple[Repair, ...] = ()
+
+    @property
+    def repaired(self) -> int:
+        return len(self.repairs)
 
     @property
     def ok(self) -> bool:

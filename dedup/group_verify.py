@@ -8,65 +8,41 @@ Invariants:
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from dedup import layout
 from dedup.catalog import Catalog, Index, Txn
-from dedup.damage import Check, Damage
+from dedup.damage import CATALOG, INDEX, JOURNAL, MANIFEST, Check, Damage
 from dedup.errors import Damaged, UnknownFormat
-from dedup.group_state import BASE_NAME, Checkpoint, GroupState, RunStart
+from dedup.group_state import BASE_NAME, Checkpoint
 from dedup.head_replay import FIRST_LEAF, LEAVES_MAX, HeadReplay, LeafKey
-from dedup.journal_reader import FIRST_POSITION, JournalPosition, Scanned, follows, read, scan, segments
-from dedup.layout import LEAF_BLOCKS, POINTER_KEY, SEGMENT_HEADER_BYTES, segment_path
+from dedup.index_compare import IndexCompare, Replay, leaf_damage
+from dedup.journal_reader import (
+    FIRST_POSITION,
+    JournalPosition,
+    Scanned,
+    SegmentFile,
+    chain,
+    follows,
+    read,
+    scan,
+    scan_segment,
+)
+from dedup.layout import LEAF_BLOCKS, POINTER_KEY
+from dedup.manifest import Manifest, read_manifest
 from dedup.metadata_journal import EntryKind, Logged, decode
 from dedup.pointer_map import SEQ_MAX, Addresses
-from dedup.reachability import Reachability, consecutive
-from dedup.reader import StoreReader
-from dedup.types import BLOCK_BYTES, Gap, Seq, Snapshot, VolumeId, VolumeState
+from dedup.reachability import Reachability
+from dedup.storage import Storage
+from dedup.types import BLOCK_BYTES, Gap, RunStart, Seq, Snapshot, VolumeId, VolumeState
 
 Advance = Callable[[int], None]
 
-JOURNAL: Final = "journal"
-POINTERS: Final = "pointers-resolve"
-INDEX: Final = "index-equals-journal"
-CATALOG: Final = "catalog"
-
-_DRAIN_POINTERS: Final = 1 << 15
-_DRAIN_RECORDS: Final = 1 << 13
-"""What the replay's overlay holds at most before it goes into the leaves."""
 _KEYS_PER_REQUEST: Final = 4096
-
-
-class _Replayed:
-    """What replaying the journal gives, beside pointers; the overlay goes where `head` has it."""
-
-    def __init__(self, head: HeadReplay) -> None:
-        self.head = head
-        self.state = GroupState()
-        self.names: dict[str, Snapshot] = {}
-        self.gaps: dict[int, Gap] = {}
-        self.runs: dict[int, RunStart] = {}
-
-    def take(self, logged: Logged) -> None:
-        self.state.apply(logged)
-        if self.state.overlay.count >= _DRAIN_POINTERS or self.state.records >= _DRAIN_RECORDS:
-            self.drain()
-
-    def drain(self) -> None:
-        state = self.state
-        self.head.take(state.overlay)
-        for name, snapshot in state.new_snapshots.items():
-            if snapshot is None:
-                self.names.pop(name, None)
-            else:
-                self.names[name] = snapshot
-        self.gaps.update((gap.first, gap) for gap in state.new_gaps)
-        self.runs.update((run.run, run) for run in state.new_runs)
-        state.checkpointed()
 
 
 class GroupVerifier:
@@ -74,249 +50,266 @@ class GroupVerifier:
 
     def __init__(
         self,
-        store: StoreReader,
+        storage: Storage,
+        store_path: Path,
+        index: Index | None,
         name: str,
         group_id: int | None,
-        checks: dict[str, Check],
+        checks: Mapping[str, Check],
         slots: Reachability,
         *,
         leaves_max: int = LEAVES_MAX,
     ) -> None:
+        """`index` is None when it cannot be opened, `group_id` when it does not know the group."""
         self.name = name
         self.group_id = group_id
-        self._store = store
+        self.sound = True
+        """Whether the journal could be read to its end."""
+        self.broken_at: JournalPosition | None = None
+        """Where the first bad entry of the journal starts."""
+        self.missing: Seq | None = None
+        """The index holds this seq, and the journal ends before it."""
+        self._storage = storage
+        self._index = index
         self._checks = checks
         self._slots = slots
-        self._directory = store.path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
+        self._directory = store_path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
         self._leaves_max = leaves_max
-        self._sound = True
-        """Whether the journal could be read to its end."""
-        self._replayed = _Replayed(HeadReplay(FIRST_LEAF, leaves_max=leaves_max))
-        self._at_anchor: tuple[Checkpoint, dict[VolumeId, VolumeState]] | None = None
-        self._after_anchor = False
-        self._previous: Seq | None = None
-        self._kinds: dict[Seq, EntryKind] = {}
-        """Of the entries that names stand for."""
-        self._wanted: set[Seq] = set()
-
-    def begin(self) -> None:
-        """Fixes the moment that is verified. Damaged when the index refuses to say it."""
+        self._catalog = None if index is None or group_id is None else Catalog(index, group_id)
+        self._compare: IndexCompare | None = None
+        self._replay: Replay | None = None
         self._anchor: Checkpoint | None = None
         self._names: dict[str, Snapshot] = {}
         self._gaps: list[Gap] = []
         self._runs: list[RunStart] = []
         self._volumes: dict[VolumeId, VolumeState] = {}
-        self._catalog = None if self.group_id is None else Catalog(self._store.index, self.group_id)
+        self._manifest = Manifest()
+        self._segments: list[SegmentFile] = []
+        self._until = FIRST_POSITION
+        self._last = Seq(0)
+        """The last seq that could be read."""
+        self._tail_broken = False
+        """Whether anything behind the last checkpoint is damaged."""
+        self._previous: Seq | None = None
+        self._kinds: dict[Seq, EntryKind] = {}
+        """Of the entries that names stand for."""
+        self._wanted: set[Seq] = set()
+        self._base_advanced = False
+
+    def begin(self) -> None:
+        """Fixes the moment that is verified. Damaged when the index refuses to say it."""
         try:
             if self._catalog is not None:
                 self._read_catalog(self._catalog)
         finally:
             # After the anchor was read, so that the end lies at or behind it.
-            self._segments = segments(self._store.storage, self._directory)
-            self._until = JournalPosition(self._segments[-1], self._size(-1)) if self._segments else FIRST_POSITION
+            self._find_segments()
+            if self._segments:
+                last = self._segments[-1]
+                self._until = JournalPosition(last.first, self._size(last), last.generation)
 
     def _read_catalog(self, catalog: Catalog) -> None:
-        with self._store.index.read() as txn:
-            self._anchor = catalog.anchor(txn, SEQ_MAX)
+        assert self._index is not None
+        with self._index.read() as txn:
+            anchor = catalog.anchor(txn, SEQ_MAX)
             self._names = catalog.snapshots(txn)
             self._gaps = catalog.gaps(txn)
             self._runs = catalog.runs(txn)
-            if self._anchor is not None:
-                self._volumes = catalog.volumes(txn, self._anchor.held)
+            if anchor is not None:
+                self._volumes = catalog.volumes(txn, anchor.held)
         self._wanted = {snapshot.seq for snapshot in self._names.values()}
+        if anchor is not None:
+            self._compare = IndexCompare(self._index, catalog, self._checks[INDEX], self.name, anchor.held)
+        self._anchor = anchor
 
-    def _size(self, index: int) -> int:
-        return segment_path(self._directory, self._segments[index]).stat().st_size
+    def _find_segments(self) -> None:
+        check = self._checks[MANIFEST]
+        check.items += 1
+        try:
+            self._manifest = read_manifest(self._storage, self._directory)
+            self._segments = chain(self._storage, self._directory)
+        except (Damaged, UnknownFormat) as error:
+            check.add(Damage(str(error), layout.MANIFEST_NAME, self.name))
+            self._journal_damage("the manifest does not say which segments there are", FIRST_POSITION)
+
+    def _size(self, segment: SegmentFile) -> int:
+        try:
+            return segment.path(self._directory).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    @property
+    def last(self) -> Seq:
+        """The last seq of the journal that could be read."""
+        return self._last
+
+    @property
+    def bridged(self) -> bool:
+        """Whether any damage of the journal lies before the last checkpoint, so that the store opens over it."""
+        return self._anchor is not None and not self._tail_broken and self.missing is None
 
     @property
     def journal_bytes(self) -> int:
         """Bytes that `journal` will read."""
-        return sum(self._size(index) for index in range(len(self._segments)))
+        return sum(map(self._size, self._segments))
 
-    def _add(self, check: str, what: str, **where: str | int) -> None:
-        self._checks[check].add(Damage(what, group=self.name, **where))  # type: ignore[arg-type]
+    def _add(self, check: str, what: str) -> None:
+        self._checks[check].add(Damage(what, group=self.name))
 
     # -- journal -----------------------------------------------------------------------------------------------------
 
     def journal(self, advance: Advance) -> None:
         """Reads every entry, and gathers what the other checks need. Damage in a segment: goes on in the next."""
-        if self._anchor is not None and self._anchor.position > self._until:
-            at = self._anchor.position
-            path = segment_path(self._directory, at.segment)
-            self._journal_damage(f"{path}: offset {at.offset}: the journal ends before this, which the index holds")
+        if self._compare is not None:
+            head = HeadReplay(FIRST_LEAF, leaves_max=self._leaves_max)
+            self._replay = Replay(head, self._compare.anchors(), self._compare.at_anchor)
         self._previous = Seq(0)
-        for index, first in enumerate(self._segments):
-            path = segment_path(self._directory, first)
-            if self._previous is not None and first != self._previous + 1:
-                self._journal_damage(f"{path}: offset 0: seq {first} does not follow seq {self._previous}")
-            try:
-                for start, limit in self._parts(index):
+        anchor = self._anchor
+        for segment in self._segments:
+            path = segment.path(self._directory)
+            if self._previous is not None and segment.first != self._previous + 1:
+                what = f"{path}: offset 0: seq {segment.first} does not follow seq {self._previous}"
+                self._journal_damage(what, segment.start)
+                self._tail_broken = self._tail_broken or anchor is None or segment.start > anchor.position
+            for start, limit in self._parts(segment):
+                try:
                     self._read_part(start, limit)
-            except (Damaged, UnknownFormat) as damage:
-                self._journal_damage(str(damage), path.name)
-                self._previous = None
-            advance(self._size(index))
+                except (Damaged, UnknownFormat) as damage:
+                    self._journal_damage(str(damage), self._end_of(segment), path.name)
+                    self._tail_broken = self._tail_broken or anchor is None or start >= anchor.position
+                    self._previous = None
+            self._check_row(segment)
+            advance(self._size(segment))
+        if anchor is not None and anchor.position > self._until:
+            self.missing = anchor.held
+            path = layout.segment_path(self._directory, anchor.position.segment, anchor.position.generation)
+            what = f"{path}: offset {anchor.position.offset}: the journal ends before this, which the index holds"
+            self._journal_damage(what, self._until)
 
-    def _parts(self, index: int) -> Iterator[tuple[JournalPosition, JournalPosition | None]]:
+    def _end_of(self, segment: SegmentFile) -> JournalPosition:
+        """Where the last good entry of a segment in which one is bad ends."""
+        end = segment.start
+        try:
+            for scanned in scan_segment(self._storage, self._directory, segment):
+                end = scanned.position
+        except (Damaged, UnknownFormat):
+            pass
+        return end
+
+    def _whole(self, segment: SegmentFile) -> JournalPosition:
+        return JournalPosition(segment.first, self._size(segment), segment.generation)
+
+    def _parts(self, segment: SegmentFile) -> Iterator[tuple[JournalPosition, JournalPosition | None]]:
         """Stretches of a segment to scan: those with an end must be whole, the one without ends where it ends."""
-        start: JournalPosition = JournalPosition(self._segments[index], SEGMENT_HEADER_BYTES)
+        start = segment.start
         held: JournalPosition | None = None
-        if index < len(self._segments) - 1:
-            held = JournalPosition(start.segment, self._size(index))
-        elif self._anchor is not None and self._anchor.position.segment == start.segment:
+        is_last = segment is self._segments[-1]
+        if not is_last or segment.generation != layout.RAW_GENERATION:
+            yield start, max(self._whole(segment), JournalPosition(start.segment, start.offset + 1, start.generation))
+            return
+        elif self._anchor is not None and self._anchor.position.segment == segment.first:
             held = min(self._anchor.position, self._until)
         if held is not None and held > start:
             yield start, held
             start = held
-        if index == len(self._segments) - 1 and start < self._until:
+        if is_last and start < self._until:
             yield start, None
 
     def _read_part(self, start: JournalPosition, limit: JournalPosition | None) -> None:
-        for scanned in scan(self._store.storage, self._directory, start, limit=limit):
+        for scanned in scan(self._storage, self._directory, start, limit=limit):
             if scanned.position > self._until:
                 return
             previous = self._previous
             if previous is not None and not follows(previous, scanned.kind, scanned.first_seq, scanned.seq):
                 raise Damaged(f"{self._where(scanned)}: seq {scanned.first_seq} does not follow seq {previous}")
-            self._previous = scanned.seq
             try:
                 self._take(decode(scanned.raw), scanned.position)
             except Damaged as error:
                 raise Damaged(f"{self._where(scanned)}: {error}") from error
+            self._previous = self._last = scanned.seq
             self._checks[JOURNAL].items += 1
 
     def _where(self, scanned: Scanned) -> str:
-        return f"{segment_path(self._directory, scanned.segment)}: offset {scanned.end - len(scanned.raw)}"
+        return f"{scanned.segment.path(self._directory)}: offset {scanned.end - len(scanned.raw)}"
 
-    def _journal_damage(self, what: str, file: str | None = None) -> None:
-        self._sound = False
+    def _journal_damage(self, what: str, position: JournalPosition, file: str | None = None) -> None:
+        self.sound = False
+        self.broken_at = self.broken_at or position
         self._checks[JOURNAL].add(Damage(what, file, self.name))
+
+    def _check_row(self, segment: SegmentFile) -> None:
+        """A consolidated segment against what the manifest says of it."""
+        check = self._checks[MANIFEST]
+        for row in self._manifest.rows:
+            if (row.first, row.generation) != segment or self._previous is None:
+                continue
+            check.items += 1
+            size = self._size(segment)
+            if (row.last, row.bytes) != (self._previous, size):
+                what = f"says {row.bytes} bytes up to seq {row.last}, there are {size} up to seq {self._previous}"
+                path = segment.path(self._directory)
+                check.add(Damage(f"{path.parent / layout.MANIFEST_NAME}: {what} in {path.name}", path.name, self.name))
 
     def _take(self, logged: Logged, position: JournalPosition) -> None:
         for extent in logged.extents:
             self._slots.add(extent.addresses, extent.fingerprints)
         if logged.seq in self._wanted and logged.kind.consumes_seq:
             self._kinds[logged.seq] = logged.kind
-        if not self._sound:
-            return  # entries are missing: what follows cannot be applied
-        if self._after_anchor:
-            self._replayed.state.apply(logged)
-            self._replayed.state.checkpointed()
-            return
-        self._replayed.take(logged)
-        if self._anchor is not None and position == self._anchor.position:
-            self._replayed.drain()
-            self._at_anchor = self._replayed.state.checkpoint(position), dict(self._replayed.state.volumes)
-            self._after_anchor = True
+        self._base_advanced = self._base_advanced or logged.kind is EntryKind.BASE_ADVANCE
+        if self.sound and self._replay is not None:  # else entries are missing, and what follows cannot be applied
+            self._replay.take(logged, position)
 
     # -- index -------------------------------------------------------------------------------------------------------
 
     def compare(self) -> None:
-        """Holds the last checkpoint against the replay, window by window of the pointer maps."""
-        check = self._checks[INDEX]
+        """Holds every checkpoint against the replay, window by window of the pointer maps."""
+        compare, replay, anchor = self._compare, self._replay, self._anchor
         if self._catalog is None:
-            if self._previous:
+            if self._index is not None and self._previous:
                 self._add(INDEX, f"the index does not know the group {self.name}; open the store for writing once")
             return
-        if self._anchor is None:
+        if compare is None or replay is None or anchor is None:
             return
-        if self._at_anchor is None:
+        if not self.sound and replay.anchor is not None:
             self._add(INDEX, "could not be checked: the journal is damaged")
             return
-        checkpoint, volumes = self._at_anchor
-        check.items += 1
-        if checkpoint != self._anchor:
-            self._add(INDEX, f"the checkpoint of seq {self._anchor.held} says other than the journal: {self._anchor}")
-        self._compare_volumes(volumes)
-        self._compare_each("name", self._names, self._replayed.names)
-        self._compare_each("gap", {gap.first: gap for gap in self._gaps}, self._replayed.gaps)
-        self._compare_each("clock run", {run.run: run for run in self._runs}, self._replayed.runs)
-        head = self._replayed.head
-        self._compare_window(self._catalog, self._anchor.held, head)
+        if replay.anchor is not None:
+            compare.add(f"the checkpoint of seq {replay.anchor.held} lies at no entry's end: {replay.anchor.position}")
+            return
+        compare.names(self._names, replay)
+        compare.gaps(self._gaps, replay)
+        compare.runs(self._runs, replay)
+        head = replay.head
+        compare.window(anchor.held, head, self._volumes)
         while head.end is not None:
-            head = self._replay_window(head.end, self._anchor.position)
-            self._compare_window(self._catalog, self._anchor.held, head)
+            head = self._replay_window(compare, head.end, anchor.position)
+            compare.window(anchor.held, head, self._volumes)
 
-    def _compare_volumes(self, volumes: dict[VolumeId, VolumeState]) -> None:
-        for number in sorted({*volumes, *self._volumes}):
-            self._checks[INDEX].items += 1
-            expected, held = volumes.get(number), self._volumes.get(number)
-            if expected != held:
-                path = (expected or held or VolumeState(number, "", 0, 0, 0, 0)).path
-                self._add(INDEX, f"the index says {held}, the journal {expected}", volume=path)
-
-    def _compare_each(self, what: str, held: Mapping[Any, object], said: Mapping[Any, object]) -> None:
-        for key in sorted({*held, *said}):
-            self._checks[INDEX].items += 1
-            if held.get(key) != said.get(key):
-                self._add(INDEX, f"{what} {key}: the index says {held.get(key)}, the journal {said.get(key)}")
-
-    def _replay_window(self, start: LeafKey, limit: JournalPosition) -> HeadReplay:
-        replayed = _Replayed(HeadReplay(start, leaves_max=self._leaves_max))
-        for logged, _ in read(self._store.storage, self._directory, FIRST_POSITION, limit=limit):
-            replayed.take(logged)
-        replayed.drain()
-        return replayed.head
-
-    def _compare_window(self, catalog: Catalog, seq: Seq, head: HeadReplay) -> None:
-        with self._store.index.read() as txn:
-            previous: LeafKey | None = None
-            for key in heapq.merge(head.leaves(), self._indexed_leaves(catalog, txn, head)):
-                if key == previous:
-                    continue
-                previous = key
-                self._checks[INDEX].items += 1
-                try:
-                    held = catalog.pointers.leaf(txn, *key, seq)
-                except Damaged as error:
-                    self._leaf_damage(INDEX, key, str(error), 0, LEAF_BLOCKS)
-                    continue
-                said = head.leaf(key)
-                differs = np.flatnonzero(said if held is None else held != said)
-                for first, count in consecutive(differs):
-                    shown = 0 if held is None else int(held[first])
-                    what = f"the pointer map says {_shown(shown)}, the journal {_shown(int(said[first]))}"
-                    self._leaf_damage(INDEX, key, what, first, count)
-
-    def _indexed_leaves(self, catalog: Catalog, txn: Txn, head: HeadReplay) -> Iterator[LeafKey]:
-        """Leaves of the window that the index has, ascending."""
-        volume = _next_volume(self._store.index, txn, catalog.group_id, head.start[0])
-        while volume is not None:
-            first = head.start[1] if volume == head.start[0] else 0
-            for leaf in catalog.pointers.leaves(txn, volume, first):
-                if not head.covers((volume, leaf)):
-                    return
-                yield volume, leaf
-            volume = _next_volume(self._store.index, txn, catalog.group_id, VolumeId(volume + 1))
-
-    def _leaf_damage(self, check: str, key: LeafKey, what: str, first: int, count: int) -> None:
-        volume, leaf = key
-        state = self._volumes.get(volume)
-        self._add(
-            check,
-            what,
-            volume=f"volume {volume}" if state is None else state.path,
-            offset=(leaf * LEAF_BLOCKS + first) * BLOCK_BYTES,
-            length=count * BLOCK_BYTES,
-        )
+    def _replay_window(self, compare: IndexCompare, start: LeafKey, limit: JournalPosition) -> HeadReplay:
+        replay = Replay(HeadReplay(start, leaves_max=self._leaves_max), compare.anchors(), compare.leaves_at_anchor)
+        for logged, position in read(self._storage, self._directory, self._segments[0].start, limit=limit):
+            replay.take(logged, position)
+        return replay.head
 
     # -- pointers and names ------------------------------------------------------------------------------------------
 
     def versions(self) -> None:
         """Gathers the addresses of every version of every leaf that the index holds."""
-        if self._catalog is None:
+        if self._catalog is None or self._index is None:
             return
         pointers = self._catalog.pointers
         before: tuple[LeafKey, Addresses] | None = None
         key = POINTER_KEY.pack(self._catalog.group_id, 0, 0, 0)
         while key:
-            with self._store.index.read() as txn:
-                found, key = _keys(self._store.index, txn, key)
+            with self._index.read() as txn:
+                found, key = _keys(self._index, txn, key)
                 for volume, leaf, seq in found:
                     try:
                         addresses = pointers.leaf(txn, volume, leaf, seq)
                     except Damaged as error:
-                        self._leaf_damage(POINTERS, (volume, leaf), f"{error} (seq={seq})", 0, LEAF_BLOCKS)
+                        what = f"{error} (seq={seq})"
+                        damage = leaf_damage(self.name, self._volumes, (volume, leaf), what, 0, LEAF_BLOCKS)
+                        self._checks[INDEX].add(damage)
                         continue
                     if addresses is None:
                         continue
@@ -339,6 +332,8 @@ class GroupVerifier:
             check.items += 1
             if gap.last is None or not 0 < gap.first <= gap.last <= held:
                 self._add(CATALOG, f"the gap {gap.first}..{gap.last} does not lie within seq 1..{held}")
+            elif gap.to_time is None:
+                self._add(CATALOG, f"the gap {gap.first}..{gap.last} has no time at which it ended")
 
     def _name_fault(self, name: str, snapshot: Snapshot, base: Seq, held: Seq) -> str | None:
         kind = self._kinds.get(snapshot.seq)
@@ -346,17 +341,21 @@ class GroupVerifier:
             return f"is called {snapshot.name!r} inside"
         if not (base and base <= snapshot.seq <= held):
             return f"is no recovery point: those held are seq {base}..{held}"
-        if not self._sound:
+        if not self.sound:
             return None  # what the entry is cannot be said; the journal's own check says why
         if kind is None:
             return "names a seq at which no record ends"
+        if kind is EntryKind.CONSOLIDATED or (snapshot.kind == BASE_NAME and self._base_advanced):
+            return None  # the record itself was folded into it; a base that advanced is any recovery point
         expected = {"bookmark": EntryKind.BOOKMARK, BASE_NAME: EntryKind.RECONCILE_END}.get(snapshot.kind, kind)
         return None if kind is expected else f"names a record of kind {kind.name.lower()}"
 
     def first_naming(self, wanted: set[int]) -> Iterator[tuple[Seq, VolumeId, int, int]]:
         """(seq, volume, block, address) of the first record that wrote each wanted address. Damaged."""
         left = np.array(sorted(wanted), dtype=np.uint64)
-        for logged, position in read(self._store.storage, self._directory, FIRST_POSITION):
+        if not self._segments:
+            return
+        for logged, position in read(self._storage, self._directory, self._segments[0].start):
             if not len(left) or position > self._until:
                 return
             for extent in logged.extents:
@@ -366,19 +365,6 @@ class GroupVerifier:
                     yield logged.seq, extent.volume, block, int(extent.addresses[index])
                 if found.any():
                     left = np.setdiff1d(left, extent.addresses)
-
-
-def _shown(where: int) -> str:
-    return f"container {where >> layout.SLOT_BITS} slot {where & layout.SLOT_MASK}" if where else "a hole"
-
-
-def _next_volume(index: Index, txn: Txn, group_id: int, first: VolumeId) -> VolumeId | None:
-    """The first volume at or after `first` that has a pointer map."""
-    with txn.cursor(index.db["pointers"]) as cursor:
-        if not cursor.set_range(POINTER_KEY.pack(group_id, first, 0, 0)):
-            return None
-        group, volume, _, _ = POINTER_KEY.unpack(cursor.key())
-        return VolumeId(volume) if group == group_id else None
 
 
 def _keys(index: Index, txn: Txn, start: bytes) -> tuple[list[tuple[VolumeId, int, Seq]], bytes]:

@@ -33,6 +33,8 @@ class HeadReplay:
         self.start = start
         self.end: LeafKey | None = None
         """First leaf that did not fit; None when all did."""
+        self.touched: set[LeafKey] = set()
+        """Leaves of the window that changed since the caller last emptied this."""
         self._leaves_max = leaves_max
         self._volumes: dict[VolumeId, dict[int, Addresses]] = {}
         self._count = 0
@@ -48,10 +50,14 @@ class HeadReplay:
             cut = overlay.cuts.get(volume)
             if cut is not None:
                 for leaf, held in self._volumes.get(volume, {}).items():
-                    held[max(0, min(LEAF_BLOCKS, cut - leaf * LEAF_BLOCKS)) :] = 0
+                    hidden = held[max(0, min(LEAF_BLOCKS, cut - leaf * LEAF_BLOCKS)) :]
+                    if hidden.any():
+                        hidden[:] = 0
+                        self.touched.add((volume, leaf))
             for leaf, indexes, addresses in overlay.leaves(volume):
                 if self.covers((volume, leaf)):
                     self._leaf(volume, leaf)[indexes] = addresses
+                    self.touched.add((volume, leaf))
                     if self._count > self._leaves_max:
                         self._drop_largest()
 
@@ -68,6 +74,7 @@ class HeadReplay:
         volume, leaf = (-part for part in heapq.heappop(self._largest))
         self.end = (VolumeId(volume), leaf)
         del self._volumes[VolumeId(volume)][leaf]
+        self.touched.discard(self.end)
         self._count -= 1
 
     def leaf(self, key: LeafKey) -> Addresses:

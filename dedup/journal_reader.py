@@ -7,7 +7,7 @@ for the invariants that are relied on here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -30,7 +30,7 @@ from dedup.layout import (
     segment_path,
     unpack_segment_header,
 )
-from dedup.manifest import read_manifest
+from dedup.manifest import Manifest, read_manifest
 from dedup.storage import Storage
 from dedup.types import ClockRun, JournalId, Seq, TimeNs
 
@@ -108,6 +108,11 @@ def chain(storage: Storage, directory: Path) -> list[SegmentFile]:
         if again.number == manifest.number:
             break
         manifest = again
+    return chain_of(manifest, raw)
+
+
+def chain_of(manifest: Manifest, raw: Sequence[Seq]) -> list[SegmentFile]:
+    """The segments of a journal with that manifest, of which the raw segments are these."""
     found = [SegmentFile(row.first, row.generation) for row in manifest.rows]
     return found + [SegmentFile(first) for first in raw if first > manifest.last]
 
@@ -125,6 +130,7 @@ def scan(
     *,
     limit: JournalPosition | None = None,
     torn: bool = False,
+    files: Sequence[SegmentFile] | None = None,
 ) -> Iterator[Scanned]:
     """Every entry from `start` on, in order, its checksum and its place in the sequence verified.
 
@@ -134,9 +140,11 @@ def scan(
 
     `torn` is for the writer's recovery after a power cut, which may leave later pages of a segment without earlier
     ones: then the first bad entry of the last segment is the end, whatever follows. `limit` is a position known to be
-    held: the scan ends there, and anything bad or missing before it is Damaged.
+    held: the scan ends there, and anything bad or missing before it is Damaged. `files` is the chain to read, if it is
+    not the one that the directory has now.
     """
-    found = [segment for segment in chain(storage, directory) if segment.first >= start.segment]
+    known = chain(storage, directory) if files is None else files
+    found = [segment for segment in known if segment.first >= start.segment]
     if not found and start == FIRST_POSITION and limit is None:
         return
     if not found or found[0] != (start.segment, start.generation):
@@ -167,15 +175,33 @@ def read(
     *,
     limit: JournalPosition | None = None,
     torn: bool = False,
+    files: Sequence[SegmentFile] | None = None,
 ) -> Iterator[tuple[Logged, JournalPosition]]:
     """Like `scan`, whole values: each entry with the position after it."""
-    for scanned in scan(storage, directory, start, limit=limit, torn=torn):
+    for scanned in scan(storage, directory, start, limit=limit, torn=torn, files=files):
         try:
             logged = decode(scanned.raw)
         except Damaged as error:
             path = scanned.segment.path(directory)
             raise Damaged(f"{path}: offset {scanned.end - len(scanned.raw)}: {error}") from error
         yield logged, scanned.position
+
+
+def read_segment(storage: Storage, directory: Path, segment: SegmentFile, end: int) -> Iterator[Logged]:
+    """Every entry of a complete segment, whether the journal's chain has it or not. Damaged unless it ends at `end`."""
+    one = _SegmentScan(storage, directory, segment, False, False)
+    for scanned in one.entries(SEGMENT_HEADER_BYTES, Seq(segment.first - 1), end):
+        yield decode(scanned.raw)
+
+
+def scan_segment(storage: Storage, directory: Path, segment: SegmentFile) -> Iterator[Scanned]:
+    """Every entry of one segment, whether the chain has it or not; Damaged for whatever is not whole, its end too."""
+    try:
+        size = segment.path(directory).stat().st_size
+    except FileNotFoundError as error:
+        raise Damaged(f"{segment.path(directory)}: offset 0: the segment is missing") from error
+    one = _SegmentScan(storage, directory, segment, False, False)
+    return one.entries(SEGMENT_HEADER_BYTES, Seq(segment.first - 1), size)
 
 
 class _SegmentScan:

@@ -12,6 +12,8 @@ from dedup.errors import NotAStore, StoreError
 from dedup.storage import Storage
 from dedup.types import TimeNs
 
+_TEMPORARY_NAME: Final = layout.STORE_MARKER_NAME + layout.TEMPORARY_SUFFIX
+DIRECTORIES: Final = (layout.INDEX_NAME, layout.CONTAINERS_NAME, layout.GROUPS_NAME, layout.READERS_NAME)
 _NETWORK_FILE_SYSTEMS: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "fuse.sshfs"}
 )
@@ -19,18 +21,32 @@ _NETWORK_FILE_SYSTEMS: Final = frozenset(
 
 
 def create_marker(storage: Storage, path: Path) -> None:
-    """Makes an empty store at `path`: its directories, then the marker, which is the commit. NotAStore if in use."""
+    """Makes an empty store at `path`: its directories, then the marker, which is the commit. NotAStore if in use.
+
+    Goes on with one that a crash or a full disk left half made."""
     refuse_network(path)
     if not storage.exists(path):
         storage.mkdir(path)
         storage.sync_directory(path.parent)
     elif storage.exists(path / layout.STORE_MARKER_NAME):
         raise NotAStore(f"{path} already holds a store")
-    elif storage.listdir(path):
+    elif not _is_left_half_made(storage, path):
         raise NotAStore(f"{path} is neither empty nor a store: name an empty or a new directory for the store")
-    for name in (layout.INDEX_NAME, layout.CONTAINERS_NAME, layout.GROUPS_NAME, layout.READERS_NAME):
-        storage.mkdir(path / name)
-    temporary = path / (layout.STORE_MARKER_NAME + layout.TEMPORARY_SUFFIX)
+    for name in DIRECTORIES:
+        if not storage.exists(path / name):
+            storage.mkdir(path / name)
+    write_marker(storage, path)
+
+
+def _is_left_half_made(storage: Storage, path: Path) -> bool:
+    """Whether nothing is there but what an earlier try at a new store may have made: empty directories, no marker."""
+    names = set(storage.listdir(path)) - {_TEMPORARY_NAME}
+    return names <= set(DIRECTORIES) and not any(storage.listdir(path / name) for name in names)
+
+
+def write_marker(storage: Storage, path: Path) -> None:
+    """Writes the marker of a store that is new, or whose marker was lost: a name of its own. Durable on return."""
+    temporary = path / _TEMPORARY_NAME
     fd = storage.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         marker = layout.StoreMarker(os.urandom(16), TimeNs(time.time_ns()))

@@ -65,6 +65,8 @@ class Reachability:
         """Containers that are named and cannot be opened, and why."""
         self.bad: dict[int, str] = {}
         """Damaged addresses, and what is wrong: at most BAD_MAX."""
+        self.damaged: set[int] = set()
+        """Every container that has a damaged address."""
         self.bad_count = 0
         self.items = 0
         """Distinct addresses looked at."""
@@ -215,5 +217,6 @@ class Reachability:
         if where in self.bad:
             return
         self.bad_count += 1
+        self.damaged.add(container)
         if len(self.bad) < BAD_MAX:
             self.bad[where] = what

@@ -151,6 +151,27 @@ class Storage:
             _refused(error, dst, f"cannot be replaced by {src.name}")
         self.sync_directory(dst.parent)
 
+    def move(self, src: Path, dst: Path) -> None:
+        """Renames a file or directory into another directory and syncs both. `dst` must not exist. StoreFull, ..."""
+        try:
+            os.rename(src, dst)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            _refused(error, src, f"cannot be moved to {dst}")
+        self.sync_directory(dst.parent)
+        self.sync_directory(src.parent)
+
+    def link(self, src: Path, dst: Path) -> None:
+        """Gives the file a second name, durable on return; the first may then be replaced. FileExistsError, ..."""
+        try:
+            os.link(src, dst)
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except OSError as error:
+            _refused(error, src, f"cannot be kept as {dst}")
+        self.sync_directory(dst.parent)
+
     def unlink(self, path: Path) -> None:
         """Removes the name. Not durable until `sync_directory`. FileNotFoundError, StoreFailed."""
         try:
@@ -185,19 +206,36 @@ class Storage:
         except OSError as error:
             _refused(error, self.path_of(fd), "cannot be examined")
 
+    def stat(self, fd: int) -> os.stat_result:
+        """What the file system knows of the open file."""
+        try:
+            return os.fstat(fd)
+        except OSError as error:
+            _refused(error, self.path_of(fd), "cannot be examined")
+
     def exists(self, path: Path) -> bool:
         """Whether the name is there, whatever it is."""
         return os.path.lexists(path)
 
-    def lock(self, fd: int) -> bool:
-        """Takes the exclusive lock of the open file without waiting; False when another holds it. Ends with `close`."""
+    def lock(self, fd: int, *, shared: bool = False) -> bool:
+        """Takes the lock of the open file, exclusive or shared, without waiting; False when another's is in the way.
+
+        Ends with `unlock` or `close`; killed processes lose theirs.
+        """
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:
             _refused(error, self.path_of(fd), "cannot be locked")
         return True
+
+    def unlock(self, fd: int) -> None:
+        """Gives the lock of the open file back; the file stays open."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        except OSError as error:
+            _refused(error, self.path_of(fd), "cannot be unlocked")
 
     def _unread(self, error: OSError, fd: int, offset: int) -> NoReturn:
         raise Damaged(f"{self.path_of(fd)}: offset {offset}: cannot be read: {error.strerror}") from error

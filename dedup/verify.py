@@ -1,9 +1,11 @@
 """Verification: one named check for each invariant that a store can be checked for alone. Reads, never writes.
 
-    journal                every entry decodes, and seqs follow each other (`order`)
+    journal                every entry decodes, and seqs follow each other from 1 on (`order`)
+    manifest               the manifest of each journal reads, and its consolidated segments are what it says
     pointers-resolve       every address that a journal entry or any version of a pointer map names is a slot that is
                            there and has the fingerprint that the journal says; on request its bytes match it
-    index-equals-journal   pointer maps, volumes and names of the last checkpoint equal a replay of the whole journal
+    index-equals-journal   the index opens, and every checkpoint in it (volumes, pointer maps; of the last one also
+                           names, gaps, clock runs) equals a replay of the journal up to there
     containers             every container that is named opens: header, form, sealed table
     catalog                snapshots and bookmarks name recovery points that are held; gaps are well-formed
 
@@ -15,22 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 import lmdb
 import numpy as np
 
 from dedup import layout
-from dedup.container import ContainerReader
-from dedup.damage import Check, Damage, Report, locate
+from dedup.catalog import Index
+from dedup.container import ContainerPool, ContainerReader
+from dedup.damage import CATALOG, CHECKS, CONTAINERS, INDEX, JOURNAL, POINTERS, Check, Damage, Report, locate
 from dedup.errors import Damaged, StoreError, UnknownFormat
-from dedup.group_verify import CATALOG, INDEX, JOURNAL, POINTERS, GroupVerifier
+from dedup.group_verify import GroupVerifier
+from dedup.marker import read_marker
 from dedup.reachability import Reachability
 from dedup.reader import StoreReader
+from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerId
-
-CONTAINERS: Final = "containers"
-CHECKS: Final = (JOURNAL, POINTERS, INDEX, CONTAINERS, CATALOG)
 
 
 class Progress(Protocol):
@@ -54,41 +56,73 @@ class NoProgress:
 def verify(path: Path, *, read_data: bool = False, progress: Progress | None = None) -> Report:
     """Checks the store at `path`, `read_data`: every block too. Any number at once, beside a writer too.
 
-    What is wrong inside is in the report. NotAStore, UnknownFormat; Damaged when the index cannot be opened at all.
+    What is wrong inside is in the report. NotAStore, UnknownFormat; Damaged when the marker is.
     """
-    store = StoreReader.open(path)
-    try:
-        return _Verifier(store, progress or NoProgress()).run(read_data)
-    finally:
-        store.close()
+    return inspect(path, Storage(), read_data=read_data, progress=progress).report
 
 
-class _Verifier:
-    def __init__(self, store: StoreReader, progress: Progress) -> None:
-        self._store = store
+def inspect(path: Path, storage: Storage, *, read_data: bool = False, progress: Progress | None = None) -> Inspection:
+    """As `verify`, with everything that was found out: what a repair goes by."""
+    read_marker(storage, path)
+    inspection = Inspection(path, storage, progress or NoProgress())
+    inspection.run(read_data)
+    return inspection
+
+
+class Inspection:
+    """One verification, and what it found."""
+
+    def __init__(self, path: Path, storage: Storage, progress: Progress) -> None:
+        self.path = path
+        self.containers = path / layout.CONTAINERS_NAME
+        self.slots = Reachability(storage, self.containers)
+        self.groups: list[GroupVerifier] = []
+        self.checks = {name: Check(name) for name in CHECKS}
+        self._storage = storage
         self._progress = progress
-        self._containers = store.path / layout.CONTAINERS_NAME
-        self._slots = Reachability(store.storage, self._containers)
-        self._checks = {name: Check(name) for name in CHECKS}
-        self._groups: list[GroupVerifier] = []
 
-    def run(self, read_data: bool) -> Report:
-        with self._store.index.read() as txn:
-            ids = self._store.index.group_ids(txn)
-        on_disk = self._store.storage.listdir(self._store.path / layout.GROUPS_NAME)
+    @property
+    def report(self) -> Report:
+        return Report(tuple(self.checks.values()))
+
+    def run(self, read_data: bool) -> None:
+        index = self._open_index()
+        try:
+            self._check(index, read_data)
+        finally:
+            if index is not None:
+                index.close()
+
+    def _open_index(self) -> Index | None:
+        check = self.checks[INDEX]
+        check.items += 1
+        try:
+            return Index(self.path / layout.INDEX_NAME, writer=False)
+        except Damaged as error:
+            check.add(Damage(str(error), layout.INDEX_NAME))
+            return None
+
+    def _check(self, index: Index | None, read_data: bool) -> None:
+        ids: dict[str, int] = {}
+        if index is not None:
+            try:
+                with index.read() as txn:
+                    ids = index.group_ids(txn)
+            except (lmdb.Error, ValueError) as error:
+                self.checks[INDEX].add(Damage(f"the groups cannot be read: {error}", layout.INDEX_NAME))
+        on_disk = self._storage.listdir(self.path / layout.GROUPS_NAME)
         for name in sorted({*ids, *on_disk}):
-            group = GroupVerifier(self._store, name, ids.get(name), self._checks, self._slots)
-            self._groups.append(group)
+            group = GroupVerifier(self._storage, self.path, index, name, ids.get(name), self.checks, self.slots)
+            self.groups.append(group)
             self._guarded(group)
-        self._slots.flush()
+        self.slots.flush()
         if read_data:
-            self._progress.phase("blocks", self._slots.blocks * BLOCK_BYTES)
-            self._slots.read_data(self._progress.advance)
-        self._checks[POINTERS].items = self._slots.items
+            self._progress.phase("blocks", self.slots.blocks * BLOCK_BYTES)
+            self.slots.read_data(self._progress.advance)
+        self.checks[POINTERS].items = self.slots.items
         self._check_containers()
-        if self._slots.bad_count:
-            self._name_bad_blocks()
-        return Report(tuple(self._checks.values()))
+        if self.slots.bad_count:
+            self._name_bad_blocks(index)
 
     def _guarded(self, group: GroupVerifier) -> None:
         """What the index itself refuses is damage of the check that met it."""
@@ -96,69 +130,75 @@ class _Verifier:
             (INDEX, group.begin),
             (JOURNAL, lambda: self._read_journal(group)),
             (INDEX, group.compare),
-            (POINTERS, group.versions),
+            (INDEX, group.versions),
             (CATALOG, group.catalog),
         ]
         for check, step in steps:
             try:
                 step()
             except (Damaged, lmdb.Error) as error:
-                self._checks[check].add(Damage(str(error), group=group.name))
+                self.checks[INDEX if isinstance(error, lmdb.Error) else check].add(Damage(str(error), group=group.name))
 
     def _read_journal(self, group: GroupVerifier) -> None:
         self._progress.phase(f"journal of {group.name}", group.journal_bytes)
         group.journal(self._progress.advance)
 
     def _check_containers(self) -> None:
-        check = self._checks[CONTAINERS]
-        for name in self._store.storage.listdir(self._containers):
+        check = self.checks[CONTAINERS]
+        for name in self._storage.listdir(self.containers):
             container = layout.container_named(name)
             if container is None:
                 continue
             check.items += 1
             try:
-                ContainerReader.open(self._store.storage, self._containers, container).close()
+                ContainerReader.open(self._storage, self.containers, container).close()
             except (Damaged, UnknownFormat) as error:
                 # One that was never synced, and so is named by nothing, is what a crash leaves; it is never read.
-                if self._slots.named(container) or not self._checks[JOURNAL].ok:
+                if self.slots.named(container) or not self.checks[JOURNAL].ok:
                     check.add(Damage(str(error), name))
-        for number in sorted(self._slots.unreadable):
-            path = layout.container_path(self._containers, ContainerId(number))
+        for number in sorted(self.slots.unreadable):
+            path = layout.container_path(self.containers, ContainerId(number))
             if not path.exists():
                 check.add(Damage(f"{path}: the container is missing", path.name))
 
-    def _name_bad_blocks(self) -> None:
+    def _name_bad_blocks(self, index: Index | None) -> None:
         """Damaged addresses, as ranges of volumes in snapshots; what is in none, by the journal; else by itself."""
-        check = self._checks[POINTERS]
-        left = set(self._slots.bad)
-        for group in self._groups:
-            if group.group_id is None:
-                continue
-            bad = np.array(sorted(self._slots.bad), dtype=np.uint64)
-            try:
-                reader = self._store.group(group.name)
-                for found in locate(self._store.index, reader, group.group_id, bad):
-                    where = found.addresses[0]
-                    check.add(found.damage(group.name, self._slots.bad[where], _file(where)))
-                    left.difference_update(found.addresses)
-                self._name_by_journal(group, left)
-            except (StoreError, lmdb.Error):
-                # The journal or the index is damaged too, and their checks say so: no moment can be looked into.
-                continue
+        check = self.checks[POINTERS]
+        bad = self.slots.bad
+        left = set(bad)
+        if index is not None:
+            store = StoreReader(self.path, self._storage, index, ContainerPool(self._storage, self.containers))
+            for group in self.groups:
+                if group.group_id is not None:
+                    self._name_of_group(store, group, left)
         for where in sorted(left):
-            check.add(Damage(self._slots.bad[where], _file(where)))
-        check.omitted += self._slots.bad_count - len(self._slots.bad)
+            check.add(Damage(bad[where], _file(where)))
+        check.omitted += self.slots.bad_count - len(bad)
 
-    def _name_by_journal(self, group: GroupVerifier, left: set[int]) -> None:
+    def _name_of_group(self, store: StoreReader, group: GroupVerifier, left: set[int]) -> None:
+        bad = np.array(sorted(self.slots.bad), dtype=np.uint64)
+        try:
+            reader = store.group(group.name)
+            assert group.group_id is not None
+            for found in locate(store.index, reader, group.group_id, bad):
+                where = found.addresses[0]
+                self.checks[POINTERS].add(found.damage(group.name, self.slots.bad[where], _file(where)))
+                left.difference_update(found.addresses)
+            self._name_by_journal(store, group, left)
+        except (StoreError, lmdb.Error):
+            # The journal or the index is damaged too, and their checks say so: no moment can be looked into.
+            return
+
+    def _name_by_journal(self, store: StoreReader, group: GroupVerifier, left: set[int]) -> None:
         """Names what no snapshot has by the first record that wrote it."""
         if not left:
             return
-        reader = self._store.group(group.name)
+        reader = store.group(group.name)
         for seq, volume, block, where in group.first_naming(left):
             state = reader.view(seq).volume(volume)
             path = state.path if state is not None else f"volume {volume}"
-            what = f"{self._slots.bad[where]}; in recovery points from seq={seq} on"
-            self._checks[POINTERS].add(
+            what = f"{self.slots.bad[where]}; in recovery points from seq={seq} on"
+            self.checks[POINTERS].add(
                 Damage(what, _file(where), group.name, None, path, block * BLOCK_BYTES, BLOCK_BYTES)
             )
             left.discard(where)
