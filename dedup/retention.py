@@ -13,8 +13,8 @@ Invariants of the plan, for whatever points and whatever policy:
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,8 @@ FOREVER: Final = (1 << 63) - 1
 """The window of what is older than all tiers: only named points are kept there, and the last one as the new base."""
 REACH_MAX_NS: Final = 36_500 * DAY_NS
 """No tier reaches further back than a hundred years."""
+LIMIT_BYTES_MIN: Final = 64 << 20
+"""The least hard limit: below it a batch and a checkpoint have no room to work."""
 POLICY_VERSION: Final = 1
 _FILE_BYTES_MAX: Final = 4096
 
@@ -90,6 +92,8 @@ def check_policy(policy: Policy) -> None:
     soft, hard = policy.soft_limit_bytes, policy.hard_limit_bytes
     if any(limit is not None and not 0 < limit < 1 << 63 for limit in (soft, hard)):
         raise BadPolicy("a limit is a number of bytes above 0, or none")
+    if hard is not None and hard < LIMIT_BYTES_MIN:
+        raise BadPolicy(f"a hard limit of {hard} bytes leaves no room to work; the least is {LIMIT_BYTES_MIN}")
     if soft is not None and hard is not None and hard < soft:
         raise BadPolicy(
             f"the hard limit of {hard} bytes is below the soft limit of {soft}; raise it or lower the other"
@@ -104,6 +108,25 @@ def _tiers_text(policy: Policy) -> str:
         ("days", policy.days_ns),
     )
     return ", ".join(f"{word} {duration_text(reach)}" for word, reach in words if reach)
+
+
+def changed_policy(policy: Policy, changes: Mapping[str, object]) -> Policy:
+    """The policy with some fields changed, by their names; values as JSON has them. BadPolicy."""
+    known = {field.name for field in fields(Policy)}
+    if unknown := sorted(changes.keys() - known):
+        raise BadPolicy(f"a policy has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    try:
+        changed = msgspec.convert({**policy_fields(policy), **changes}, Policy)
+    except msgspec.ValidationError as error:
+        raise BadPolicy(f"the policy cannot be read: {error}") from error
+    check_policy(changed)
+    return changed
+
+
+def policy_fields(policy: Policy) -> dict[str, object]:
+    """Its fields as `changed_policy` takes them."""
+    found: dict[str, object] = msgspec.to_builtins(policy)
+    return found
 
 
 def hastened(policy: Policy, halvings: int) -> Policy | None:

@@ -16,14 +16,17 @@ from dedup.retention import (
     DAY_NS,
     FOREVER,
     HOUR_NS,
+    LIMIT_BYTES_MIN,
     MINUTE_NS,
     AtLimit,
     Point,
     Policy,
     bucket,
+    changed_policy,
     hastened,
     kept,
     load_policy,
+    policy_fields,
     save_policy,
     segment_window,
     window_ns,
@@ -51,9 +54,9 @@ def policies(draw: st.DrawFn) -> Policy:
     """Any policy that is allowed: some tiers, ascending, and caps."""
     reaches = sorted(draw(st.lists(st.integers(1, 90 * 86_400), min_size=4, max_size=4, unique=True)))
     there = draw(st.lists(st.booleans(), min_size=4, max_size=4).filter(any))
-    soft, hard = draw(st.none() | st.integers(1, 1 << 50)), draw(st.none() | st.integers(1, 1 << 50))
+    soft, hard = draw(st.none() | st.integers(1, 1 << 50)), draw(st.none() | st.integers(LIMIT_BYTES_MIN, 1 << 50))
     if soft is not None and hard is not None:
-        soft, hard = min(soft, hard), max(soft, hard)
+        soft = min(soft, hard)
     tiers = [reach * SECOND if one else 0 for reach, one in zip(reaches, there, strict=True)]
     return Policy(*tiers, soft, hard, draw(st.sampled_from(AtLimit)))
 
@@ -146,7 +149,8 @@ def test_the_file_is_synced_before_it_takes_its_name(tmp_path: Path) -> None:
         (replace(DEFAULT, days_ns=40_000 * DAY_NS), "a hundred years"),
         (replace(DEFAULT, soft_limit_bytes=0), "above 0"),
         (replace(DEFAULT, hard_limit_bytes=-5), "above 0"),
-        (replace(DEFAULT, soft_limit_bytes=100, hard_limit_bytes=99), "99 bytes is below the soft limit of 100"),
+        (replace(DEFAULT, hard_limit_bytes=LIMIT_BYTES_MIN - 1), "leaves no room to work"),
+        (replace(DEFAULT, soft_limit_bytes=1 << 30, hard_limit_bytes=1 << 29), "is below the soft limit of 1073741824"),
     ],
 )
 def test_policies_that_are_refused(policy: Policy, why: str, tmp_path: Path) -> None:
@@ -154,6 +158,28 @@ def test_policies_that_are_refused(policy: Policy, why: str, tmp_path: Path) -> 
         save_policy(Storage(), tmp_path, policy)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_policy_is_changed_by_the_names_of_its_fields() -> None:
+    assert changed_policy(DEFAULT, {}) == DEFAULT
+    changed = changed_policy(DEFAULT, {"days_ns": 40 * DAY_NS, "hard_limit_bytes": 1 << 30, "at_limit": "thin"})
+    assert changed == replace(DEFAULT, days_ns=40 * DAY_NS, hard_limit_bytes=1 << 30, at_limit=AtLimit.THIN)
+    assert changed_policy(changed, {"hard_limit_bytes": None}) == replace(changed, hard_limit_bytes=None)
+
+
+@given(policies(), policies())
+def test_a_policy_is_its_fields(policy: Policy, other: Policy) -> None:
+    assert changed_policy(other, policy_fields(policy)) == policy
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weeks_ns": 1}, {"days_ns": "30d"}, {"days_ns": 1.5}, {"at_limit": "wait"}, {"days_ns": 1}, {"days_ns": None}],
+)
+def test_changes_that_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(BadPolicy) as caught:
+        changed_policy(DEFAULT, change)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
