@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from dedup.bounds import within_bounds
 from dedup.errors import Damaged
 from dedup.layout import (
     ADDRESS_BYTES,
@@ -177,12 +178,11 @@ def _codec(
 
 
 def _bytes(text: str) -> bytes:
-    # A path of a source need not be valid UTF-8; Python carries such bytes as surrogates.
-    return text.encode("utf-8", "surrogateescape")
+    return text.encode()
 
 
 def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
+    return data.decode()
 
 
 _CONSOLIDATED_HEAD: Final = 3
@@ -383,16 +383,8 @@ def _check_extent(logged: Logged, extent: LoggedExtent) -> int:
 
 def _check(logged: Logged) -> None:
     """Before the write: what `decode` would call damage must not be written. ValueError."""
-    fault = None
-    if logged.kind not in _SPANNING_KINDS and logged.first_seq != logged.seq:
-        fault = "only an aggregate spans seqs"
-    elif not logged.first_seq <= logged.seq:
-        fault = "its first seq lies after its last"
-    elif logged.extents and logged.kind not in _EXTENT_KINDS:
-        fault = "its kind has no extents"
-    elif (logged.body is None) != (logged.kind in _BARE_KINDS):
-        fault = "its kind and its body do not go together"
-    elif logged.body is not None and (
+    fault = _fault(logged)
+    if logged.body is not None and (
         kind_of(logged.body) is not logged.kind
         or (logged.body.seq, logged.body.time, logged.body.run) != (logged.seq, logged.time, logged.run)
     ):
@@ -401,6 +393,21 @@ def _check(logged: Logged) -> None:
         _check_extent(logged, extent)
     if fault is not None:
         raise ValueError(f"the entry of seq {logged.seq} is not well made: {fault}")
+
+
+def _fault(logged: Logged) -> str | None:
+    """What no entry may be, one that is written or one that is read."""
+    if logged.kind not in _SPANNING_KINDS and logged.first_seq != logged.seq:
+        return "only an aggregate spans seqs"
+    if not logged.first_seq <= logged.seq:
+        return "its first seq lies after its last"
+    if logged.extents and logged.kind not in _EXTENT_KINDS:
+        return "its kind has no extents"
+    if (logged.body is None) != (logged.kind in _BARE_KINDS):
+        return "its kind and its body do not go together"
+    if logged.body is not None and not within_bounds(logged.body):
+        return "a number or a text of its body is none that could be"
+    return None
 
 
 def extents_of(raw: memoryview | bytes) -> tuple[LoggedExtent, ...]:
@@ -445,6 +452,10 @@ def decode(raw: memoryview | bytes) -> Logged:
         codec = _CODECS[kind]
         try:
             record = codec.make(seq, time, run, *codec.decoder.decode(body))
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise Damaged(f"the entry of seq {seq}: its body cannot be decoded: {error}") from error
-    return Logged(kind, first_seq, seq, time, run, journal, extents, record)
+    logged = Logged(kind, first_seq, seq, time, run, journal, extents, record)
+    # A bare entry of one seq, as nearly all are, has nothing that could be wrong.
+    if (record is not None or first_seq != seq) and (fault := _fault(logged)) is not None:
+        raise Damaged(f"the entry of seq {seq}: {fault}")
+    return logged

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from dedup.errors import Damaged, NotAStore, UnknownFormat
@@ -19,6 +20,8 @@ from dedup.storage import Storage
 
 REFUSALS: Final = (Damaged, UnknownFormat, NotAStore)
 _EDGES: Final = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, (1 << 31) - 1, (1 << 32) - 1, 1 << 62, (1 << 63) - 1, 1 << 63]
+FEW: Final = settings(max_examples=max(10, settings.default.max_examples // 8))
+"""For a test that is run once for each of many samples."""
 _Value = TypeVar("_Value")
 
 

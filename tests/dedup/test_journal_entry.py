@@ -46,7 +46,8 @@ from tests.dedup.journal_samples import noted, write
 
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 64) - 1)
-TEXT = st.text(max_size=30) | st.binary(max_size=30).map(lambda raw: raw.decode("utf-8", "surrogateescape"))
+SIZE = st.integers(0, VOLUME_BYTES_MAX)
+TEXT = st.text(max_size=30)
 HEAD = (Seq(7), TimeNs(8), ClockRun(9))
 
 
@@ -66,8 +67,8 @@ def extents() -> st.SearchStrategy[LoggedExtent]:
 
 
 BODIES: st.SearchStrategy[Entry] = st.one_of(
-    st.builds(Resize, *map(st.just, HEAD), U32, U64),
-    st.builds(Create, *map(st.just, HEAD), U32, TEXT, U64, U32, U32, U32),
+    st.builds(Resize, *map(st.just, HEAD), U32, SIZE),
+    st.builds(Create, *map(st.just, HEAD), U32, TEXT, SIZE, U32, U32, U32),
     st.builds(
         Rename, *map(st.just, HEAD), st.lists(st.tuples(U32, TEXT), max_size=3).map(tuple), st.lists(U32).map(tuple)
     ),
@@ -83,7 +84,7 @@ BODIES: st.SearchStrategy[Entry] = st.one_of(
         SnapshotCreate, *map(st.just, HEAD), TEXT, U64, U64, st.none() | U32.map(VolumeId), st.none() | U64.map(TimeNs)
     ),
     st.builds(SnapshotDelete, *map(st.just, HEAD), TEXT),
-    st.builds(Correct, *map(st.just, HEAD), U64, U64, st.builds(Extent, U32, U64, st.just(b""))),
+    st.builds(Correct, *map(st.just, HEAD), U64, SIZE, st.builds(Extent, U32, U64, st.just(b""))),
 )
 
 
