@@ -129,6 +129,12 @@ class SpaceAccount:
         soft = self.policy.soft_limit_bytes
         return soft is not None and (self.used or 0) < soft <= self.most
 
+    @property
+    def has_spare(self) -> bool:
+        """Whether there is at least once more the reserve between what is used and where the store is full."""
+        full, hard = full_from(self.policy), self.policy.hard_limit_bytes
+        return full is None or hard is None or self.most <= full - (hard - full)
+
     def begin_walk(self) -> int:
         """To be given to `measured` when the walk is done."""
         return self._landed

@@ -4,11 +4,14 @@ A body and a reply are JSON-like. Times are integers of nanoseconds, sizes bytes
 
     name.check       {group?, name}                            → {}; an error when nothing can be given this name,
                                                                  or, to an agent, when now is no recovery point
-    status           {group?}                                  → {"store": {…}, "groups": [{…}], "sessions", "pid"}
+    status           {group?}                                  → {"store": {…}, "groups": [{…}], "sessions", "pid",
+                                                                 "space": {…}}
     sync             {}                                        → {}; all that was received before is durable
     checkpoint       {}                                        → {}
     snapshot.create  {group?, name?, at?, volume?}             → {"group", "name", "seq", "time", "kind", "volume"}
     snapshot.delete  {group?, name}                            → {"group", "name"}
+    retention.show   {}                                        → dedup.retention.Policy
+    retention.set    {some fields of Policy}                   → the whole of it, durable and in force
 
 `group` is the session's own where it has one, else the store's only one.
 """
@@ -25,7 +28,9 @@ import trio
 
 from dedup.errors import MomentRefused, NameRefused, RewindError, UnknownName
 from dedup.moment import check_name
+from dedup.retention import changed_policy, policy_fields
 from replication.messages import Role
+from replication.space_gate import SpaceGate
 from replication.store_writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -53,10 +58,11 @@ class Caller:
 class Commands:
     """The commands of one appliance."""
 
-    def __init__(self, writer: StoreWriter, sessions: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, writer: StoreWriter, sessions: Callable[[], Mapping[str, int]], space: SpaceGate) -> None:
         """`sessions` gives the number of live agent sessions per group, and of all sessions under ""."""
         self._writer = writer
         self._sessions = sessions
+        self._space = space
         self._reserved: dict[tuple[str, str], float] = {}
 
     async def run(self, caller: Caller, command: str, body: Body) -> Body:
@@ -91,6 +97,7 @@ class Commands:
             "groups": [_group_status(group, sessions.get(group.name, 0)) for group in groups],
             "sessions": sessions[""],
             "pid": os.getpid(),
+            "space": self._space.status(usage.bytes),
         }
 
     async def _sync(self, caller: Caller, body: Body) -> Body:
@@ -115,6 +122,14 @@ class Commands:
         name = _text(body, "name")
         await self._writer.run(group.delete_snapshot, name)
         return {"group": group.name, "name": name}
+
+    async def _retention_show(self, caller: Caller, body: Body) -> Body:
+        return policy_fields(self._space.policy)
+
+    async def _retention_set(self, caller: Caller, body: Body) -> Body:
+        policy = changed_policy(self._space.policy, body)
+        await self._space.set_policy(policy)
+        return policy_fields(policy)
 
     def _group(self, caller: Caller, body: Body) -> GroupWriter:
         """The group meant; never makes one."""
@@ -176,4 +191,6 @@ _COMMANDS: Final[dict[str, tuple[frozenset[Role], _Function]]] = {
     "checkpoint": (_ADMIN, Commands._checkpoint),
     "snapshot.create": (_ADMIN, Commands._snapshot_create),
     "snapshot.delete": (_ADMIN, Commands._snapshot_delete),
+    "retention.show": (_ALL, Commands._retention_show),
+    "retention.set": (_ADMIN, Commands._retention_set),
 }

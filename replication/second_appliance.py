@@ -28,6 +28,7 @@ from dedup.types import Epoch
 from replication.commands import Commands
 from replication.messages import ErrorCode, Hello
 from replication.server_session import Refused, ServerSession
+from replication.space_gate import SpaceGate
 from replication.store_writer import StoreWriter
 from replication.transport import Connection
 
@@ -56,7 +57,8 @@ class SecondAppliance:
 
     def __init__(self, store: Store, *, sessions_max: int = SESSIONS_MAX) -> None:
         self.writer = StoreWriter(store)
-        self.commands = Commands(self.writer, self.live)
+        self.space = SpaceGate(store.path, store.storage)
+        self.commands = Commands(self.writer, self.live, self.space)
         self._sessions_max = sessions_max
         self._sessions: set[ServerSession] = set()
         self._agents: dict[str, ServerSession] = {}
@@ -83,6 +85,7 @@ class SecondAppliance:
         """
         async with trio.open_nursery() as background:
             background.start_soon(self.writer.serve)
+            background.start_soon(self.space.serve)
             async with trio.open_nursery() as sessions:
                 sessions.start_soon(self._watch_failure)
                 try:
@@ -141,6 +144,8 @@ class SecondAppliance:
                 if hello.epoch > other.epoch:
                     self._fences[hello.group] = hello.epoch
                     other.end(ErrorCode.REFUSED, f"a newer agent, epoch {hello.epoch}, feeds group {hello.group!r}")
+                elif other.waits_for_room:
+                    other.drain(0)  # it does not listen, and so did not hear that its link broke
                 await other.ended.wait()
         raise Refused(f"another agent of epoch {hello.epoch} feeds group {hello.group!r}; unmount that one first")
 

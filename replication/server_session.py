@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from dedup.errors import Damaged, RewindError, StoreError, StoreFailed, StoreFull
+from dedup.space import growth_of
 from dedup.types import (
     Aggregate,
     ClockRun,
@@ -56,6 +57,7 @@ from replication.messages import (
     Welcome,
 )
 from replication.session import Session, Side
+from replication.space_gate import SpaceGate
 from replication.store_writer import Round, StoreWriter
 from replication.transport import Connection
 from replication.wire import Buffer, encode
@@ -98,6 +100,7 @@ class Host(Protocol):
 
     writer: StoreWriter
     commands: Commands
+    space: SpaceGate
 
     async def admit(self, session: ServerSession, hello: Hello) -> GroupWriter:
         """The group that the agent may feed from now on, alone. Raises Refused, StoreError."""
@@ -115,6 +118,7 @@ class ServerSession:
         """Set when nothing of this session touches the store any more."""
         self._host = host
         self._writer = host.writer
+        self._space = host.space
         self._connection = connection
         self._session = Session(Side.SERVER)
         self._sending = trio.Lock()
@@ -122,6 +126,8 @@ class ServerSession:
         self._scope = trio.CancelScope()
         self._reading = trio.CancelScope()
         self._waiting = False
+        self.waits_for_room = False
+        """Whether a batch waits until the store has room for it; nothing of it is in the store."""
         self._draining = False
         self._farewell: Failure | None = None
         self._digest_key = secrets.token_bytes(DIGEST_KEY_BYTES)
@@ -140,9 +146,10 @@ class ServerSession:
         self.drain(FAREWELL_SECONDS)
 
     def drain(self, seconds: float) -> None:
-        """Receive nothing more; end after the answers to what was received, at the latest after `seconds`."""
+        """Receive nothing more; end after the answers to what was received, at the latest after `seconds`. A batch that
+        waits for room is given up: nobody was told of it."""
         self._draining = True
-        if self._waiting:
+        if self._waiting or self.waits_for_room:
             self._reading.cancel()
         self._scope.deadline = min(self._scope.deadline, trio.current_time() + seconds)
 
@@ -367,8 +374,25 @@ class ServerSession:
 
     async def _ingest(self, group: GroupWriter | None, batch: list[Record], batch_bytes: int) -> None:
         assert group is not None, "the session's table lets only agents send records"
-        await self._writer.ingest(group, batch, batch_bytes)
+        if self._space.open:
+            await self._writer.ingest(group, batch, batch_bytes)
+        else:
+            await self._ingest_within_limits(group, batch, batch_bytes)
         await self._ack(group)
+
+    async def _ingest_within_limits(self, group: GroupWriter, batch: list[Record], batch_bytes: int) -> None:
+        growth, bare = growth_of(batch)
+        self.waits_for_room = True
+        if self._draining:
+            self._reading.cancel()  # the batch passes only if it need not wait
+        try:
+            await self._space.admit(growth, bare=bare)
+        finally:
+            self.waits_for_room = False
+        try:
+            await self._writer.ingest(group, batch, batch_bytes)
+        finally:
+            self._space.landed(growth)
 
     async def _compare(self, group: GroupWriter | None, message: Compare) -> None:
         assert group is not None, "the session's table lets only agents compare"

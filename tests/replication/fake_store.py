@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dedup.errors import NameRefused, OutOfOrder, StoreError, StoreFailed, StoreFull, UnknownName
+from dedup.storage import Storage
 from dedup.types import (
     BLOCK_BYTES,
     Aggregate,
@@ -109,6 +111,8 @@ class FakeGroup:
 
 class FakeStore:
     uuid = "5eed"
+    path = Path("a store that is in memory only")
+    storage = Storage()
 
     def __init__(self) -> None:
         self.full = self.broken = self.sync_fails = False
