@@ -28,6 +28,7 @@ import xxhash
 from dedup import layout
 from dedup.errors import Damaged, StoreFailed, StoreFull
 from dedup.group_state import Checkpoint, GroupState
+from dedup.gaps import inside, joined
 from dedup.layout import ANCHOR_KEY, GROUP_KEY, TIME_KEY, VOLUME_KEY
 from dedup.metadata_journal import JournalPosition
 from dedup.overlay import Overlay
@@ -257,6 +258,20 @@ class Catalog:
         self.put_anchor(txn, state, position)
         for name, snapshot in state.new_snapshots.items():
             key = self._prefix + name.encode()
+    def gap_from(self, txn: Txn, seq: Seq) -> Gap | None:
+        """The last gap that begins at or before `seq`; it may end before it."""
+        found = self._last_at_or_before(txn, "gaps", self._prefix, ANCHOR_KEY.pack(self.group_id, seq))
+        return None if found is None else _decode(found[1], Gap)
+
+    def _put_gap(self, txn: Txn, gap: Gap) -> None:
+        """Keeps the gap; with those that it overlaps, corrections of writes at one time, it becomes one."""
+        assert gap.last is not None
+        while (other := self.gap_from(txn, gap.last)) is not None and inside(other, max(gap.first, other.first)):
+            txn.delete(ANCHOR_KEY.pack(self.group_id, other.first), db=self._db["gaps"])
+            gap = joined(gap, other)
+            assert gap.last is not None
+        txn.put(ANCHOR_KEY.pack(self.group_id, gap.first), msgspec.msgpack.encode(gap), db=self._db["gaps"])
+
             if snapshot is None:
                 txn.delete(key, db=self._db["names"])
             else:
@@ -273,7 +288,7 @@ class Catalog:
             # Paths are longer than an LMDB key may be.
             txn.put(self._prefix + xxhash.xxh3_128_digest(path), path, db=self._db["paths"])
         for gap in state.new_gaps:
-            txn.put(ANCHOR_KEY.pack(self.group_id, gap.first), msgspec.msgpack.encode(gap), db=self._db["gaps"])
+            self._put_gap(txn, gap)
         for run in state.new_runs:
             key = self._prefix + run.run.to_bytes(4, "big")
             txn.put(key, msgspec.msgpack.encode(run), db=self._db["runs"])

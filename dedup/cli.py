@@ -11,7 +11,9 @@ from dedup import layout
 from dedup.damage import Check, Damage, Report
 from dedup.errors import StoreError, UnknownName
 from dedup.moment import rfc3339
-from dedup.reader import GroupReader, PointRange, Points, StoreReader
+from dedup.points import PointRange, Points
+from dedup.reader import GroupReader, StoreReader
+from dedup.repair import repair as repair_store
 from dedup.terminal import print_json, print_table, shown, terminal_progress
 from dedup.types import Gap, Moment, Seq, TimeNs
 from dedup.verify import verify as verify_store
@@ -149,16 +151,24 @@ def _print_points(found: Points) -> None:
 @click.command()
 @click.argument("store", metavar="STORE")
 @click.option("--read-data", is_flag=True, help="Also read every block and hold it against its fingerprint.")
-@click.option("--repair", is_flag=True, help="Repair what can be repaired (not supported yet).")
+@click.option("--repair", "repairing", is_flag=True, help="First repair what can be repaired.")
+@click.option(
+    "--accept-loss", is_flag=True, help="With --repair: cut a broken journal's history off where it is of no more use."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.pass_context
-def verify(context: click.Context, store: str, read_data: bool, repair: bool, as_json: bool) -> None:
+def verify(
+    context: click.Context, store: str, read_data: bool, repairing: bool, accept_loss: bool, as_json: bool
+) -> None:
     """Check STORE, in use or not. Exits 1 when it is damaged, and says which snapshots and volumes that concerns."""
-    if repair:
-        raise StoreError("verify --repair is not supported yet; run it without --repair to see what is damaged")
+    if accept_loss and not repairing:
+        raise click.UsageError("--accept-loss is a part of --repair")
     path = store_path(store)
     with terminal_progress() as progress:
-        report = verify_store(path, read_data=read_data, progress=progress)
+        if repairing:
+            report = repair_store(path, read_data=read_data, accept_loss=accept_loss, progress=progress)
+        else:
+            report = verify_store(path, read_data=read_data, progress=progress)
     if as_json:
         print_json(report_json(report))
     else:
@@ -168,7 +178,7 @@ def verify(context: click.Context, store: str, read_data: bool, repair: bool, as
 
 
 def report_json(report: Report) -> dict[str, object]:
-    """The contract's shape, and `group` with each damage, `omitted` with each check."""
+    """The contract's shape, and `group` with each damage, `omitted` with each check, `repairs` with what was done."""
     checks = [
         {
             "name": check.name,
@@ -179,7 +189,8 @@ def report_json(report: Report) -> dict[str, object]:
         }
         for check in report.checks
     ]
-    return {"ok": report.ok, "checks": checks, "repaired": report.repaired}
+    repairs = [{"what": one.what, "file": one.file} for one in report.repairs]
+    return {"ok": report.ok, "checks": checks, "repaired": report.repaired, "repairs": repairs}
 
 
 def _damage_json(damage: Damage) -> dict[str, object]:
@@ -195,6 +206,9 @@ def _damage_json(damage: Damage) -> dict[str, object]:
 
 
 def _print_report(report: Report, path: Path) -> None:
+    for repair in report.repairs:
+        where = "" if repair.file is None else f"{repair.file}: "
+        click.echo(f"repaired: {shown(where)}{shown(repair.what)}")
     rows = [[check.name, _verdict(check), str(check.items)] for check in report.checks]
     print_table(["check", "", "items"], rows)
     for check in report.checks:

@@ -59,6 +59,10 @@ class BadTime(StoreError):
 
 
 class BadPolicy(StoreError):
+class MomentGone(StoreError):
+    """What was a recovery point when it was looked up has been thinned out since. Look the moment up again."""
+
+
     """A retention policy that contradicts itself: tiers that do not ascend, a hard limit below the soft one."""
 
 

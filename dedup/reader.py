@@ -1,84 +1,77 @@
 """Reading a store beside its writer: groups, recovery points, snapshots and images. Any number of processes.
 
 Invariants:
-- nothing here writes: not the index, not the journal, not a container;
+- nothing here writes but this process's pins: not the index, not the journal, not a container;
 - a transaction lasts one request; the journal's tail past the checkpoint is read too, so a reader sees all that was
   journalled before `refresh`;
 - an incomplete last entry of the journal is the end, not damage;
+- history that is thinned out meanwhile is read again, and what is pinned is not thinned out (`group_views`, `pins`);
 - a moment in a gap is refused, with the nearest recovery points on both sides (`gap-is-said`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Final
 
-from dedup import layout
+from dedup import layout, resolution
 from dedup.catalog import Catalog, Index, Txn
 from dedup.container import ContainerPool
-from dedup.errors import MomentRefused, UnknownName
-from dedup.group_state import Checkpoint, GroupState
+from dedup.errors import UnknownName
+from dedup.gaps import Gaps
+from dedup.group_state import FINE, GroupState
+from dedup.group_views import DatedView, GroupViews
 from dedup.image import Image
+from dedup.manifest import read_manifest
 from dedup.marker import read_marker
-from dedup.metadata_journal import JournalPosition, Logged, read
-from dedup.moment import AtSeq, AtTime, Latest, Named, parse_time, rfc3339
-from dedup.pointer_map import SEQ_MAX
+from dedup.metadata_journal import Logged
+from dedup.pins import Pinning, ReaderPins
+from dedup.points import Points, Stretch, points_of, stretches
 from dedup.storage import Storage
-from dedup.synthesis import View, VolumePointers, changed_blocks, start_of, view_at
+from dedup.synthesis import View, VolumePointers, changed_blocks
 from dedup.types import BLOCK_BYTES, Gap, Moment, RunStart, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 from dedup.usage import StoreUsage, measure
-
-VIEWS_MAX: Final = 8
-"""Synthesized moments kept by a group's reader; each at most one checkpoint's overlay (a few MB)."""
-
-
-@dataclass(frozen=True, slots=True)
-class PointRange:
-    """Recovery points first..last, all of which can be restored, at one granularity."""
-
-    first: Seq
-    first_time: TimeNs
-    last: Seq
-    last_time: TimeNs
-    granularity: str
-    journal: str
-
-
-@dataclass(frozen=True, slots=True)
-class Points:
-    """What can be restored of a group."""
-
-    group: str
-    oldest: Moment | None
-    newest: Moment | None
-    covered_until: TimeNs
-    ranges: tuple[PointRange, ...]
-    gaps: tuple[Gap, ...]
-    flushes: int
-    bookmarks: tuple[Snapshot, ...]
 
 
 class StoreReader:
     """A store opened for reading."""
 
-    def __init__(self, path: Path, storage: Storage, index: Index, pool: ContainerPool) -> None:
+    def __init__(
+        self, path: Path, storage: Storage, index: Index, pool: ContainerPool, pins: ReaderPins | None = None
+    ) -> None:
+        """Over parts that are open. `pins` None: nothing is pinned."""
         self.path = path
         self.storage = storage
         self.index = index
         self.pool = pool
+        self.pins = pins
         self.lock = threading.Lock()
         self._groups: dict[str, GroupReader] = {}
 
     @classmethod
-    def open(cls, path: Path, storage: Storage | None = None) -> StoreReader:
-        """Opens the store at `path`. NotAStore, UnknownFormat, Damaged."""
+    def open(cls, path: Path, storage: Storage | None = None, *, pinning: Pinning = Pinning.EVERYTHING) -> StoreReader:
+        """Opens the store at `path`. What `pinning` says is not thinned out or swept until `close`.
+
+        NotAStore, UnknownFormat, Damaged; StoreBusy, StoreFull, StoreFailed when it cannot be pinned.
+        """
         storage = storage or Storage()
         read_marker(storage, path)
-        index = Index(path / layout.INDEX_NAME, writer=False)
-        return cls(path, storage, index, ContainerPool(storage, path / layout.CONTAINERS_NAME))
+        pins = None
+        if pinning is not Pinning.NOTHING:
+            pins = ReaderPins.open(path, storage, everything=pinning is Pinning.EVERYTHING)
+        try:
+            index = Index(path / layout.INDEX_NAME, writer=False)
+        except BaseException:
+            if pins is not None:
+                pins.close()
+            raise
+        return cls(path, storage, index, ContainerPool(storage, path / layout.CONTAINERS_NAME), pins)
+
+    def pinnable(self) -> AbstractContextManager[None]:
+        """While the block runs, no history is changed: what is found can be held. May wait: StoreBusy."""
+        return nullcontext() if self.pins is None else self.pins.inside()
 
     def groups(self) -> list[str]:
         """The names of all groups, sorted."""
@@ -113,6 +106,8 @@ class StoreReader:
     def close(self) -> None:
         self.pool.close()
         self.index.close()
+        if self.pins is not None:
+            self.pins.close()
 
 
 class GroupReader:
@@ -123,52 +118,54 @@ class GroupReader:
         self._store = store
         self._catalog = Catalog(store.index, group_id)
         self._directory = store.path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
-        self._anchor: Checkpoint | None = None
-        self._position: JournalPosition | None = None
-        self._state = GroupState()
-        self._views: OrderedDict[Seq, View] = OrderedDict()
-        self.refresh()
+        self._views = GroupViews(store.storage, store.index, self._catalog, self._directory, name, store.pins)
 
     def refresh(self) -> None:
         """Sees everything that was journalled before this call."""
-        with self._store.index.read() as txn:
-            anchor = self._catalog.anchor(txn, SEQ_MAX)
-            if self._position is None or anchor != self._anchor:
-                self._state, self._position = start_of(self._store.storage, self._directory, self._catalog, txn, anchor)
-                self._anchor = anchor
-        for logged, position in read(self._store.storage, self._directory, self._position):
-            self._state.apply(logged)
-            self._position = position
+        self._views.refresh()
 
     @property
     def held(self) -> Seq:
         """The last record, as of the last refresh."""
-        return self._state.held
+        return self.state.held
 
     @property
     def covered_until(self) -> TimeNs:
         """Nothing happened after the last record until this time."""
-        return self._state.time
+        return self.state.time
 
     @property
     def state(self) -> GroupState:
         """The state at `held`; not to be changed."""
-        return self._state
+        return self._views.state
+
+    @property
+    def rewritten(self) -> tuple[int, int]:
+        """Differs from what it was if history may have been thinned out between two refreshes."""
+        return self._views.rewritten
+
+    # -- names, gaps, clock runs -------------------------------------------------------------------------------------
 
     def gaps(self) -> list[Gap]:
-        """All gaps by seq; the last may be open."""
+        """All gaps behind the base by seq; the last may be open."""
         with self._store.index.read() as txn:
-            gaps = {gap.first: gap for gap in self._catalog.gaps(txn)}
-        gaps.update((gap.first, gap) for gap in self._state.new_gaps)
-        if self._state.base and self._state.gap is not None:
-            gaps[self._state.gap.first] = self._state.gap
-        return [gaps[first] for first in sorted(gaps)]
+            return Gaps(self._catalog, txn, self.state).all()
+
+    def gap_at(self, seq: Seq) -> Gap | None:
+        """The gap that the seq is in."""
+        with self._store.index.read() as txn:
+            return Gaps(self._catalog, txn, self.state).at(seq)
+
+    def gap_during(self, time: TimeNs, after: Seq, last: Seq) -> Gap | None:
+        """The gap that begins in after+1..last, seqs of one clock run, and in which that time is."""
+        with self._store.index.read() as txn:
+            return Gaps(self._catalog, txn, self.state).during(time, after, last)
 
     def snapshots(self) -> list[Snapshot]:
         """All catalogued recovery points by seq: the base, bookmarks, snapshots."""
         with self._store.index.read() as txn:
             named = dict(self._catalog.snapshots(txn))
-        for name, snapshot in self._state.new_snapshots.items():
+        for name, snapshot in self.state.new_snapshots.items():
             if snapshot is None:
                 named.pop(name, None)
             else:
@@ -177,178 +174,110 @@ class GroupReader:
 
     def snapshot(self, name: str) -> Snapshot | None:
         """The catalogued recovery point of that name."""
-        if name in self._state.new_snapshots:
-            return self._state.new_snapshots[name]
+        if name in self.state.new_snapshots:
+            return self.state.new_snapshots[name]
         with self._store.index.read() as txn:
             return self._catalog.snapshot(txn, name)
 
-    def _runs(self, txn: Txn) -> list[RunStart]:
-        runs = {run.run: run for run in self._catalog.runs(txn)}
-        runs.update((run.run, run) for run in self._state.new_runs)
+    def paths(self) -> set[str]:
+        """Every path that a volume has had."""
+        with self._store.index.read() as txn:
+            paths = self._catalog.paths(txn)
+        return paths | self.state.new_paths
+
+    def runs(self) -> list[RunStart]:
+        """All clock runs, in order."""
+        with self._store.index.read() as txn:
+            runs = {run.run: run for run in self._catalog.runs(txn)}
+        runs.update((run.run, run) for run in self.state.new_runs)
         return [runs[run] for run in sorted(runs)]
 
+    # -- moments -----------------------------------------------------------------------------------------------------
+
     def view(self, seq: Seq) -> View:
-        """The group at the last record at or before `seq`; whether it is a recovery point is not asked."""
-        seq = min(seq, self._state.held)
-        view = self._views.get(seq)
-        if view is None:
-            with self._store.index.read() as txn:
-                view = view_at(self._store.storage, self._directory, self._catalog, txn, lambda e: e.seq > seq, seq)
-            self._remember(seq, view)
-        self._views.move_to_end(seq)
-        return view
+        """The group at the last record at or before `seq` that the history still tells from others.
 
-    def _remember(self, seq: Seq, view: View) -> None:
-        self._views[seq] = view
-        if len(self._views) > VIEWS_MAX:
-            self._views.popitem(last=False)
+        Whether it is a recovery point is not asked.
+        """
+        return self._views.at(seq).view
 
-    def _view_at_time(self, text: str, time: TimeNs) -> View:
+    def view_before(self, stop: Callable[[Logged], bool], run: RunStart, time: TimeNs) -> View:
+        """The group before the first entry for which `stop` is true; that entry is behind `time` of the clock run."""
         with self._store.index.read() as txn:
-            runs = self._runs(txn)
-            ends = [run.previous_time for run in runs[1:]] + [self._state.time]
-            holding = [run for run, end in zip(runs, ends, strict=True) if run.time <= time <= end]
-            if len(holding) > 1:
-                starts = ", ".join(f"seq={run.first}" for run in holding)
-                raise MomentRefused(
-                    f"{text}: the agent's clock stepped back, so this time was met {len(holding)} times; "
-                    f"use seq=N, from one of the clock runs that start at {starts}"
-                )
-            if not holding:
-                raise self._outside(text, before=bool(runs) and time < min(run.time for run in runs))
-            run = holding[0]
             anchor = self._catalog.anchor_by_time(txn, run, time) or self._catalog.anchor(txn, run.first)
+        return self._views.before(stop, Seq(0) if anchor is None else anchor.held).view
 
-            def stop(logged: Logged) -> bool:
-                return logged.run > run.run or (logged.run == run.run and logged.time > time)
+    def first_from(self, seq: Seq) -> View | None:
+        """The group at the first record that ends at or after `seq`; None when there is none yet."""
+        return self._views.first_from(seq)
 
-            return view_at(
-                self._store.storage,
-                self._directory,
-                self._catalog,
-                txn,
-                stop,
-                Seq(0) if anchor is None else anchor.held,
-            )
+    def moment(self, view: View) -> Moment:
+        """The view's recovery point."""
+        return Moment(self.name, view.state.held, view.state.time, view.state.point)
 
     def resolve(self, text: str, *, now: TimeNs | None = None) -> Moment:
         """The recovery point that TIME names, everything journalled before the call included.
 
         BadTime, UnknownName; MomentRefused names the nearest recovery points.
         """
-        spec = parse_time(text, now=now)
         self.refresh()
-        asked: TimeNs | None = None
-        match spec.where:
-            case Latest():
-                view = self.view(self._state.held)
-            case AtSeq(seq):
-                if seq > self._state.held:
-                    raise self._outside(text, before=False)
-                view = self.view(seq)
-            case Named(name, bookmark):
-                view = self.view(self._named(name, bookmark=bookmark))
-            case AtTime(time):
-                named = self.snapshot(spec.text)
-                if named is not None:
-                    view = self.view(named.seq)
-                else:
-                    asked = time
-                    view = self._view_at_time(text, time)
-        if spec.flush:
-            if not view.state.last_flush:
-                raise self._outside(text, before=True)
-            asked = None
-            view = self.view(view.state.last_flush)
-        self._refuse_unless_point(text, view, asked)
-        return self._moment(view)
+        return resolution.resolve(self, text, now)
 
-    def _moment(self, view: View) -> Moment:
-        return Moment(self.name, view.state.held, view.state.time, view.state.point)
+    def hold(self, seq: Seq) -> None:
+        """Keeps the moment until `release`, as often as it is held. `seq` is that of a `Moment`.
 
-    def _named(self, name: str, *, bookmark: bool) -> Seq:
-        snapshot = self.snapshot(name)
-        if snapshot is None or (bookmark and snapshot.kind != "bookmark"):
-            kind = "bookmark" if bookmark else "bookmark or snapshot"
-            raise UnknownName(f"group {self.name} has no {kind} {name!r}; `rewindfs snapshot list` shows what it has")
-        return snapshot.seq
+        MomentGone when it has been thinned out. May wait while the writer changes history; StoreBusy.
+        """
+        self._views.hold(seq)
 
-    def _refuse_unless_point(self, text: str, view: View, asked: TimeNs | None) -> None:
-        seq = view.state.held
-        if not self._state.base or seq < self._state.base:
-            raise self._outside(text, before=True)
-        for gap in self.gaps():
-            inside = gap.first <= seq and (gap.last is None or seq <= gap.last)
-            between = asked is not None and gap.from_time < asked and (gap.to_time is None or asked < gap.to_time)
-            if inside or between:
-                sides = [self._point_text(Seq(gap.first - 1))] if gap.first > self._state.base else []
-                if gap.last is not None:
-                    sides.append(self._point_text(Seq(gap.last + 1)))
-                raise MomentRefused(
-                    f"{text}: in a gap ({gap.reason}), no consistent recovery point; nearest: {' and '.join(sides)}"
-                )
+    def release(self, seq: Seq) -> None:
+        """Ends one `hold`. Never waits."""
+        self._views.release(seq)
 
-    def _outside(self, text: str, *, before: bool) -> MomentRefused:
-        if not self._state.base:
-            return MomentRefused(
-                f"{text}: group {self.name} has no recovery point yet, its base snapshot is being made"
-            )
-        if before:
-            return MomentRefused(f"{text}: before the first recovery point, {self._point_text(self._state.base)}")
-        return MomentRefused(f"{text}: after the last recovery point, {self._point_text(self._state.held)}")
+    def points(self) -> Points:
+        """What can be restored now."""
+        self.refresh()
+        return points_of(self)
 
-    def _point_text(self, seq: Seq) -> str:
-        state = self.view(seq).state
-        return f"seq={state.held} at {rfc3339(state.time)}"
+    def stretches(self) -> list[Stretch]:
+        """The history by granularity and data journal, in order."""
+        with self._store.index.read() as txn:
+            routes = [*self._catalog.routes(txn), *self.state.new_routes]
+        manifest = read_manifest(self._store.storage, self._directory)
+        return list(stretches(manifest, routes, FINE.journal, self.held))
+
+    # -- volumes -----------------------------------------------------------------------------------------------------
 
     def volumes_at(self, seq: Seq) -> dict[str, VolumeState]:
         """Path → volume, of those that existed at `seq`."""
         return {volume.path: volume for volume in self.view(seq).state.volumes.values()}
 
-    def paths(self) -> set[str]:
-        """Every path that a volume has had."""
-        with self._store.index.read() as txn:
-            paths = self._catalog.paths(txn)
-        return paths | self._state.new_paths
-
     def image(self, volume: VolumeId, seq: Seq) -> Image:
-        """The volume at `seq`. UnknownName if it did not exist then."""
-        view = self.view(seq)
-        state = view.volume(volume)
+        """The volume at `seq`. UnknownName if it did not exist then.
+
+        Reading it raises MomentGone once the moment is thinned out; while it is held, it is not.
+        """
+        dated = self._views.at(seq)
+        state = dated.view.volume(volume)
         if state is None:
             raise UnknownName(f"group {self.name} had no volume {volume} at seq={seq}")
-        pointers = VolumePointers(view, self._catalog, volume)
-        label = f"{state.path} at seq={view.state.held}"
+        pointers = self._pointers(dated, volume)
+        label = f"{state.path} at seq={dated.view.state.held}"
         return Image(self._store.index, self._store.pool, self._store.lock, pointers, state.size, label)
+
+    def pointers(self, volume: VolumeId, seq: Seq) -> VolumePointers:
+        """The volume's pointers at `seq`, for which the same holds as for `image`."""
+        return self._pointers(self._views.at(seq), volume)
+
+    def _pointers(self, dated: DatedView, volume: VolumeId) -> VolumePointers:
+        def check(txn: Txn) -> None:
+            self._views.check(txn, dated)
+
+        return VolumePointers(dated.view, self._catalog, volume, check)
 
     def changed_bytes(self, volume: VolumeId, old: Seq | None, new: Seq) -> int:
         """Bytes of blocks whose pointers differ between two moments (None: compared with nothing)."""
-        after = VolumePointers(self.view(new), self._catalog, volume)
-        before = None if old is None else VolumePointers(self.view(old), self._catalog, volume)
+        after = self.pointers(volume, new)
+        before = None if old is None else self.pointers(volume, old)
         with self._store.index.read() as txn:
             return changed_blocks(txn, before, after) * BLOCK_BYTES
-
-    def points(self) -> Points:
-        """What can be restored now."""
-        self.refresh()
-        state, gaps = self._state, self.gaps()
-        bookmarks = tuple(found for found in self.snapshots() if found.kind == "bookmark")
-        ranges: list[PointRange] = []
-        if state.base:
-            starts = [state.base, *(Seq(gap.last + 1) for gap in gaps if gap.last is not None)]
-            ends = [*(Seq(gap.first - 1) for gap in gaps), *([] if state.gap else [state.held])]
-            ranges = [self._range(first, last) for first, last in zip(starts, ends, strict=True) if first <= last]
-        return Points(
-            self.name,
-            self._moment(self.view(ranges[0].first)) if ranges else None,
-            self._moment(self.view(ranges[-1].last)) if ranges else None,
-            state.time,
-            tuple(ranges),
-            tuple(gaps),
-            state.flushes,
-            bookmarks,
-        )
-
-    def _range(self, first: Seq, last: Seq) -> PointRange:
-        start, end = self.view(first).state, self.view(last).state
-        return PointRange(start.held, start.time, end.held, end.time, "every-write", "fine")

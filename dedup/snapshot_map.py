@@ -10,12 +10,10 @@ from typing import Final
 import numpy as np
 
 from dedup import layout
-from dedup.catalog import Catalog
 from dedup.container import ContainerReader
 from dedup.layout import LEAF_BLOCKS, SLOT_BITS, SLOT_MASK
 from dedup.pointer_map import Addresses
 from dedup.reader import GroupReader, StoreReader
-from dedup.synthesis import VolumePointers
 from dedup.types import BASE_JOURNAL, BLOCK_BYTES, FINE_JOURNAL, HOLE, ContainerId, Seq, VolumeState
 
 JOURNAL_NAMES: Final = {BASE_JOURNAL: "base", FINE_JOURNAL: "fine"}
@@ -85,9 +83,8 @@ def _pieces(
     store: StoreReader, group: GroupReader, volume: VolumeState, seq: Seq, end: int
 ) -> Iterator[tuple[int, int, int]]:
     """The same, but cut at the borders of leaves; stretches without any leaf are one hole."""
+    pointers = group.pointers(volume.volume, seq)
     with store.index.read() as txn:
-        catalog = Catalog(store.index, store.index.group_ids(txn)[group.name])
-        pointers = VolumePointers(group.view(seq), catalog, volume.volume)
         leaves = [leaf for leaf in pointers.written_leaves(txn) if leaf * LEAF_BLOCKS < end]
     done = 0
     for at in range(0, len(leaves), _LEAVES_PER_REQUEST):

@@ -47,6 +47,28 @@ def start_of(
     return catalog.state(txn, anchor), anchor.position
 
 
+def state_before(
+    storage: Storage,
+    directory: Path,
+    catalog: Catalog,
+    txn: Txn,
+    segment: SegmentFile,
+    files: Sequence[SegmentFile] | None = None,
+) -> GroupState:
+    """The state at the segment's beginning; its overlay and `new_*` are what followed the anchor before it.
+
+    Entries of the segment that consume no seq may be in it already, when a checkpoint was made right behind them.
+    `files` is the journal's chain, if it is not the one that the directory has now.
+    """
+    before = Seq(segment.first - 1)
+    anchor = catalog.anchor(txn, before)
+    state, start = start_of(storage, directory, catalog, txn, anchor)
+    if anchor is None or anchor.held < before:
+        for logged, _ in read(storage, directory, start, limit=segment.start, files=files):
+            state.apply(logged)
+    return state
+
+
 def view_at(
     storage: Storage, directory: Path, catalog: Catalog, txn: Txn, stop: Callable[[Logged], bool], after: Seq
 ) -> View:
@@ -67,10 +89,14 @@ def view_at(
 class VolumePointers:
     """The pointers of one volume at one view, with a bounded cache of decoded leaves."""
 
-    def __init__(self, view: View, catalog: Catalog, volume: VolumeId) -> None:
+    def __init__(
+        self, view: View, catalog: Catalog, volume: VolumeId, check: Callable[[Txn], None] | None = None
+    ) -> None:
+        """`check` raises where the pointer maps that a transaction sees are no longer those of the view."""
         self._view = view
         self._catalog = catalog
         self._volume = volume
+        self._check = check
         self._leaves: OrderedDict[int, Addresses] = OrderedDict()
 
     def leaf(self, txn: Txn, leaf: int) -> Addresses:
@@ -79,6 +105,8 @@ class VolumePointers:
         if cached is not None:
             self._leaves.move_to_end(leaf)
             return cached
+        if self._check is not None:
+            self._check(txn)
         found = self._catalog.pointers.leaf(txn, self._volume, leaf, self._view.anchor)
         addresses = np.zeros(LEAF_BLOCKS, dtype=np.uint64) if found is None else found
         self._view.state.overlay.cover(self._volume, leaf * LEAF_BLOCKS, addresses)
@@ -106,6 +134,8 @@ class VolumePointers:
 
     def written_leaves(self, txn: Txn) -> list[int]:
         """Every leaf that may hold a pointer which is not a hole, ascending."""
+        if self._check is not None:
+            self._check(txn)
         leaves = set(self._catalog.pointers.leaves(txn, self._volume))
         leaves.update(leaf for leaf, _, _ in self._view.state.overlay.leaves(self._volume))
         return sorted(leaves)

@@ -1,0 +1,216 @@
+"""A group's head and its past moments, seen beside a writer that adds to its history and thins it out.
+
+Invariants:
+- each view was synthesized from one state of the index and of the journal: where the history is rewritten meanwhile, it
+  is done again. A segment that is missing is damage only if the manifest is what it was;
+- pointers are looked up for a view only while its stretch of history is as it was (`check`): nothing was rewritten
+  since, or the moment has been held since before the view was made (`no-wrong-bytes`);
+- a moment is held only if it was there, found and pinned inside the barrier of `pins`;
+- between the manifest of a rewritten history and its index (a writer may be killed there) an anchor whose place in the
+  journal is gone is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+from dedup.catalog import Catalog, Index, Txn
+from dedup.errors import Damaged, MomentGone, StoreBusy
+from dedup.group_state import Checkpoint, GroupState
+from dedup.journal_reader import JournalPosition, SegmentFile, chain
+from dedup.manifest import read_manifest
+from dedup.metadata_journal import Logged, read
+from dedup.pins import ReaderPins
+from dedup.pointer_map import SEQ_MAX
+from dedup.storage import Storage
+from dedup.synthesis import View, start_of
+from dedup.types import Seq
+
+VIEWS_MAX: Final = 8
+"""Synthesized moments kept; each at most one checkpoint's overlay (a few MB)."""
+ATTEMPTS_MAX: Final = 8
+"""How often a view is made anew because the history was rewritten under it: once for each rewriting."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class DatedView:
+    """A view, and the number of the manifest that it was made under."""
+
+    view: View
+    number: int
+
+
+class GroupViews:
+    """The views of one group. Not for two threads at once, but for `check`."""
+
+    def __init__(
+        self, storage: Storage, index: Index, catalog: Catalog, directory: Path, name: str, pins: ReaderPins | None
+    ) -> None:
+        """`pins` None: nothing can be held; for the writer's own process, and its helpers."""
+        self._storage = storage
+        self._index = index
+        self._catalog = catalog
+        self._directory = directory
+        self._name = name
+        self._pins = pins
+        self._latest: Checkpoint | None = None
+        self._position: JournalPosition | None = None
+        self._indexed = 0
+        self._manifest = 0
+        self._state = GroupState()
+        self._views: OrderedDict[Seq, DatedView] = OrderedDict()
+        self._held: dict[Seq, int] = {}
+        """Moments held, and the manifest's number when that began."""
+        self.refresh()
+
+    @property
+    def state(self) -> GroupState:
+        """The head as of the last refresh; not to be changed."""
+        return self._state
+
+    @property
+    def rewritten(self) -> tuple[int, int]:
+        """Differs from what it was if the history may have been rewritten between two refreshes."""
+        return self._manifest, self._indexed
+
+    def refresh(self) -> None:
+        """Sees everything that was journalled before this call."""
+        self._settled(self._catch_up)
+
+    def _catch_up(self, manifest: int) -> None:
+        with self._index.read() as txn:
+            indexed = self._catalog.journal_number(txn)
+            if (manifest, indexed) != (self._manifest, self._indexed):
+                self._position = None
+                self._manifest, self._indexed = manifest, indexed
+                self._drop_views()
+            latest = self._catalog.anchor(txn, SEQ_MAX)
+            if self._position is None or latest != self._latest:
+                anchor = self._anchor(txn, SEQ_MAX, manifest)
+                state, position = start_of(self._storage, self._directory, self._catalog, txn, anchor)
+                self._state, self._position, self._latest = state, position, latest
+        for logged, position in read(self._storage, self._directory, self._position):
+            self._state.apply(logged)
+            self._position = position
+
+    def _settled(self, step: Callable[[int], _T]) -> _T:
+        """What the step gives, once no history is rewritten under it; it is told the manifest's number."""
+        for _ in range(ATTEMPTS_MAX):
+            manifest = self._manifest_number()
+            try:
+                return step(manifest)
+            except Damaged:
+                if self._manifest_number() == manifest:
+                    raise
+        raise StoreBusy(f"group {self._name}: its history is being thinned out faster than it is read; try again")
+
+    def _manifest_number(self) -> int:
+        return read_manifest(self._storage, self._directory).number
+
+    def _anchor(self, txn: Txn, seq: Seq, manifest: int) -> Checkpoint | None:
+        """The last checkpoint at or before `seq` from which the journal can be read on."""
+        anchor = self._catalog.anchor(txn, seq)
+        if anchor is None or self._catalog.journal_number(txn) == manifest:
+            return anchor
+        segments = set(chain(self._storage, self._directory))
+        while anchor is not None:
+            if SegmentFile(anchor.position.segment, anchor.position.generation) in segments:
+                return anchor
+            anchor = self._catalog.anchor(txn, Seq(anchor.held - 1)) if anchor.held else None
+        return None
+
+    # -- past moments ------------------------------------------------------------------------------------------------
+
+    def at(self, seq: Seq) -> DatedView:
+        """The group at the last record at or before `seq` that the history still tells from others."""
+        seq = min(seq, self._state.held)
+        dated = self._views.get(seq)
+        if dated is None:
+            dated = self.before(lambda logged: logged.seq > seq, seq)
+            self._views[seq] = dated
+            if len(self._views) > VIEWS_MAX:
+                self._views.popitem(last=False)
+        self._views.move_to_end(seq)
+        return dated
+
+    def before(self, stop: Callable[[Logged], bool], after: Seq) -> DatedView:
+        """The group before the first entry for which `stop` is true; `after` is a seq at or before that entry.
+
+        What is replayed is at most one checkpoint's entries when that seq is close. `stop` may be asked about an entry
+        more than once.
+        """
+        return self._settled(partial(self._synthesize, stop, after))
+
+    def _synthesize(self, stop: Callable[[Logged], bool], after: Seq, manifest: int) -> DatedView:
+        with self._index.read() as txn:
+            # A commit between the two looks: the index is the newer one, and the journal read below is not older.
+            manifest = max(manifest, self._catalog.journal_number(txn))
+            anchor = self._anchor(txn, after, manifest)
+            state, start = start_of(self._storage, self._directory, self._catalog, txn, anchor)
+            for logged, _ in read(self._storage, self._directory, start):
+                if stop(logged):
+                    break
+                state.apply(logged)
+        return DatedView(View(Seq(0) if anchor is None else anchor.held, state), manifest)
+
+    def first_from(self, seq: Seq) -> View | None:
+        """The group at the first record that ends at or after `seq`; None when there is none yet."""
+        if seq > self._state.held:
+            return None
+        view = self.before(lambda logged: logged.kind.consumes_seq and logged.first_seq > seq, seq).view
+        return view if view.state.held >= seq else None
+
+    def _drop_views(self) -> None:
+        for seq, dated in list(self._views.items()):
+            if not self._is_held(dated):
+                del self._views[seq]
+
+    # -- moments that stay -------------------------------------------------------------------------------------------
+
+    def hold(self, seq: Seq) -> None:
+        """Keeps the moment, and every view of it that is made from now on, until `release`; as often as it is held.
+
+        MomentGone when the history does not tell it from others any more. May wait while the writer changes history;
+        StoreBusy.
+        """
+        if self._pins is None:
+            self.refresh()
+            self._refuse_if_gone(seq)
+        elif not self._pins.pin_again(self._name, seq):
+            with self._pins.inside():
+                self.refresh()
+                if self._manifest != self._indexed:
+                    self._views.clear()  # what they were made from will be rewritten when a writer opens the store
+                self._refuse_if_gone(seq)
+                self._pins.pin(self._name, seq)
+                self._held[seq] = self._manifest
+
+    def _refuse_if_gone(self, seq: Seq) -> None:
+        if self.at(seq).view.state.held != seq:
+            raise self._gone(seq)
+
+    def release(self, seq: Seq) -> None:
+        """Ends one `hold`. Never waits."""
+        if self._pins is not None and self._pins.unpin(self._name, seq):
+            del self._held[seq]
+
+    def check(self, txn: Txn, dated: DatedView) -> None:
+        """MomentGone unless the pointer maps, as the transaction sees them, are still those of the view. Any thread."""
+        if dated.number < self._catalog.journal_number(txn) and not self._is_held(dated):
+            raise self._gone(dated.view.state.held)
+
+    def _is_held(self, dated: DatedView) -> bool:
+        if self._pins is not None and self._pins.everything:
+            return True
+        since = self._held.get(dated.view.state.held)
+        return since is not None and since <= dated.number
+
+    def _gone(self, seq: Seq) -> MomentGone:
+        return MomentGone(f"group {self._name}: seq={seq} has been thinned out meanwhile; look the moment up again")
