@@ -61,6 +61,8 @@ def decode_whole(value: bytes) -> Addresses:
     inside = (np.arange(LEAF_BLOCKS) - first).astype(np.uint64)
     inside[bases == HOLE] = _NO_HOLES
     result: Addresses = bases + inside
+    if (result < bases).any():
+        raise Damaged("index: a pointer-map leaf has a bad run; rebuild the index with `rewindfs verify --repair`")
     return result
 
 
@@ -73,15 +75,22 @@ def _decode_delta(value: bytes) -> tuple[npt.NDArray[np.uint16], Addresses]:
     count, rest = divmod(len(value) - 2, 10)
     if rest or not count:
         raise Damaged("index: a pointer-map delta has a bad length; rebuild with `rewindfs verify --repair`")
-    return (
-        np.frombuffer(value, dtype="<u2", count=count, offset=2),
-        np.frombuffer(value, dtype="<u8", count=count, offset=2 + 2 * count),
-    )
+    indexes = np.frombuffer(value, dtype="<u2", count=count, offset=2)
+    if int(indexes.max()) >= LEAF_BLOCKS:
+        raise Damaged("index: a pointer-map delta has a bad index; rebuild with `rewindfs verify --repair`")
+    return indexes, np.frombuffer(value, dtype="<u8", count=count, offset=2 + 2 * count)
+
+
+def _is_whole(value: bytes) -> bool:
+    """Which of the two sorts of version it is. Damaged when it is neither."""
+    if len(value) < 2 or value[0] not in (POINTER_WHOLE, POINTER_DELTA):
+        raise Damaged("index: a pointer-map version is of no known sort; rebuild with `rewindfs verify --repair`")
+    return value[0] == POINTER_WHOLE
 
 
 def named_by(value: bytes) -> Addresses:
     """Every address that one version names itself, holes among them. Damaged."""
-    return decode_whole(value) if value[0] == POINTER_WHOLE else _decode_delta(value)[1]
+    return decode_whole(value) if _is_whole(value) else _decode_delta(value)[1]
 
 
 class PointerMap:
@@ -102,7 +111,7 @@ class PointerMap:
         found = self._seek_back(cursor, prefix, seq)
         while found:
             value = cursor.value()
-            if value[0] == POINTER_WHOLE:
+            if _is_whole(value):
                 addresses = decode_whole(value)
                 for indexes, changed in reversed(deltas):
                     addresses[indexes] = changed
@@ -142,7 +151,7 @@ class PointerMap:
             # A version of this very checkpoint (a cut, just before) cannot carry a delta: both have one key.
             if self._seek_back(cursor, prefix, seq) and not cursor.key().endswith(seq.to_bytes(8, "big")):
                 value = cursor.value()
-                depth = 0 if value[0] == POINTER_WHOLE else value[1]
+                depth = 0 if _is_whole(value) else value[1]
             if depth >= DELTAS_MAX or len(indexes) > DELTA_POINTERS_MAX:
                 whole = self._leaf(cursor, volume, leaf, seq)
                 if whole is None:
@@ -166,6 +175,14 @@ class PointerMap:
                 yield leaf
                 leaf += 1
 
+    def changed_leaves(self, txn: lmdb.Transaction[bytes], volume: VolumeId, after: Seq, last: Seq) -> Iterator[int]:
+        """The leaves of `volume` with a version of a checkpoint in after+1..last, ascending: a look at each leaf."""
+        with txn.cursor(self._db) as cursor:
+            for leaf in self.leaves(txn, volume):
+                prefix = POINTER_KEY.pack(self._group_id, volume, leaf, 0)[:-8]
+                if self._seek_back(cursor, prefix, last) and int.from_bytes(cursor.key()[-8:], "big") > after:
+                    yield leaf
+
     def forget(self, txn: lmdb.Transaction[bytes], volume: VolumeId, leaf: int, after: Seq, last: Seq) -> None:
         """Drops the leaf's versions of checkpoints after..last; the caller writes, in this transaction, what still has
         to be known of them: at `last` the leaf must be what it was."""
@@ -182,7 +199,7 @@ class PointerMap:
             if self._seek_back(cursor, prefix, last) or not cursor.set_range(prefix):
                 return
             key, value = cursor.key(), cursor.value()
-            if key.startswith(prefix) and value[0] == POINTER_DELTA:
+            if key.startswith(prefix) and not _is_whole(value):
                 whole = np.zeros(LEAF_BLOCKS, dtype=np.uint64)
                 indexes, changed = _decode_delta(value)
                 whole[indexes] = changed
