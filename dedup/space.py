@@ -17,7 +17,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from dedup.retention import Policy
+from dedup.errors import StoreError
+from dedup.retention import Policy, load_policy
+from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, Aggregate, Correct, Extent, Reconcile, Record, Resize, Write
 
 BLOCK_GROWTH_BYTES: Final = BLOCK_BYTES + 128
@@ -25,7 +27,7 @@ BLOCK_GROWTH_BYTES: Final = BLOCK_BYTES + 128
 RECORD_GROWTH_BYTES: Final = 256
 """A record apart from its blocks. A path may be longer; such records are few."""
 RESERVE_BYTES_MAX: Final = 64 << 20
-RESERVE_SHARE: Final = 16
+RESERVE_SHARE: Final = 8
 """Of the hard limit, one part in so many is the reserve, RESERVE_BYTES_MAX at most."""
 
 
@@ -80,6 +82,14 @@ def space_document(policy: Policy, used: int, state: SpaceState | None = None) -
         "hard_limit": policy.hard_limit_bytes,
         "state": (state or state_at(policy, used)).value,
     }
+
+
+def space_of(storage: Storage, store_path: Path, used: int) -> dict[str, object]:
+    """The same of a store by its files alone. A damaged policy is told in it: `status` goes on."""
+    try:
+        return space_document(load_policy(storage, store_path), used)
+    except StoreError as error:
+        return {**space_document(Policy(), used), "error": str(error)}
 
 
 def blocks_of(records: Iterable[Record]) -> int:

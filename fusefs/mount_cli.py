@@ -17,6 +17,8 @@ import trio
 from dedup.errors import RewindError
 from dedup.moment import check_name, rfc3339
 from dedup.reader import StoreReader
+from dedup.space import space_of
+from dedup.storage import Storage
 from dedup.types import TimeNs
 from fusefs.agent_control import Body, ask
 from fusefs.mount_process import DRAIN_SECONDS, MountSettings, run_mount
@@ -254,7 +256,7 @@ def mount_status(mountpoint: Path) -> dict[str, Any]:
     oldest = report.pop("oldest_queued")
     report["lag"]["seconds"] = 0.0 if oldest is None else max(0.0, (time.time_ns() - oldest) / 1e9)
     store = Path(report.pop("store_path"))
-    return {**report, **points_of(store, report["group"]), "store": usage_of(store)}
+    return {**report, **points_of(store, report["group"]), **usage_of(store)}
 
 
 def store_status(store: Path) -> dict[str, Any]:
@@ -268,7 +270,7 @@ def store_status(store: Path) -> dict[str, Any]:
     several: dict[str, Any] = {"group": None, "oldest": None, "newest": None, "gaps": 0}
     only = reports[0] if len(reports) == 1 else several
     unknown = {"mode": None, "state": None, "link": None, "lag": None, "intent_bytes": None, "reconcile": None}
-    return {**unknown, "seq": None, "durable_seq": None, **only, "groups": reports, "store": usage_of(store)}
+    return {**unknown, "seq": None, "durable_seq": None, **only, "groups": reports, **usage_of(store)}
 
 
 def points_of(store: Path, group: str) -> dict[str, Any]:
@@ -287,13 +289,16 @@ def points_of(store: Path, group: str) -> dict[str, Any]:
 
 
 def usage_of(store: Path) -> dict[str, Any]:
-    """Sizes of the store, read beside whoever writes it."""
+    """Sizes of the store and what its caps say of them, read beside whoever writes it."""
     reader = StoreReader.open(store)
     try:
         usage = reader.usage()
     finally:
         reader.close()
-    return {"path": str(store), **msgspec.to_builtins(usage)}
+    return {
+        "store": {"path": str(store), **msgspec.to_builtins(usage)},
+        "space": space_of(Storage(), store, usage.bytes),
+    }
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -318,4 +323,9 @@ def describe(report: dict[str, Any]) -> str:
         f"  store {store['path']}: {store['bytes']} bytes for {store['logical_bytes']} written "
         f"(deduplication {store['dedup_ratio']:.2f}), {store['snapshots']} snapshots"
     )
+    space = report["space"]
+    if space["state"] != "ok":
+        lines.append(f"  above its {space['state']} limit of {space[space['state'] + '_limit']} bytes")
+    if "error" in space:
+        lines.append(f"  {space['error']}")
     return "\n".join(lines)
