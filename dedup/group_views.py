@@ -41,10 +41,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class DatedView:
-    """A view, and the number of the manifest that it was made under."""
+    """A view, and the number of the manifest that it was made under; `indexed`: the index was that manifest's."""
 
     view: View
     number: int
+    indexed: bool
 
 
 class GroupViews:
@@ -151,14 +152,15 @@ class GroupViews:
     def _synthesize(self, stop: Callable[[Logged], bool], after: Seq, manifest: int) -> DatedView:
         with self._index.read() as txn:
             # A commit between the two looks: the index is the newer one, and the journal read below is not older.
-            manifest = max(manifest, self._catalog.journal_number(txn))
+            indexed = self._catalog.journal_number(txn)
+            manifest = max(manifest, indexed)
             anchor = self._anchor(txn, after, manifest)
             state, start = start_of(self._storage, self._directory, self._catalog, txn, anchor)
             for logged, _ in read(self._storage, self._directory, start):
                 if stop(logged):
                     break
                 state.apply(logged)
-        return DatedView(View(Seq(0) if anchor is None else anchor.held, state), manifest)
+        return DatedView(View(Seq(0) if anchor is None else anchor.held, state), manifest, manifest == indexed)
 
     def first_from(self, seq: Seq) -> View | None:
         """The group at the first record that ends at or after `seq`; None when there is none yet."""
@@ -207,10 +209,11 @@ class GroupViews:
             raise self._gone(dated.view.state.held)
 
     def _is_held(self, dated: DatedView) -> bool:
+        """Whether the moment was held before the view was made, from the anchor that the writer takes it for."""
         if self._pins is not None and self._pins.everything:
             return True
         since = self._held.get(dated.view.state.held)
-        return since is not None and since <= dated.number
+        return since is not None and since <= dated.number and dated.indexed
 
     def _gone(self, seq: Seq) -> MomentGone:
         return MomentGone(f"group {self._name}: seq={seq} has been thinned out meanwhile; look the moment up again")

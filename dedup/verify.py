@@ -30,6 +30,7 @@ from dedup.errors import Damaged, StoreError, UnknownFormat
 from dedup.group_verify import GroupVerifier
 from dedup.marker import read_marker
 from dedup.reachability import Reachability
+from dedup.pins import ReaderPins
 from dedup.reader import StoreReader
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerId
@@ -56,9 +57,16 @@ class NoProgress:
 def verify(path: Path, *, read_data: bool = False, progress: Progress | None = None) -> Report:
     """Checks the store at `path`, `read_data`: every block too. Any number at once, beside a writer too.
 
-    What is wrong inside is in the report. NotAStore, UnknownFormat; Damaged when the marker is.
+    Meanwhile nothing is thinned out or swept. What is wrong inside is in the report. NotAStore, UnknownFormat; Damaged
+    when the marker is; StoreBusy, StoreFailed when nothing can be pinned.
     """
-    return inspect(path, Storage(), read_data=read_data, progress=progress).report
+    storage = Storage()
+    read_marker(storage, path)
+    pins = ReaderPins.open(path, storage, everything=True)
+    try:
+        return inspect(path, storage, read_data=read_data, progress=progress).report
+    finally:
+        pins.close()
 
 
 def inspect(path: Path, storage: Storage, *, read_data: bool = False, progress: Progress | None = None) -> Inspection:
