@@ -53,9 +53,10 @@ _LONGEST_NAMED: Final = {
 _Check = Callable[[Any], bool]
 
 
-def within_bounds(value: Any) -> bool:
+def within_bounds(value: object) -> bool:
     """Whether everything in a decoded dataclass is what its type allows."""
-    return _check_of(type(value), "")(value)
+    kind: Any = type(value)
+    return _check_of(kind, "")(value)
 
 
 @cache

@@ -17,7 +17,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -26,9 +26,11 @@ import msgspec
 import xxhash
 
 from dedup import layout
+from dedup.bounds import within_bounds
 from dedup.errors import Damaged, StoreFailed, StoreFull
+from dedup.index_file import check_length, complete
+from dedup.gaps import inside, is_closed, joined
 from dedup.group_state import Checkpoint, GroupState
-from dedup.gaps import inside, joined
 from dedup.layout import ANCHOR_KEY, GROUP_KEY, TIME_KEY, VOLUME_KEY
 from dedup.metadata_journal import JournalPosition
 from dedup.overlay import Overlay
@@ -50,6 +52,7 @@ from dedup.types import (
 MAP_BYTES: Final = 1 << 40
 """Size of the LMDB map: address space only, the file grows as it is used. Fixed: a map cannot grow under readers."""
 READERS_MAX: Final = 1024
+_REBUILD: Final = "make it anew: `rewindfs verify --repair`"
 _CRAMPED_BYTES: Final = 64 << 20
 """With less room than this, a checkpoint may well have met the end of the disk."""
 _WATERMARK: Final = b"watermark"
@@ -102,16 +105,26 @@ class Index:
             )
             if writer:
                 self.env.reader_check()
+            try:
+                check_length(self.env, directory)
+            except BaseException:
+                self.env.close()
+                raise
             self.db = {name: self.env.open_db(name.encode(), create=writer) for name in _DATABASES}
         except lmdb.Error as error:
             raise Damaged(
-                f"{directory}: the index cannot be opened ({error}); it can be rebuilt from the journal: "
-                "move the directory away and open the store again"
+                f"{directory}: the index cannot be opened ({error}); it can be made anew from the journal: "
+                "`rewindfs verify --repair`"
             ) from error
 
-    def read(self) -> Txn:
-        """A read transaction; lasts one request (a long one keeps old pages alive)."""
-        return self.env.begin()
+    @contextmanager
+    def read(self) -> Iterator[Txn]:
+        """A read transaction; lasts one request (a long one keeps old pages alive). Damaged when LMDB meets damage."""
+        try:
+            with self.env.begin() as txn:
+                yield txn
+        except lmdb.Error as error:
+            raise Damaged(f"{self.env.path()}: the index is damaged ({error}); {_REBUILD}") from error
 
     @contextmanager
     def write(self) -> Iterator[Txn]:
@@ -122,6 +135,7 @@ class Index:
         try:
             with self.env.begin(write=True) as txn:
                 yield txn
+            complete(self.env, Path(self.env.path()))
         except lmdb.Error as error:
             path = self.env.path()
             # LMDB calls a write that a full disk cut short EIO. Nothing was committed then, it may be tried again.
@@ -139,7 +153,7 @@ class Index:
     def group_ids(self, txn: Txn) -> dict[str, int]:
         """Every group that a checkpoint has seen, by name."""
         with txn.cursor(self.db["groups"]) as cursor:
-            return {key.decode(): int.from_bytes(value, "big") for key, value in cursor}
+            return {_text(key): _number(value, 2) for key, value in cursor}
 
     def watermark(self) -> Watermark:
         """What the containers held at the last checkpoint; without one, nothing."""
@@ -164,9 +178,32 @@ def _free_bytes(path: str) -> int:
 
 def _decode(value: bytes, kind: type[_Value]) -> _Value:
     try:
-        return msgspec.msgpack.decode(value, type=kind)
-    except msgspec.MsgspecError as error:
+        decoded = msgspec.msgpack.decode(value, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged(f"index: a {kind.__name__} does not decode ({error}); rebuild the index") from error
+    if not within_bounds(decoded):
+        raise Damaged(f"index: a {kind.__name__} says what cannot be; rebuild the index")
+    return decoded
+
+
+def _gap(value: bytes) -> Gap:
+    gap = _decode(value, Gap)
+    if not is_closed(gap):
+        raise Damaged(f"index: the gap of seq {gap.first} has no end; rebuild the index")
+    return gap
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise Damaged(f"index: a name is no text ({error}); rebuild the index") from error
+
+
+def _number(value: bytes, length: int) -> int:
+    if len(value) != length:
+        raise Damaged(f"index: a number has {len(value)} bytes instead of {length}; rebuild the index")
+    return int.from_bytes(value, "big")
 
 
 class Catalog:
@@ -227,11 +264,11 @@ class Catalog:
 
     def paths(self, txn: Txn) -> set[str]:
         """Every path a volume of the group has ever had."""
-        return {value.decode() for _, value in self._under_prefix(txn, "paths", self._prefix)}
+        return {_text(value) for _, value in self._under_prefix(txn, "paths", self._prefix)}
 
     def snapshots(self, txn: Txn) -> dict[str, Snapshot]:
         return {
-            key[2:].decode(): _decode(value, Snapshot) for key, value in self._under_prefix(txn, "names", self._prefix)
+            _text(key[2:]): _decode(value, Snapshot) for key, value in self._under_prefix(txn, "names", self._prefix)
         }
 
     def snapshot(self, txn: Txn, name: str) -> Snapshot | None:
@@ -239,7 +276,21 @@ class Catalog:
         return None if value is None else _decode(value, Snapshot)
 
     def gaps(self, txn: Txn) -> list[Gap]:
-        return [_decode(value, Gap) for _, value in self._under_prefix(txn, "gaps", self._prefix)]
+        return [_gap(value) for _, value in self._under_prefix(txn, "gaps", self._prefix)]
+
+    def gap_from(self, txn: Txn, seq: Seq) -> Gap | None:
+        """The last gap that begins at or before `seq`; it may end before it."""
+        found = self._last_at_or_before(txn, "gaps", self._prefix, ANCHOR_KEY.pack(self.group_id, seq))
+        return None if found is None else _gap(found[1])
+
+    def _put_gap(self, txn: Txn, gap: Gap) -> None:
+        """Keeps the gap; with those that it overlaps, corrections of writes at one time, it becomes one."""
+        assert gap.last is not None
+        while (other := self.gap_from(txn, gap.last)) is not None and inside(other, max(gap.first, other.first)):
+            txn.delete(ANCHOR_KEY.pack(self.group_id, other.first), db=self._db["gaps"])
+            gap = joined(gap, other)
+            assert gap.last is not None
+        txn.put(ANCHOR_KEY.pack(self.group_id, gap.first), msgspec.msgpack.encode(gap), db=self._db["gaps"])
 
     def runs(self, txn: Txn) -> list[RunStart]:
         return [_decode(value, RunStart) for _, value in self._under_prefix(txn, "runs", self._prefix)]
@@ -258,20 +309,6 @@ class Catalog:
         self.put_anchor(txn, state, position)
         for name, snapshot in state.new_snapshots.items():
             key = self._prefix + name.encode()
-    def gap_from(self, txn: Txn, seq: Seq) -> Gap | None:
-        """The last gap that begins at or before `seq`; it may end before it."""
-        found = self._last_at_or_before(txn, "gaps", self._prefix, ANCHOR_KEY.pack(self.group_id, seq))
-        return None if found is None else _decode(found[1], Gap)
-
-    def _put_gap(self, txn: Txn, gap: Gap) -> None:
-        """Keeps the gap; with those that it overlaps, corrections of writes at one time, it becomes one."""
-        assert gap.last is not None
-        while (other := self.gap_from(txn, gap.last)) is not None and inside(other, max(gap.first, other.first)):
-            txn.delete(ANCHOR_KEY.pack(self.group_id, other.first), db=self._db["gaps"])
-            gap = joined(gap, other)
-            assert gap.last is not None
-        txn.put(ANCHOR_KEY.pack(self.group_id, gap.first), msgspec.msgpack.encode(gap), db=self._db["gaps"])
-
             if snapshot is None:
                 txn.delete(key, db=self._db["names"])
             else:
@@ -303,14 +340,14 @@ class Catalog:
         """Every switch to another data journal, by seq."""
         prefix = _ROUTE + self._prefix
         return [
-            Route(Seq(int.from_bytes(key[-8:], "big")), JournalId(int.from_bytes(value, "big")))
+            Route(Seq(int.from_bytes(key[-8:], "big")), JournalId(_number(value, 2)))
             for key, value in self._under_prefix(txn, "store", prefix)
         ]
 
     def journal_number(self, txn: Txn) -> int:
         """The number of the manifest that the anchors, pointers and volumes here belong to."""
         value = txn.get(_MANIFEST + self._prefix, db=self._db["store"])
-        return 0 if value is None else int.from_bytes(value, "big")
+        return 0 if value is None else _number(value, 8)
 
     def put_journal_number(self, txn: Txn, number: int) -> None:
         txn.put(_MANIFEST + self._prefix, number.to_bytes(8, "big"), db=self._db["store"])
@@ -330,6 +367,15 @@ class Catalog:
             while more and cursor.key().startswith(self._prefix):
                 stale = after < int.from_bytes(cursor.key()[-8:], "big") <= last
                 more = (cursor.delete() and bool(cursor.key())) if stale else cursor.next()
+
+    def move_anchor(self, txn: Txn, seq: Seq, position: JournalPosition) -> None:
+        """The journal goes on at `position` after checkpoint `seq`, if there is one and it said a place behind."""
+        key = ANCHOR_KEY.pack(self.group_id, seq)
+        value = txn.get(key, db=self._db["anchors"])
+        if value is not None:
+            anchor = _decode(value, Checkpoint)
+            if anchor.position.segment == position.segment:
+                txn.put(key, msgspec.msgpack.encode(replace(anchor, position=position)), db=self._db["anchors"])
 
     def forget_gaps(self, txn: Txn, last: Seq) -> None:
         """Drops the gaps that end at or before `last`: before the first recovery point there are none."""

@@ -23,6 +23,11 @@ def inside(gap: Gap, seq: Seq) -> bool:
     return gap.first <= seq and (gap.last is None or seq <= gap.last)
 
 
+def is_closed(gap: Gap) -> bool:
+    """Whether it has an end, which every gap has but the last of a group."""
+    return gap.last is not None and gap.to_time is not None and gap.first <= gap.last
+
+
 def joined(one: Gap, other: Gap) -> Gap:
     """One closed gap in the place of two that overlap."""
     first, second = sorted((one, other), key=lambda gap: gap.first)

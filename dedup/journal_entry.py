@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dedup.bounds import within_bounds
 from dedup.errors import Damaged
+from dedup.gaps import is_closed
 from dedup.layout import (
     ADDRESS_BYTES,
     CHECKSUM_BYTES,
@@ -407,6 +408,10 @@ def _fault(logged: Logged) -> str | None:
         return "its kind and its body do not go together"
     if logged.body is not None and not within_bounds(logged.body):
         return "a number or a text of its body is none that could be"
+    if isinstance(logged.body, Correct) and not 0 < logged.body.refused < logged.seq:
+        return f"it corrects seq {logged.body.refused}, which is not before it"
+    if isinstance(logged.body, Consolidated) and not all(map(is_closed, logged.body.gaps)):
+        return "a gap has no end"
     return None
 
 

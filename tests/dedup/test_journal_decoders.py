@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from dedup import layout
 from dedup.catalog import Catalog, Index
 from dedup.errors import Damaged, StoreError
+from dedup.gaps import merged
 from dedup.group_state import GroupState
 from dedup.journal_entry import EntryKind, Logged, LoggedExtent, decode, encode, extents_of, kind_of
 from dedup.journal_reader import FIRST_POSITION, JournalPosition, read
@@ -247,7 +248,7 @@ def _check_indexed(index: Index, txn: object, state: GroupState, position: Journ
     assert catalog.anchor(txn, state.held) == state.checkpoint(position)
     assert catalog.volumes(txn, state.held) == state.volumes
     assert catalog.snapshots(txn) == {name: one for name, one in state.new_snapshots.items() if one is not None}
-    assert {gap.first: gap for gap in catalog.gaps(txn)} == {gap.first: gap for gap in state.new_gaps}
+    assert catalog.gaps(txn) == merged(state.new_gaps)
     assert catalog.paths(txn) == state.new_paths
     for volume in state.overlay.volumes:
         for leaf, indexes, addresses in state.overlay.leaves(volume):

@@ -84,7 +84,7 @@ BODIES: st.SearchStrategy[Entry] = st.one_of(
         SnapshotCreate, *map(st.just, HEAD), TEXT, U64, U64, st.none() | U32.map(VolumeId), st.none() | U64.map(TimeNs)
     ),
     st.builds(SnapshotDelete, *map(st.just, HEAD), TEXT),
-    st.builds(Correct, *map(st.just, HEAD), U64, SIZE, st.builds(Extent, U32, U64, st.just(b""))),
+    st.builds(Correct, *map(st.just, HEAD), st.integers(1, 6), SIZE, st.builds(Extent, U32, U64, st.just(b""))),
 )
 
 

@@ -1,0 +1,213 @@
+"""Decoders of the index's values: LMDB keeps them without a checksum, so each may say anything.
+
+A value that another could have written is taken for what it says (`verify` holds it against the journal); all others
+are refused. Whatever it is, reading a moment over it gives an image or an error of the store's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dedup.catalog import Catalog, Index
+from dedup.errors import StoreError
+from dedup.layout import LEAF_BLOCKS
+from dedup.pointer_map import SEQ_MAX, decode_whole, encode_delta, encode_whole, named_by
+from dedup.reader import StoreReader
+from dedup.store import Store
+from dedup.types import Seq, TimeNs, VolumeId
+from tests.dedup.model import Model
+from tests.dedup.mutations import FEW, either, mutated, outcome
+
+DATABASES: Final = (
+    "groups", "anchors", "times", "volumes", "paths", "names", "gaps", "runs", "pointers", "fingerprints", "store",
+)  # fmt: skip
+A: Final = VolumeId(1)
+
+
+def _filled(path: Path) -> None:
+    Store.create(path)
+    store, model, dice = Store.open(path), Model(), random.Random(7)
+    group = store.group("g")
+    group.ingest([*model.begin(), model.create("a.img", 60_000), model.create("b.img", 3 << 20)])
+    for turn in range(10):
+        group.ingest([model.write(A, turn * 4096, dice.randbytes(5000)), model.flush(A)])
+        group.ingest([model.write(VolumeId(2), turn * 300_000, dice.randbytes(50))])
+        store.checkpoint()
+    refused = model.write(A, 0, b"refused")
+    group.ingest([refused, model.correct(A, refused.seq, 50_000, 0, b"true")])
+    group.create_snapshot("early", "seq=9")
+    group.ingest([model.rename(A, "c.img"), model.retire(VolumeId(2))])
+    store.checkpoint()
+    group.ingest([model.write(A, 100, b"after the last checkpoint")])
+    store.abandon()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("index") / "store"
+    _filled(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reader(path: Path) -> Iterator[StoreReader]:
+    """A reader whose index can be written, for the tests to change values in."""
+    reader = StoreReader.open(path)
+    reader.index.close()
+    reader.index = Index(path / "index", writer=True)
+    yield reader
+    reader.close()
+
+
+class Change:
+    """One key or value of one database replaced, until `undo`."""
+
+    def __init__(self, index: Index, data: st.DataObject, database: str) -> None:
+        self._env, self._db = index.env, index.db[database]
+        with self._env.begin() as txn, txn.cursor(self._db) as cursor:
+            items = list(cursor)
+        self._key, self._value = data.draw(st.sampled_from(items))
+        self._new_key, new_value = self._key, self._value
+        if database != "fingerprints" and (not new_value or data.draw(st.integers(0, 4)) == 0):
+            self._new_key = data.draw(mutated(self._key, same_length=data.draw(st.booleans()))) or b"\0"
+        else:
+            new_value = data.draw(either(self._value))
+        with self._env.begin(write=True) as txn:
+            if self._new_key != self._key:
+                txn.delete(self._key, db=self._db)
+            self._before = txn.get(self._new_key, db=self._db)
+            txn.put(self._new_key, new_value, db=self._db)
+
+    def undo(self) -> None:
+        with self._env.begin(write=True) as txn:
+            txn.delete(self._new_key, db=self._db)
+            if self._before is not None:
+                txn.put(self._new_key, self._before, db=self._db)
+            txn.put(self._key, self._value, db=self._db)
+
+
+def _decode_all(index: Index) -> None:
+    """Everything that reads a value, each alone."""
+    catalog = Catalog(index, 1)
+    with index.read() as txn:
+        runs = outcome(lambda: catalog.runs(txn)) or []
+        reads: list[Callable[[], object]] = [
+            lambda: index.group_ids(txn),
+            index.watermark,
+            lambda: catalog.paths(txn),
+            lambda: catalog.snapshots(txn),
+            lambda: catalog.snapshot(txn, "early"),
+            lambda: catalog.gaps(txn),
+            lambda: catalog.routes(txn),
+            lambda: catalog.journal_number(txn),
+            *[lambda run=run: catalog.anchor_by_time(txn, run, TimeNs(1 << 62)) for run in runs],
+        ]
+        for seq in (Seq(5), Seq(20), SEQ_MAX):
+            reads += [lambda seq=seq: catalog.volumes(txn, seq), lambda seq=seq: catalog.anchor(txn, seq)]
+            reads += [lambda seq=seq: catalog.gap_from(txn, seq)]
+            for volume in (A, VolumeId(2)):
+                for leaf in outcome(lambda volume=volume: list(catalog.pointers.leaves(txn, volume))) or []:
+                    reads.append(
+                        lambda volume=volume, leaf=leaf, seq=seq: catalog.pointers.leaf(txn, volume, leaf, seq)
+                    )
+        for read in reads:
+            outcome(read)
+
+
+def _read_moments(reader: StoreReader) -> None:
+    """As a person would: points, names, moments by seq and by time, and their content."""
+    reader._groups.clear()
+    try:
+        group = reader.group("g")
+    except StoreError:
+        return
+    asks: list[Callable[[], Any]] = [group.points, group.snapshots, group.gaps, group.paths]
+    for text in ("latest", "seq=9", "seq=25", "early", "base", "latest~flush", "2023-11-14T22:13:20.010Z", "0s"):
+        asks.append(lambda text=text: group.resolve(text, now=TimeNs(1_700_000_000_012_000_000)))
+        asks.append(lambda text=text: _read(group, text))
+    for ask in asks:
+        try:
+            ask()
+        except StoreError:
+            continue
+
+
+def _read(group: Any, text: str) -> None:
+    moment = group.resolve(text, now=TimeNs(1_700_000_000_012_000_000))
+    for volume in group.volumes_at(moment.seq).values():
+        image = group.image(volume.volume, moment.seq)
+        image.read(0, 8192)
+        image.next_data(0) if image.size < 1 << 30 else None
+
+
+@pytest.mark.parametrize("database", DATABASES)
+@FEW
+@given(data=st.data())
+def test_values(reader: StoreReader, database: str, data: st.DataObject) -> None:
+    change = Change(reader.index, data, database)
+    try:
+        _decode_all(reader.index)
+    finally:
+        change.undo()
+
+
+@given(data=st.data())
+def test_moments_over_a_changed_value(reader: StoreReader, data: st.DataObject) -> None:
+    databases = [name for name in DATABASES if name not in ("fingerprints", "store")]
+    change = Change(reader.index, data, data.draw(st.sampled_from(databases)))
+    try:
+        _read_moments(reader)
+    finally:
+        change.undo()
+
+
+# ---- pointer maps ----------------------------------------------------------------------------------------------------
+
+_LEAF: Final = np.concatenate(
+    (np.zeros(100), np.arange(70_000, 70_200), [5, 9, 70_200], np.zeros(200), np.arange(9))
+).astype(np.uint64)[:LEAF_BLOCKS]
+_WHOLE: Final = encode_whole(_LEAF)
+_DELTA: Final = encode_delta(np.array([3, 511], dtype=np.uint16), np.array([0, 1 << 40], dtype=np.uint64), 8)
+
+
+@given(either(_WHOLE))
+def test_whole_leaves(value: bytes) -> None:
+    found = outcome(lambda: decode_whole(value))
+    if found is not None:
+        assert len(found) == LEAF_BLOCKS
+        assert np.array_equal(decode_whole(encode_whole(found)), found)
+    if value[2:] == _WHOLE[2:]:
+        assert found is not None
+        assert np.array_equal(found, _LEAF)
+
+
+@given(either(_WHOLE) | either(_DELTA))
+def test_versions(value: bytes) -> None:
+    found = outcome(lambda: named_by(value))
+    assert found is None or 0 < len(found) <= max(LEAF_BLOCKS, len(value))
+
+
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_candidate_may_be_anything(path: Path, tmp_path: Path) -> None:
+    """Ingest looks at what the index says of a fingerprint; whatever it is, the block that is kept is the right one."""
+    _filled(tmp_path / "store")
+    store, model, dice = Store.open(tmp_path / "store"), Model(), random.Random(7)
+    block = dice.randbytes(5000)[:4096]
+    with store.index.env.begin(write=True) as txn, txn.cursor(store.index.db["fingerprints"]) as cursor:
+        for number, key in enumerate([key for key, _ in cursor]):
+            txn.put(key, random.Random(number).randbytes(8), db=store.index.db["fingerprints"])
+    group = store.group("g")
+    model.seq, model.content[A], model.paths[A] = group.held, bytes(60_000), "c.img"
+    group.ingest([model.write(A, 0, block)])
+    assert group.head_block(A, 0) == block
+    store.close()
