@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +23,20 @@ from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId
 __all__ = ["seal"]
 
 
-def seal(storage: Storage, directory: Path, container: ContainerId, live: Iterable[int] | None) -> int:
+def seal(
+    storage: Storage,
+    directory: Path,
+    container: ContainerId,
+    live: Iterable[int] | None,
+    *,
+    breathe: Callable[[], None] = lambda: None,
+) -> int:
     """Replaces the container, raw or sealed, by a sealed one with the `live` slots (None: all). Returns its bytes.
 
     DURABLE when it returns. Damaged (a live slot is missing or unsound), StoreFull, StoreFailed: the container is what
     it was before, except that a failed directory sync leaves open which of the two is found after a power cut.
-    Nothing may append to the container. Not cancellable; reads and writes at most one group at a time.
+    Nothing may append to the container. Not cancellable; reads and writes at most one group at a time, and calls
+    `breathe` before each.
     """
     path = container_path(directory, container)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -40,7 +48,7 @@ def seal(storage: Storage, directory: Path, container: ContainerId, live: Iterab
         fd = storage.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             header = replace(reader.header, form=ContainerForm.SEALED)
-            size = write_sealed(storage, fd, header, slots, fingerprints, _groups(reader, slots))
+            size = write_sealed(storage, fd, header, slots, fingerprints, _groups(reader, slots, breathe))
             storage.datasync(fd)
         except BaseException:
             storage.unlink(temporary)
@@ -62,10 +70,11 @@ def _runs(slots: list[int]) -> Iterator[tuple[int, int]]:
             start = index
 
 
-def _groups(reader: ContainerReader, slots: list[int]) -> Iterator[memoryview]:
+def _groups(reader: ContainerReader, slots: list[int], breathe: Callable[[], None]) -> Iterator[memoryview]:
     """The slots' blocks, verified, 32 at a time; the buffer is used again for the next."""
     buffer = memoryview(bytearray(SEALED_GROUP_BLOCKS * BLOCK_BYTES))
     for first in range(0, len(slots), SEALED_GROUP_BLOCKS):
+        breathe()
         members = slots[first : first + SEALED_GROUP_BLOCKS]
         at = 0
         for slot, count in _runs(members):
