@@ -41,7 +41,7 @@ from dedup.layout import (
 )
 from dedup.sealed_form import GroupCache, SealedForm
 from dedup.storage import Buffer, Storage
-from dedup.types import BLOCK_BYTES, Address, ContainerForm, ContainerId, JournalId, TimeNs
+from dedup.types import BLOCK_BYTES, LOST_CONTAINER, Address, ContainerForm, ContainerId, JournalId, TimeNs
 
 _TABLE_PAGE_SLOTS: Final = 256
 """Fingerprints cached at a time: 4096 bytes of the table."""
@@ -198,6 +198,10 @@ class ContainerReader:
     ) -> ContainerReader:
         """Looks at the header and opens whichever form it is. Damaged, UnknownFormat."""
         path = container_path(directory, container)
+        if container == LOST_CONTAINER:
+            raise Damaged(
+                f"{directory}: a lost block: it was damaged when a write changed a part of it; write it whole"
+            )
         try:
             fd = storage.open(path, os.O_RDONLY)
         except FileNotFoundError as error:

@@ -23,7 +23,7 @@ from dedup.quarantine import Quarantine
 from dedup.reachability import Reachability
 from dedup.salvage import found_in, salvage
 from dedup.storage import Storage
-from dedup.types import BASE_JOURNAL, HOLE, Address, ContainerId, JournalId
+from dedup.types import BASE_JOURNAL, HOLE, LOST_CONTAINER, Address, ContainerId, JournalId
 
 _TOGETHER: Final = 8
 """Damaged containers that are repaired together: some 20 MB of fingerprints."""
@@ -54,7 +54,7 @@ class ContainerRepair:
         Unless all `names_are_known` (a journal is broken) what does not open stays as it is: nobody could tell what
         of it is to be kept.
         """
-        todo = sorted({*slots.damaged, *slots.unreadable})
+        todo = sorted({*slots.damaged, *slots.unreadable} - {LOST_CONTAINER})
         try:
             for start in range(0, len(todo), _TOGETHER):
                 yield from self._repair(todo[start : start + _TOGETHER], slots, names_are_known)

@@ -38,6 +38,11 @@ class Damaged(StoreError):
     """Stored bytes do not match their checksum or fingerprint. The message names file, offset and what."""
 
 
+class Unreadable(Damaged):
+    """The disk refuses to give the bytes back, so that what they are is not known; another time it may. The message
+    names file and offset."""
+
+
 class OutOfOrder(StoreError):
     """A record does not follow the last one held."""
 
@@ -54,15 +59,15 @@ class MomentRefused(StoreError):
     """The moment is no recovery point: in a gap, before the first, after the last, or ambiguous. Names the nearest."""
 
 
+class MomentGone(StoreError):
+    """What was a recovery point when it was looked up has been thinned out since. Look the moment up again."""
+
+
 class BadTime(StoreError):
     """The text does not parse as TIME."""
 
 
 class BadPolicy(StoreError):
-class MomentGone(StoreError):
-    """What was a recovery point when it was looked up has been thinned out since. Look the moment up again."""
-
-
     """A retention policy that contradicts itself: tiers that do not ascend, a hard limit below the soft one."""
 
 

@@ -34,6 +34,7 @@ from dedup.types import (
     BASE_JOURNAL,
     BLOCK_BYTES,
     HOLE,
+    LOST,
     Address,
     Aggregate,
     Attributes,
@@ -64,10 +65,10 @@ Bytes = bytes | bytearray | memoryview
 
 @dataclass(frozen=True, slots=True)
 class Rotten:
-    """A block that should have been completed from the head, whose bytes there are damaged: it keeps its pointer, so
-    that reading it goes on to fail, and replication goes on. Whatever covers it whole heals it."""
+    """A block that should have been completed from the head, whose bytes there are damaged: it becomes LOST, so that
+    reading it fails, and replication goes on. Whatever covers it whole heals it.
 
-    address: Address
+    It does not keep its pointer: what that names may be healed, or read again, and lacks what was written in part."""
 
 
 Block = Bytes | Rotten
@@ -99,10 +100,6 @@ class HeadReader(Protocol):
 
     def head_block(self, volume: VolumeId, block: int) -> bytes:
         """The block as of the last record journalled. Damaged."""
-        ...
-
-    def head_address(self, volume: VolumeId, block: int) -> Address:
-        """Its address."""
         ...
 
 
@@ -153,8 +150,8 @@ class _Staging:
         try:
             return self.read_head.head_block(volume, number)
         except Damaged as damage:
-            log.error("volume %d, block %d stays damaged, though it is written to in part: %s", volume, number, damage)
-            return Rotten(self.read_head.head_address(volume, number))
+            log.error("volume %d, block %d is lost until it is written whole: %s", volume, number, damage)
+            return Rotten()
 
     def create(self, volume: VolumeId, size: int) -> None:
         """A volume begins. StoreError when its number is taken, or was."""
@@ -311,11 +308,10 @@ class Ingest:
                 at = end
 
     def _place_with_rotten(self, blocks: list[Block], journal: DataJournal) -> tuple[Addresses, list[bytes]]:
-        rotten = {index: block.address for index, block in enumerate(blocks) if isinstance(block, Rotten)}
+        rotten = [index for index, block in enumerate(blocks) if isinstance(block, Rotten)]
         sound = [ZERO_BLOCK if isinstance(block, Rotten) else block for block in blocks]
         addresses, fingerprints = self._place(sound, journal)
-        for index, address in rotten.items():
-            addresses[index] = address
+        addresses[rotten] = LOST
         return addresses, fingerprints
 
     def _place(self, blocks: list[Bytes], journal: DataJournal) -> tuple[Addresses, list[bytes]]:

@@ -4,7 +4,7 @@ Tests subclass `Storage` to tear, drop, fill up and fail each call. Errors are t
 name the path:
 
 - no space, quota: StoreFull; any other refusal of a change, any failed sync: StoreFailed;
-- a read that fails: Damaged (the disk does not give the bytes back);
+- a read that fails: Unreadable, which is Damaged (the disk does not give the bytes back);
 - FileNotFoundError and FileExistsError pass through: callers ask for them.
 
 Invariants:
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
-from dedup.errors import Damaged, StoreFailed, StoreFull, WouldBlock
+from dedup.errors import StoreFailed, StoreFull, Unreadable, WouldBlock
 
 Buffer = bytes | bytearray | memoryview
 
@@ -58,7 +58,7 @@ class Storage:
         return self._paths.get(fd, Path(f"descriptor {fd}"))
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
-        """Up to `length` bytes, short only at the end of the file. Damaged when the disk refuses."""
+        """Up to `length` bytes, short only at the end of the file. Unreadable when the disk refuses."""
         try:
             data = os.pread(fd, length, offset)
             while 0 < len(data) < length:
@@ -74,7 +74,7 @@ class Storage:
         """Fills the buffers in order and returns the bytes read, short only at the end of the file.
 
         With `wait` False nothing is read from the disk: WouldBlock when not all of it is in memory, or when the file
-        system cannot tell; the buffers' content is then undefined. Damaged when the disk refuses.
+        system cannot tell; the buffers' content is then undefined. Unreadable when the disk refuses.
         """
         flags = 0 if wait else os.RWF_NOWAIT
         total = 0
@@ -121,6 +121,17 @@ class Storage:
             os.fdatasync(fd)
         except OSError as error:
             raise StoreFailed(f"{self.path_of(fd)}: sync failed: {error.strerror}; open the store anew") from error
+
+    def forget_cached(self, fd: int) -> None:
+        """Drops what memory has of the file, as far as it is synced: the next read gives what the disk has.
+
+        For after a sync: one that failed leaves pages in memory that the disk does not have, and calls them clean.
+        StoreFailed.
+        """
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            _refused(error, self.path_of(fd), "cannot be read anew")
 
     def sync_directory(self, path: Path) -> None:
         """The names in the directory are durable on return. StoreFailed."""
@@ -238,7 +249,7 @@ class Storage:
             _refused(error, self.path_of(fd), "cannot be unlocked")
 
     def _unread(self, error: OSError, fd: int, offset: int) -> NoReturn:
-        raise Damaged(f"{self.path_of(fd)}: offset {offset}: cannot be read: {error.strerror}") from error
+        raise Unreadable(f"{self.path_of(fd)}: offset {offset}: cannot be read: {error.strerror}") from error
 
 
 def _refused(error: OSError, path: Path, what: str) -> NoReturn:

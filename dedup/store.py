@@ -30,6 +30,7 @@ from dedup.fingerprint_index import FingerprintIndex
 from dedup.group_writer import GroupWriter
 from dedup.ingest import Ingest
 from dedup.marker import create_marker, read_marker, refuse_network
+from dedup.settling import settle
 from dedup.storage import Storage
 from dedup.types import BASE_JOURNAL, FINE_JOURNAL, ContainerId, Record
 from dedup.usage import StoreUsage, measure
@@ -60,13 +61,17 @@ class Store:
         self._failed: str | None = None
         self._sync_lock = threading.Lock()
         self.index = Index(path / layout.INDEX_NAME, writer=True)
-        # LMDB syncs its file, not the name: without the index recovery could not tell what was durable.
-        storage.sync_directory(path / layout.INDEX_NAME)
         containers = path / layout.CONTAINERS_NAME
+        try:
+            # LMDB syncs its file, not the name: without the index recovery could not tell what was durable.
+            storage.sync_directory(path / layout.INDEX_NAME)
+            found = max((layout.container_named(name) or 0 for name in storage.listdir(containers)), default=0)
+            self.watermark = self.index.watermark()
+        except BaseException:
+            self.index.close()
+            raise
         self.pool = ContainerPool(storage, containers)
         self.fingerprints = FingerprintIndex(self.index.env, self.index.db["fingerprints"])
-        found = max((layout.container_named(name) or 0 for name in storage.listdir(containers)), default=0)
-        self.watermark = self.index.watermark()
         self._next_container = max(found + 1, self.watermark.next_container)
         self.base_journal = DataJournal(storage, containers, BASE_JOURNAL, "base", self._allocate)
         self.fine_journal = DataJournal(storage, containers, FINE_JOURNAL, "fine", self._allocate)
@@ -94,7 +99,7 @@ class Store:
             storage.close(lock_fd)
             raise
         try:
-            store._sync_what_a_killed_writer_left()
+            settle(storage, path, store.index, store.watermark)
             for name in sorted(storage.listdir(path / layout.GROUPS_NAME)):
                 store.group(name)
             store.checkpoint()
@@ -102,21 +107,6 @@ class Store:
             store.abandon()
             raise
         return store
-
-    def _sync_what_a_killed_writer_left(self) -> None:
-        """Blocks of the writer before may be in the page cache only; what recovery calls durable must not be."""
-        directory = self.path / layout.CONTAINERS_NAME
-        for name in self.storage.listdir(directory):
-            container = layout.container_named(name)
-            if container is None or not (
-                container >= self.watermark.next_container or container in self.watermark.open
-            ):
-                continue
-            fd = self.storage.open(directory / name, os.O_RDONLY)
-            try:
-                self.storage.datasync(fd)
-            finally:
-                self.storage.close(fd)
 
     def _allocate(self) -> ContainerId:
         container = ContainerId(self._next_container)

@@ -30,6 +30,10 @@ Address = NewType("Address", int)
 BLOCK_BYTES: Final = 4096
 HOLE: Final = Address(0)
 """The address of a block of zeros; nothing is stored for it."""
+LOST: Final = Address(1)
+"""The address of a block that nobody has: what was damaged when a write changed only a part of it. Reading it fails.
+Its container, 0, is none that there is."""
+LOST_CONTAINER: Final = ContainerId(0)
 BASE_JOURNAL: Final = JournalId(0)
 FINE_JOURNAL: Final = JournalId(1)
 """The every-write data journal that each store begins with."""

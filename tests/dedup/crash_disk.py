@@ -79,6 +79,14 @@ class File:
     def fail_sync(self) -> None:
         self.doubtful.update(number for number, versions in self.pages.items() if len(versions) > 1)
 
+    def forget(self) -> dict[int, bytes]:
+        """Memory is dropped: the doubtful pages are again what is durable. Those pages."""
+        for number in self.doubtful:
+            del self.pages[number][1:]
+        dropped = {number: self.pages[number][0] for number in self.doubtful}
+        self.doubtful.clear()
+        return dropped
+
     def store(self, content: bytes) -> None:
         """The whole content at once, durable."""
         self.pages = {at // PAGE: [content[at : at + PAGE].ljust(PAGE, b"\0")] for at in range(0, len(content), PAGE)}

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -131,6 +132,17 @@ class Recorder:
         if path is not None:
             self._change(f"sync directory {path}", lambda disk: disk.directory(path).sync())
 
+    def posix_fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
+        self.before("posix_fadvise", (fd,))
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        file, path = self._files[fd], self._named(fd)
+        dropped = deepcopy(self.disk.files[file]).forget()
+        for number, page in dropped.items():
+            with open(os.path.join(self._root, path), "r+b") as real:
+                real.seek(number * PAGE)
+                real.write(page[: max(0, os.fstat(fd).st_size - number * PAGE)])
+        self._change(f"forget {path}", lambda disk: disk.files[file].forget())
+
     def ftruncate(self, fd: int, size: int) -> None:
         self.before("ftruncate", (fd, size))
         os.ftruncate(fd, size)
@@ -204,6 +216,14 @@ class Recorder:
             self._change(f"commit {inside}", lambda disk: disk.store_index(inside, content))
 
 
+class _CommitRefused(lmdb.Error):
+    """A commit that failed as LMDB's do."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(os.strerror(error.errno or 0))
+        vars(self)["code"] = error.errno
+
+
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[Recorder]:
     """Everything that a store does meanwhile goes through the recorder. LMDB and the real files are not synced."""
@@ -213,7 +233,10 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
     def write(self: Index) -> Iterator[Txn]:
         with original_write(self) as txn:
             yield txn
-            recorder.before("commit", (self.env.path(),))
+            try:
+                recorder.before("commit", (self.env.path(),))
+            except OSError as error:
+                raise _CommitRefused(error) from error
         recorder.index_stored(self.env.path())
 
     def init(self: Index, directory: Path, *, writer: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dedup.errors import Damaged, MomentRefused, StoreError, StoreFailed
+from dedup.errors import Damaged, MomentRefused, NotAStore, StoreError, StoreFailed, Unreadable
 from dedup.storage import Storage
 from dedup.store import Store
 from dedup.types import ReconcileBegin, Retire, Seq, VolumeId
@@ -35,6 +35,24 @@ class WatchedStorage(Storage):
 def path(tmp_path: Path) -> Path:
     Store.create(tmp_path / "store")
     return tmp_path / "store"
+
+
+class RefusingStorage(Storage):
+    """Refuses what it is told to, of files with one suffix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = self.syncs = ""
+
+    def pread_into(self, fd: int, buffers: list[memoryview], offset: int, *, wait: bool = True) -> int:
+        if self.reads and self.path_of(fd).suffix == self.reads:
+            raise Unreadable(f"{self.path_of(fd)}: offset {offset}: cannot be read: made to fail")
+        return super().pread_into(fd, buffers, offset, wait=wait)
+
+    def sync_directory(self, path: Path) -> None:
+        if self.syncs and path.name == self.syncs:
+            raise StoreFailed(f"{path}: sync failed: made to fail")
+        super().sync_directory(path)
 
 
 def containers(path: Path) -> list[str]:
@@ -138,7 +156,7 @@ def test_a_rotten_block_stops_nothing_and_is_healed_by_a_whole_one(path: Path) -
 
 def twin(model: Model, volume: VolumeId) -> Model:
     """A model at the same seq that gives `volume` again."""
-    return Model(model.seq, volume, dict(model.content), dict(model.paths))
+    return Model(model.seq, next_volume=volume, content=dict(model.content), paths=dict(model.paths))
 
 
 def test_a_correct_reaches_back_before_a_gap_that_is_open(path: Path) -> None:
@@ -154,3 +172,103 @@ def test_a_correct_reaches_back_before_a_gap_that_is_open(path: Path) -> None:
         with pytest.raises(MomentRefused, match="gap"):
             reader.resolve(f"seq={seq}")
     store.close()
+
+
+def test_a_store_that_was_left_half_made_is_made(tmp_path: Path) -> None:
+    for name in ("index", "containers"):
+        (tmp_path / "half" / name).mkdir(parents=True)
+    (tmp_path / "half" / "STORE.tmp").write_bytes(b"torn")
+    Store.create(tmp_path / "half")
+    Store.open(tmp_path / "half").close()
+    (tmp_path / "theirs" / "containers" / "things").mkdir(parents=True)
+    with pytest.raises(NotAStore, match="neither empty nor a store"):
+        Store.create(tmp_path / "theirs")
+
+
+def test_an_opening_that_fails_gives_everything_back(path: Path) -> None:
+    storage = RefusingStorage()
+    for name in ("index", "containers"):
+        storage.syncs = name
+        with pytest.raises(StoreFailed, match=name):
+            Store.open(path, storage)
+    Store.open(path).close()
+
+
+def test_the_name_of_a_group_is_durable_whoever_made_it(path: Path) -> None:
+    storage = RefusingStorage()
+    store = Store.open(path, storage)
+    storage.syncs = "groups"
+    for _ in range(2):
+        with pytest.raises(StoreFailed, match="groups"):
+            store.group("g")
+    storage.syncs = ""
+    assert store.group("g").held == 0
+    store.close()
+
+
+def test_a_block_that_cannot_be_read_cuts_no_history_off(path: Path) -> None:
+    store, model, volume = filled(path)
+    store.group("g").ingest([model.write(volume, 0, os.urandom(8192)), model.write(volume, 0, os.urandom(4096))])
+    store.sync()
+    store.abandon()
+    storage = RefusingStorage()
+    storage.reads = ".rwc"
+    reopened = Store.open(path, storage)
+    assert reopened.group("g").durable == model.seq
+    with pytest.raises(Damaged, match="disk.img"):
+        check_moment(reopened.group("g").reader(), model, model.seq)
+    storage.reads = ""
+    check_moment(reopened.group("g").reader(), model, model.seq)
+    reopened.close()
+
+
+def test_a_block_that_could_not_be_read_when_it_was_written_in_part_is_lost_for_good(path: Path) -> None:
+    """Once the disk reads again it must not pass for what was written."""
+    storage = RefusingStorage()
+    model, volume = Model(), VolumeId(1)
+    store = Store.open(path, storage)
+    group = store.group("g")
+    group.ingest([*model.begin(), model.create("disk.img", 1 << 20), model.write(volume, 0, os.urandom(8192))])
+    store.checkpoint()
+    storage.reads = ".rwc"
+    before = model.seq
+    group.ingest([model.write(volume, 100, b"in part")])
+    storage.reads = ""
+    store.abandon()
+    reopened = Store.open(path)
+    group = reopened.group("g")
+    check_moment(group.reader(), model, before)
+    image = group.reader().image(volume, Seq(model.seq))
+    with pytest.raises(Damaged, match=r"disk\.img.*lost"):
+        image.read(0, 4096)
+    assert image.read(4096, 4096) == model.content[volume][4096:8192]
+    group.ingest([model.write(volume, 0, os.urandom(4096))])
+    check_moment(group.reader(), model, model.seq)
+    reopened.close()
+
+
+def test_what_a_failed_sync_left_in_memory_is_not_believed(path: Path) -> None:
+    """Every file that recovery reads past the last checkpoint is synced first, and then dropped from memory."""
+    store, model, volume = filled(path)
+    store.checkpoint()
+    store.group("g").ingest([model.write(volume, 0, os.urandom(8192))])
+    store.abandon()
+    calls: list[tuple[str, str]] = []
+
+    class Noting(Storage):
+        def datasync(self, fd: int) -> None:
+            calls.append(("sync", self.path_of(fd).suffix))
+            super().datasync(fd)
+
+        def forget_cached(self, fd: int) -> None:
+            calls.append(("forget", self.path_of(fd).suffix))
+            super().forget_cached(fd)
+
+        def pread_into(self, fd: int, buffers: list[memoryview], offset: int, *, wait: bool = True) -> int:
+            calls.append(("read", self.path_of(fd).suffix))
+            return super().pread_into(fd, buffers, offset, wait=wait)
+
+    Store.open(path, Noting()).close()
+    for suffix in (".rwc", ".rwj"):
+        assert calls.index(("sync", suffix)) < calls.index(("forget", suffix))
+    assert calls.index(("forget", ".rwc")) < calls.index(("read", ".rwc"))
