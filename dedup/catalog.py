@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +28,9 @@ import xxhash
 from dedup import layout
 from dedup.bounds import within_bounds
 from dedup.errors import Damaged, StoreFailed, StoreFull
-from dedup.index_file import check_length, complete
 from dedup.gaps import inside, is_closed, joined
 from dedup.group_state import Checkpoint, GroupState
+from dedup.index_file import check_length, complete
 from dedup.layout import ANCHOR_KEY, GROUP_KEY, TIME_KEY, VOLUME_KEY
 from dedup.metadata_journal import JournalPosition
 from dedup.overlay import Overlay
@@ -68,6 +68,9 @@ if TYPE_CHECKING:
 else:  # generic in its type stub only
     Txn = lmdb.Transaction
 _Value = TypeVar("_Value")
+Runs = Iterable[tuple[VolumeId, VolumeId]]
+"""(first, last) of runs of volume numbers."""
+_ALL_VOLUMES: Final = ((VolumeId(0), VolumeId((1 << 32) - 1)),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,25 +245,28 @@ class Catalog:
         found = self._last_at_or_before(txn, "times", prefix, target)
         return None if found is None else self.anchor(txn, Seq(int.from_bytes(found[0][-8:], "big")))
 
-    def volumes(self, txn: Txn, seq: Seq) -> dict[VolumeId, VolumeState]:
-        """The volumes that exist at checkpoint `seq`."""
+    def volumes(self, txn: Txn, seq: Seq, among: Runs | None = None) -> dict[VolumeId, VolumeState]:
+        """The volumes that exist at checkpoint `seq`; `among` are runs of numbers that have all of them, if known."""
         found: dict[VolumeId, VolumeState] = {}
         with txn.cursor(self._db["volumes"]) as cursor:
-            volume = 0
-            while cursor.set_range(VOLUME_KEY.pack(self.group_id, volume, 0)) and cursor.key().startswith(self._prefix):
-                volume = int.from_bytes(cursor.key()[2:6], "big")
-                prefix = cursor.key()[:6]
-                at = self._last_at_or_before(txn, "volumes", prefix, VOLUME_KEY.pack(self.group_id, volume, seq))
-                if at is not None:
-                    state = _decode(at[1], VolumeState)
-                    if not state.retired:
-                        found[state.volume] = state
-                volume += 1
+            for first, last in _ALL_VOLUMES if among is None else among:
+                volume = int(first)
+                while volume <= last and cursor.set_range(VOLUME_KEY.pack(self.group_id, volume, 0)):
+                    prefix = cursor.key()[:6]
+                    volume = int.from_bytes(prefix[2:], "big")
+                    if not prefix.startswith(self._prefix) or volume > last:
+                        break
+                    at = self._last_at_or_before(txn, "volumes", prefix, VOLUME_KEY.pack(self.group_id, volume, seq))
+                    if at is not None:
+                        state = _decode(at[1], VolumeState)
+                        if not state.retired:
+                            found[state.volume] = state
+                    volume += 1
         return found
 
     def state(self, txn: Txn, checkpoint: Checkpoint) -> GroupState:
         """The state as of an anchor."""
-        return GroupState.at(checkpoint, self.volumes(txn, checkpoint.held))
+        return GroupState.at(checkpoint, self.volumes(txn, checkpoint.held, checkpoint.present))
 
     def paths(self, txn: Txn) -> set[str]:
         """Every path a volume of the group has ever had."""

@@ -20,7 +20,7 @@ from dedup.damage import CATALOG, INDEX, JOURNAL, MANIFEST, Check, Damage
 from dedup.errors import Damaged, UnknownFormat
 from dedup.group_state import BASE_NAME, Checkpoint
 from dedup.head_replay import FIRST_LEAF, LEAVES_MAX, HeadReplay, LeafKey
-from dedup.index_compare import IndexCompare, Replay, leaf_damage
+from dedup.index_compare import IndexCompare, IndexRefused, Replay, leaf_damage
 from dedup.journal_reader import (
     FIRST_POSITION,
     JournalPosition,
@@ -63,8 +63,8 @@ class GroupVerifier:
         """`index` is None when it cannot be opened, `group_id` when it does not know the group."""
         self.name = name
         self.group_id = group_id
-        self.sound = True
-        """Whether the journal could be read to its end."""
+        self._complete = False
+        self._damaged = False
         self.broken_at: JournalPosition | None = None
         """Where the first bad entry of the journal starts."""
         self.missing: Seq | None = None
@@ -139,6 +139,11 @@ class GroupVerifier:
             return 0
 
     @property
+    def sound(self) -> bool:
+        """Whether the journal was read to its end, and all of it is whole."""
+        return self._complete and not self._damaged
+
+    @property
     def last(self) -> Seq:
         """The last seq of the journal that could be read."""
         return self._last
@@ -162,7 +167,10 @@ class GroupVerifier:
         """Reads every entry, and gathers what the other checks need. Damage in a segment: goes on in the next."""
         if self._compare is not None:
             head = HeadReplay(FIRST_LEAF, leaves_max=self._leaves_max)
-            self._replay = Replay(head, self._compare.anchors(), self._compare.at_anchor)
+            try:
+                self._replay = Replay(head, self._compare.anchors(), self._compare.at_anchor)
+            except IndexRefused as error:
+                self._add(INDEX, str(error))
         self._previous = Seq(0)
         anchor = self._anchor
         for segment in self._segments:
@@ -185,6 +193,7 @@ class GroupVerifier:
             path = layout.segment_path(self._directory, anchor.position.segment, anchor.position.generation)
             what = f"{path}: offset {anchor.position.offset}: the journal ends before this, which the index holds"
             self._journal_damage(what, self._until)
+        self._complete = True
 
     def _end_of(self, segment: SegmentFile) -> JournalPosition:
         """Where the last good entry of a segment in which one is bad ends."""
@@ -233,7 +242,7 @@ class GroupVerifier:
         return f"{scanned.segment.path(self._directory)}: offset {scanned.end - len(scanned.raw)}"
 
     def _journal_damage(self, what: str, position: JournalPosition, file: str | None = None) -> None:
-        self.sound = False
+        self._damaged = True
         self.broken_at = self.broken_at or position
         self._checks[JOURNAL].add(Damage(what, file, self.name))
 
@@ -256,8 +265,13 @@ class GroupVerifier:
         if logged.seq in self._wanted and logged.kind.consumes_seq:
             self._kinds[logged.seq] = logged.kind
         self._base_advanced = self._base_advanced or logged.kind is EntryKind.BASE_ADVANCE
-        if self.sound and self._replay is not None:  # else entries are missing, and what follows cannot be applied
+        if self._damaged or self._replay is None:
+            return  # entries are missing, and what follows cannot be applied
+        try:
             self._replay.take(logged, position)
+        except IndexRefused as error:
+            self._add(INDEX, str(error))
+            self._replay = None
 
     # -- index -------------------------------------------------------------------------------------------------------
 

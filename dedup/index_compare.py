@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
+import lmdb
 import numpy as np
 
 from dedup.catalog import Catalog, Index, Txn
@@ -29,6 +31,19 @@ _DRAIN_RECORDS: Final = 1 << 13
 """What the replay's overlay holds at most before it goes into the leaves."""
 _ANCHORS_PER_REQUEST: Final = 1024
 
+
+class IndexRefused(Exception):
+    """The index, not the journal, is what could not be read. Never leaves `verify`."""
+
+
+@contextmanager
+def _index() -> Iterator[None]:
+    try:
+        yield
+    except (Damaged, lmdb.Error) as error:
+        raise IndexRefused(str(error)) from error
+
+
 AtAnchor = Callable[[Checkpoint, "Replay"], None]
 
 
@@ -45,13 +60,14 @@ class Replay:
         """Whether any volume changed since the last anchor."""
         self._anchors = anchors
         self._at_anchor = at_anchor
-        self.anchor = next(anchors, None)
-        """The next one to be met; None when all were."""
+        with _index():
+            self.anchor = next(anchors, None)
+            """The next one to be met; None when all were."""
         if self.anchor is not None and not self.anchor.held:
             self._met(self.anchor)
 
     def take(self, logged: Logged, position: JournalPosition) -> None:
-        """The next entry, which ends at `position`. Damaged when it contradicts what came before."""
+        """The next entry, which ends at `position`. Damaged when it contradicts what came before; IndexRefused."""
         if self.anchor is None:
             self.state.apply(logged)
             self.state.checkpointed()
@@ -64,10 +80,11 @@ class Replay:
             self._met(self.anchor)
 
     def _met(self, anchor: Checkpoint) -> None:
-        self._at_anchor(anchor, self)
+        with _index():
+            self._at_anchor(anchor, self)
+            self.anchor = next(self._anchors, None)
         self.head.touched.clear()
         self.volumes_changed = False
-        self.anchor = next(self._anchors, None)
 
     def drain(self) -> None:
         """Everything applied is in `head`, `names` and so on."""

@@ -28,12 +28,13 @@ from dedup.container import ContainerPool, ContainerReader
 from dedup.damage import CATALOG, CHECKS, CONTAINERS, INDEX, JOURNAL, POINTERS, Check, Damage, Report, locate
 from dedup.errors import Damaged, StoreError, UnknownFormat
 from dedup.group_verify import GroupVerifier
+from dedup.index_compare import IndexRefused
 from dedup.marker import read_marker
-from dedup.reachability import Reachability
 from dedup.pins import ReaderPins
+from dedup.reachability import Reachability
 from dedup.reader import StoreReader
 from dedup.storage import Storage
-from dedup.types import BLOCK_BYTES, ContainerId
+from dedup.types import BLOCK_BYTES, LOST_CONTAINER, ContainerId
 
 
 class Progress(Protocol):
@@ -144,8 +145,9 @@ class Inspection:
         for check, step in steps:
             try:
                 step()
-            except (Damaged, lmdb.Error) as error:
-                self.checks[INDEX if isinstance(error, lmdb.Error) else check].add(Damage(str(error), group=group.name))
+            except (Damaged, lmdb.Error, IndexRefused) as error:
+                check = check if isinstance(error, Damaged) else INDEX
+                self.checks[check].add(Damage(str(error), group=group.name))
 
     def _read_journal(self, group: GroupVerifier) -> None:
         self._progress.phase(f"journal of {group.name}", group.journal_bytes)
@@ -166,7 +168,7 @@ class Inspection:
                     check.add(Damage(str(error), name))
         for number in sorted(self.slots.unreadable):
             path = layout.container_path(self.containers, ContainerId(number))
-            if not path.exists():
+            if number != LOST_CONTAINER and not path.exists():
                 check.add(Damage(f"{path}: the container is missing", path.name))
 
     def _name_bad_blocks(self, index: Index | None) -> None:
