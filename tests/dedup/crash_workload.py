@@ -17,11 +17,14 @@ import pytest
 
 from dedup.damage import Report
 from dedup.errors import Damaged, NotAStore, StoreFull
+from dedup.gc import collect
 from dedup.image import Image
+from dedup.layout import fingerprint
 from dedup.sealed import seal
 from dedup.store import Store
 from dedup.types import (
     BLOCK_BYTES,
+    Address,
     Attributes,
     Bookmark,
     ContainerId,
@@ -180,6 +183,24 @@ class Run:
         if store is not None:
             store.abandon()
 
+    def recover(self) -> None:
+        """After a crash: opens the store, and adds to what it holds. The models forget what it does not hold."""
+        store = self.opened = Store.open(self.path)
+        for name in self.owed:
+            group, model = store.group(name), self.models[name]
+            held = group.held
+            history = {seq: state for seq, state in model.history.items() if seq <= held}
+            content, paths = history.get(held, ({}, {}))
+            self.models[name] = GroupModel(
+                held, next_volume=group.next_volume, content=dict(content), paths=dict(paths), history=history
+            )
+            names = {found.name for found in group.reader().snapshots() if found.kind == "snapshot"}
+            self.owed[name] = Owed(held, held, held, frozenset(names))
+            self.mark(self.promise)
+            made = self.model(name).create("made-after-recovery.img", 5000)
+            self.ingest([made, self.model(name).write(made.volume, 0, self.block())], name)
+        self.sync()
+
     def group(self, name: str) -> None:
         """A group is made."""
         self.models[name] = GroupModel()
@@ -195,6 +216,16 @@ class Run:
         store = self.store
         self._ask(lambda: seal(store.storage, self.path / "containers", container, None))
         store.pool.forget(container)
+
+    def place(self, blocks: Sequence[bytes]) -> None:
+        """Blocks that no record will name."""
+        store, marks = self.store, [fingerprint(block) for block in blocks]
+        addresses = self._ask(lambda: store.fine_journal.append(blocks, marks))
+        for mark, where in zip(marks, addresses.tolist(), strict=True):
+            store.fingerprints.note(mark, Address(where))
+
+    def collect(self) -> None:
+        self._ask(lambda: collect(self.store))
 
     def settle(self) -> None:
         """Notes what the store calls durable by now."""
@@ -326,6 +357,19 @@ def sealing(run: Run) -> None:
     run.sync()
 
 
+def garbage(run: Run) -> None:
+    """Blocks that were placed for records which never got into the journal are collected, and come again."""
+    model, store = run.model(), run.store
+    blocks = [run.block() for _ in range(SLOTS + 5)]
+    run.place(blocks)
+    run.ingest([model.write(A, 0, run.block())])
+    store.fine_journal.rotate()
+    run.checkpoint()
+    run.collect()
+    run.ingest([model.write(A, 4096, blocks[0] + blocks[-1])])
+    run.sync()
+
+
 def names_of_points(run: Run) -> None:
     model = run.model()
     run.name("early", "seq=9")
@@ -377,6 +421,7 @@ SCENES: Final[tuple[Scene, ...]] = (
     full_containers_and_segments,
     names_of_volumes,
     sealing,
+    garbage,
     names_of_points,
     a_clean_end,
     an_outage,

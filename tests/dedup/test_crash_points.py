@@ -92,7 +92,9 @@ class Tried:
         self.points = 0
         self.states = 0
 
-    def check(self, image: Image, promise: Promise, what: str, *, killed: bool) -> None:
+    def check(
+        self, image: Image, promise: Promise, what: str, *, killed: bool, models: dict[str, GroupModel] | None = None
+    ) -> None:
         """`what` was crashed, and how."""
         key = (image.fingerprint(), promise, killed)
         if key in self._seen:
@@ -103,7 +105,8 @@ class Tried:
         target.mkdir()
         try:
             image.write(target)
-            check_after_crash(target / "store", promise, self._models, killed=killed, moments=self._moments)
+            models = self._models if models is None else models
+            check_after_crash(target / "store", promise, models, killed=killed, moments=self._moments)
         except Exception as error:  # noqa: BLE001 - gathered; `report` raises it
             error.add_note(f"crashed {what}")
             self._failures.append(error)
@@ -144,6 +147,40 @@ def crash(recording: Recording, tried: Tried, chosen: set[int], randoms: int, co
             tried.check(disk.after(survival), point.promise, f"{where}; power cut: {survival}", killed=False)
 
 
+def crash_recovery(recording_: Recording, tried: Tried, chosen: set[int], directory: Path, every: int) -> None:
+    """Kills at the chosen points; the power fails while the next writer recovers and goes on. What the first left in
+    memory is not durable because a second has read it."""
+    for point, disk, _ in recording_.disks():
+        if point.events not in chosen or not point.promise.created:
+            continue
+        tried.points += 1
+        root = directory / "again"
+        root.mkdir()
+        disk.after(ALL).write(root)
+        recorder = Recorder(root, deepcopy(disk))
+        marks: list[tuple[int, Promise, dict[str, GroupModel]]] = []
+
+        owed = dict(point.promise.groups)
+        again = Run(root / "store", models=dict(recording_.models), owed=owed, created=True, seed=1_000_000)
+        again.mark = lambda promise: marks.append((len(recorder.events), promise, dict(again.models)))  # noqa: B023
+        with recording(recorder):
+            again.recover()
+            again.kill()
+        shutil.rmtree(root)
+        at = (point.promise, recording_.models)
+        replay = deepcopy(disk)
+        for number in range(len(recorder.events) + 1):
+            if number:
+                recorder.events[number - 1].play(replay)
+            at = next(((promise, models) for when, promise, models in reversed(marks) if when == number), at)
+            if (number + point.events) % every:
+                continue
+            event = recorder.events[number - 1].what if number else "the start"
+            for survival in (CORNERS[0], some(point.events * 1000 + number)):
+                where = f"{what(point, recording_)}; killed; power cut in recovery after: {event}: {survival}"
+                tried.check(replay.after(survival), at[0], where, killed=False, models=at[1])
+
+
 def said(tried: Tried, recording: Recording, record_property: Callable[[str, object], None]) -> None:
     line = f"{tried.report()}; points in the workload: {len(recording.points)}"
     record_property("tried", line)
@@ -157,6 +194,27 @@ def test_crashed_at_some_file_operations(
     chosen = set(random.Random(3).sample(range(len(recorded.points)), 60))
     with unsynced():
         crash(recorded, tried, chosen, randoms=1, corners=1)
+    said(tried, recorded, record_property)
+
+
+def test_power_cut_while_recovering_at_some(
+    recorded: Recording, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    tried = Tried(tmp_path, recorded.models, moments=8)
+    chosen = set(random.Random(4).sample(range(len(recorded.points)), 5))
+    with unsynced():
+        crash_recovery(recorded, tried, chosen, tmp_path, every=7)
+    said(tried, recorded, record_property)
+
+
+@pytest.mark.slow
+def test_power_cut_while_recovering(
+    recorded: Recording, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    tried = Tried(tmp_path, recorded.models, moments=8)
+    chosen = set(range(0, len(recorded.points), 3))
+    with unsynced():
+        crash_recovery(recorded, tried, chosen, tmp_path, every=9)
     said(tried, recorded, record_property)
 
 

@@ -16,11 +16,9 @@ from pathlib import Path
 import pytest
 
 from dedup.errors import Damaged, NotAStore, StoreError, StoreFailed, StoreFull
-from dedup.store import Store
-from dedup.types import VolumeId
 from tests.dedup.crash_disk import ALL, CORNERS, some
 from tests.dedup.crash_storage import Recorder, recording, unsynced
-from tests.dedup.crash_workload import SCENES, GroupModel, Owed, Run, check_after_crash, small_files
+from tests.dedup.crash_workload import SCENES, Run, check_after_crash, small_files
 from tests.dedup.faults import Call, FailingCalls, Fault, FaultKind
 
 FAILURES_MAX = 20
@@ -40,25 +38,6 @@ def calls_of_the_workload(root: Path) -> list[Call]:
         for scene in SCENES:
             scene(run)
     return counting.calls
-
-
-def go_on_after(run: Run) -> None:
-    """Opens the store anew and adds to what it holds: what it calls durable then is owed."""
-    store = run.opened = Store.open(run.path)
-    for name in run.owed:
-        group, model = store.group(name), run.models[name]
-        held = group.held
-        history = {seq: state for seq, state in model.history.items() if seq <= held}
-        content, paths = history.get(held, ({}, {}))
-        run.models[name] = GroupModel(
-            held, next_volume=group.next_volume, content=dict(content), paths=dict(paths), history=history
-        )
-        names = {found.name for found in group.reader().snapshots() if found.kind == "snapshot"}
-        run.owed[name] = Owed(held, held, held, frozenset(names))
-        made = run.model(name).create("made-after-the-fault.img", 5000)
-        run.ingest([made, run.model(name).write(VolumeId(made.volume), 0, run.block())], name)
-    run.sync()
-    run.kill()
 
 
 class Tried:
@@ -110,7 +89,8 @@ class Tried:
         self._check(recorder, run, killed=False, kept=some(fault.call.number))
         with recording(recorder):
             try:
-                go_on_after(run)
+                run.recover()
+                run.kill()
             except NotAStore:
                 return
         self._check(recorder, run, killed=False, kept=CORNERS[0])
