@@ -175,7 +175,7 @@ def load_policy(storage: Storage, store_path: Path) -> Policy:
         storage.close(fd)
     try:
         return _unpack(data, path)
-    except (ValueError, BadPolicy) as error:  # msgspec's errors are ValueErrors too
+    except (ValueError, BadPolicy, RecursionError) as error:  # msgspec's errors are ValueErrors too
         raise Damaged(
             f"{path}: the retention policy is damaged ({error}); `rewindfs retention set {store_path}` writes a new one"
         ) from error

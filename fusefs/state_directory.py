@@ -163,7 +163,8 @@ def _load(path: Path) -> AgentState:
         return AgentState()
     try:
         state = msgspec.json.decode(content, type=AgentState)
-    except msgspec.MsgspecError as error:
+        _check(state)
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors too
         raise Damaged(
             f"{path} is damaged ({error}); remove it: the next mount compares the whole source with the store"
         ) from error
@@ -172,3 +173,16 @@ def _load(path: Path) -> AgentState:
             f"{path} has version {state.version}, this rewindfs knows {STATE_VERSION}; use the newer one"
         )
     return state
+
+
+def _check(state: AgentState) -> None:
+    """ValueError for numbers that no state has: everything else takes them as they are."""
+    if not 0 <= state.epoch < _EPOCHS:
+        raise ValueError(f"epoch {state.epoch}")
+    for seq in (state.durable, Seq(0) if state.clean is None else state.clean.held):
+        if not 0 <= seq < _SEQS:
+            raise ValueError(f"seq {seq}")
+
+
+_EPOCHS = 1 << 32
+_SEQS = 1 << 64

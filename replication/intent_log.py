@@ -136,6 +136,8 @@ def _decode(path: Path, content: bytes) -> tuple[_Pages, int]:
             raise UnknownFormat(f"{path}: unknown flags {flags:#x} at offset {offset}; use a newer version")
         for place in range(offset + _FRAME_BYTES, end, _PAGE.size + _PAGE_BYTES):
             volume, index = _PAGE.unpack_from(data, place)
+            if volume < 1 or index >= REGIONS_MAX // _PAGE_REGIONS:
+                raise Damaged(f"{path}: bad page at offset {place}; every volume must be reconciled")
             bits = content[place + _PAGE.size : place + _PAGE.size + _PAGE_BYTES]
             pages[VolumeId(volume), index] = bytearray(bits)
         offset = end

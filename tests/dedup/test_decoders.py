@@ -15,11 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dedup import layout
+from dedup import layout, pins
 from dedup.container import ContainerReader
 from dedup.errors import Damaged
 from dedup.layout import (
     CONTAINER_HEADER,
+    PIN,
+    PINS_HEADER,
+    PINS_MAGIC,
     RAW_SLOTS_OFFSET,
     RAW_TABLE_OFFSET,
     SEALED_GROUP,
@@ -36,6 +39,7 @@ from dedup.layout import (
     checksum,
     fingerprint,
 )
+from dedup.retention import AtLimit, Policy, check_policy, load_policy, save_policy
 from dedup.sealed import seal
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId, Seq, TimeNs
@@ -228,3 +232,74 @@ def test_a_group_that_claims_to_be_huge_is_damage(sealed: bytes, length: int) ->
                 reader.read_block(slot)
     finally:
         reader.close()
+
+
+# ---- policy and pins -------------------------------------------------------------------------------------------------
+
+POLICY: Final = Policy(soft_limit_bytes=1 << 40, hard_limit_bytes=1 << 41, at_limit=AtLimit.THIN)
+POLICY_PATH: Final = Path("/store") / layout.POLICY_NAME
+
+
+def _load_policy(content: bytes) -> Policy | None:
+    return outcome(lambda: load_policy(MemoryFiles({POLICY_PATH: content}), POLICY_PATH.parent))
+
+
+@pytest.fixture(scope="module")
+def policy_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    store = tmp_path_factory.mktemp("store")
+    save_policy(Storage(), store, POLICY)
+    return (store / layout.POLICY_NAME).read_bytes()
+
+
+@given(data=st.data())
+def test_policies(policy_file: bytes, data: st.DataObject) -> None:
+    changed = data.draw(either(policy_file))
+    found = _load_policy(changed)
+    assert (found is not None) == (changed == policy_file)
+    assert found in (None, POLICY)
+
+
+@given(data=st.data())
+def test_policies_behind_their_checksum(policy_file: bytes, data: st.DataObject) -> None:
+    line = data.draw(mutated(policy_file.split(b"\n")[0])).replace(b"\n", b" ") + b"\n"
+    found = _load_policy(line + f"{checksum(line):016x}\n".encode())
+    if found is not None:
+        check_policy(found)
+
+
+def test_a_policy_of_many_brackets_is_damage() -> None:
+    line = b'{"version":1,"x":' + b"[" * 3000 + b"]" * 900 + b"}\n"
+    with pytest.raises(Damaged):
+        load_policy(MemoryFiles({POLICY_PATH: line + f"{checksum(line):016x}\n".encode()}), POLICY_PATH.parent)
+
+
+PINS: Final = (
+    with_checksum(PINS_HEADER.struct.pack(PINS_MAGIC, layout.FORMAT_VERSION, 0, 0, 0))
+    + with_checksum(PIN.struct.pack(7, b"main", 0))
+    + bytes(PIN.size)
+    + with_checksum(PIN.struct.pack((1 << 64) - 1, "größe".encode(), 0))
+)
+PINNED: Final = {("main", Seq(7)), ("größe", Seq((1 << 64) - 1))}
+
+
+@given(either(PINS))
+def test_pins(changed: bytes) -> None:
+    """Never less than what the reader wrote, unless its pins are gone as a whole: what is not understood pins all."""
+    found = pins._unpacked(changed)
+    if found is not None:
+        kept = {at: changed[at : at + PIN.size] for at in range(PINS_HEADER.size, len(changed), PIN.size)}
+        written = {at: PINS[at : at + PIN.size] for at in range(PINS_HEADER.size, len(PINS), PIN.size)}
+        assert all(part in (*written.values(), bytes(PIN.size)) for part in kept.values())
+        assert found <= PINNED
+    if changed == PINS:
+        assert found == PINNED
+
+
+@given(st.data())
+def test_pins_behind_their_checksums(data: st.DataObject) -> None:
+    parts = [PINS[: PINS_HEADER.size]]
+    parts += [PINS[at : at + PIN.size] for at in range(PINS_HEADER.size, len(PINS), PIN.size)]
+    index = data.draw(st.integers(0, len(parts) - 1))
+    parts[index] = with_checksum(data.draw(mutated(parts[index], same_length=True)))
+    found = pins._unpacked(b"".join(parts))
+    assert found is None or all(0 <= seq < 1 << 64 and len(group.encode()) <= 64 for group, seq in found)

@@ -103,9 +103,7 @@ def test_the_index_of_an_older_store_is_rebuilt(golden: tuple[Path, Expected]) -
     # Without an index only a last entry that is not whole may be cut off; that is what there is.
     shutil.rmtree(path / "index")
     (path / "index").mkdir()
-    store = Store.open(path)
-    check(store, expected)
-    store.close()
+    Store.open(path).close()
     check_sound(path)
     reading = StoreReader.open(path)
     check(reading, expected)
