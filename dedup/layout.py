@@ -199,9 +199,11 @@ def unpack_store_marker(data: bytes, path: Path) -> StoreMarker:
         raise NotAStore(f"{path}: not a rewindfs store: no marker at its start")
     if len(data) < STORE_MARKER.size:
         raise Damaged(f"{path}: offset {len(data)}: the marker is cut short")
-    _, version, _, _, uuid, created, _ = STORE_MARKER.struct.unpack_from(data)
+    _, version, _, block_bytes, uuid, created, _ = STORE_MARKER.struct.unpack_from(data)
     _know(version, path)
     _verify(data, 0, STORE_MARKER.size, path, "the marker")
+    if block_bytes != BLOCK_BYTES:
+        raise UnknownFormat(f"{path}: blocks of {block_bytes} bytes are not known here (only of {BLOCK_BYTES})")
     return StoreMarker(uuid, TimeNs(created))
 
 
