@@ -11,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from dedup.errors import Damaged
@@ -54,6 +55,8 @@ from dedup.types import (
 
 FINE = JournalSpec(FINE_JOURNAL, "fine", 0)
 """The every-write data journal that each group begins with."""
+PRESENT_RUNS_MAX = 1024
+"""Runs of numbers of existing volumes that a checkpoint lists: some 10 KB at most."""
 BASE_NAME = "base"
 """Name of the base snapshot: the state at the end of the first full reconcile."""
 
@@ -76,6 +79,9 @@ class Checkpoint:
     logical_bytes: int
     journal: JournalId = FINE_JOURNAL
     journals: tuple[JournalSpec, ...] = (FINE,)
+    present: tuple[tuple[VolumeId, VolumeId], ...] | None = field(default=None, compare=False)
+    """(first, last) of each run of numbers of the volumes that exist, None when there are too many runs: so that they
+    are found among all that came and went. Says nothing that `volumes` does not."""
 
 
 @dataclass(slots=True)
@@ -146,6 +152,7 @@ class GroupState:
             logical_bytes=self.logical_bytes,
             journal=self.journal,
             journals=self.journals,
+            present=_runs_of(self.volumes),
         )
 
     def checkpointed(self) -> None:
@@ -348,3 +355,14 @@ class GroupState:
 
 _CONSOLIDATED = frozenset({EntryKind.CONSOLIDATED, EntryKind.CONSOLIDATED_MORE})
 _KEEPS_POINT = frozenset({EntryKind.FLUSH, EntryKind.BOOKMARK}) | {kind for kind in EntryKind if not kind.consumes_seq}
+
+
+def _runs_of(volumes: Iterable[VolumeId]) -> tuple[tuple[VolumeId, VolumeId], ...] | None:
+    """(first, last) of each run of consecutive numbers; None for more than PRESENT_RUNS_MAX."""
+    runs: list[tuple[VolumeId, VolumeId]] = []
+    for volume in sorted(volumes):
+        if runs and runs[-1][1] == volume - 1:
+            runs[-1] = runs[-1][0], volume
+        else:
+            runs.append((volume, volume))
+    return tuple(runs) if len(runs) <= PRESENT_RUNS_MAX else None

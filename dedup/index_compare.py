@@ -143,7 +143,7 @@ class IndexCompare:
             self.add(f"the checkpoint of seq {anchor.held} says other than the journal: {anchor}")
         if replay.volumes_changed:
             with self._index.read() as txn:
-                self._volumes(txn, anchor.held, replay.state.volumes)
+                self._volumes(txn, anchor, replay.state.volumes)
         self.leaves_at_anchor(anchor, replay)
 
     def leaves_at_anchor(self, anchor: Checkpoint, replay: Replay) -> None:
@@ -162,14 +162,14 @@ class IndexCompare:
     def runs(self, held: list[RunStart], replay: Replay) -> None:
         self._each("clock run", {run.run: run for run in held}, replay.runs)
 
-    def _volumes(self, txn: Txn, seq: Seq, said: Mapping[VolumeId, VolumeState]) -> None:
-        held = self._catalog.volumes(txn, seq)
+    def _volumes(self, txn: Txn, anchor: Checkpoint, said: Mapping[VolumeId, VolumeState]) -> None:
+        held = self._catalog.state(txn, anchor).volumes
         for number in sorted({*held, *said}):
             self._check.items += 1
             one, other = held.get(number), said.get(number)
             if one != other:
                 path = (other or one or VolumeState(number, "", 0, 0, 0, 0)).path
-                self.add(f"as of seq {seq} the index says {one}, the journal {other}", volume=path)
+                self.add(f"as of seq {anchor.held} the index says {one}, the journal {other}", volume=path)
 
     def _each(self, what: str, held: Mapping[Any, object], said: Mapping[Any, object]) -> None:
         for key in sorted({*held, *said}):
