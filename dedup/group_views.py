@@ -179,22 +179,26 @@ class GroupViews:
     def hold(self, seq: Seq) -> None:
         """Keeps the moment, and every view of it that is made from now on, until `release`; as often as it is held.
 
-        MomentGone when the history does not tell it from others any more. May wait while the writer changes history;
-        StoreBusy.
+        As `require`. May wait while the writer changes history; StoreBusy.
         """
         if self._pins is None:
             self.refresh()
-            self._refuse_if_gone(seq)
+            self.require(seq)
         elif not self._pins.pin_again(self._name, seq):
             with self._pins.inside():
                 self.refresh()
                 if self._manifest != self._indexed:
                     self._views.clear()  # what they were made from will be rewritten when a writer opens the store
-                self._refuse_if_gone(seq)
+                self.require(seq)
                 self._pins.pin(self._name, seq)
                 self._held[seq] = self._manifest
 
-    def _refuse_if_gone(self, seq: Seq) -> None:
+    def hold_again(self, seq: Seq) -> bool:
+        """As `hold`, of a moment that is held; False when it is not. Never waits. Any thread."""
+        return self._pins is not None and self._pins.pin_again(self._name, seq)
+
+    def require(self, seq: Seq) -> None:
+        """MomentGone unless the history, as of the last refresh, still tells the moment from others."""
         if self.at(seq).view.state.held != seq:
             raise self._gone(seq)
 

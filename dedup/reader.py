@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from dedup import layout, resolution
 from dedup.catalog import Catalog, Index, Txn
+from dedup.changes import Changes
 from dedup.container import ContainerPool
 from dedup.errors import UnknownName
 from dedup.gaps import Gaps
@@ -30,7 +30,7 @@ from dedup.metadata_journal import Logged
 from dedup.pins import Pinning, ReaderPins
 from dedup.points import Points, Stretch, points_of, stretches
 from dedup.storage import Storage
-from dedup.synthesis import View, VolumePointers, changed_blocks
+from dedup.synthesis import View, VolumePointers
 from dedup.types import BLOCK_BYTES, Gap, Moment, RunStart, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 from dedup.usage import StoreUsage, measure
 
@@ -68,10 +68,6 @@ class StoreReader:
                 pins.close()
             raise
         return cls(path, storage, index, ContainerPool(storage, path / layout.CONTAINERS_NAME), pins)
-
-    def pinnable(self) -> AbstractContextManager[None]:
-        """While the block runs, no history is changed: what is found can be held. May wait: StoreBusy."""
-        return nullcontext() if self.pins is None else self.pins.inside()
 
     def groups(self) -> list[str]:
         """The names of all groups, sorted."""
@@ -118,6 +114,7 @@ class GroupReader:
         self._store = store
         self._catalog = Catalog(store.index, group_id)
         self._directory = store.path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
+        self._changes = Changes(store.storage, self._directory, self._catalog)
         self._views = GroupViews(store.storage, store.index, self._catalog, self._directory, name, store.pins)
 
     def refresh(self) -> None:
@@ -138,6 +135,19 @@ class GroupReader:
     def state(self) -> GroupState:
         """The state at `held`; not to be changed."""
         return self._views.state
+
+    def enter(self) -> None:
+        """From here to `leave` no history is changed, so that `hold` does not wait. Any thread.
+
+        May wait while the writer changes it: StoreBusy.
+        """
+        if self._store.pins is not None:
+            self._store.pins.enter()
+
+    def leave(self) -> None:
+        """Ends one `enter`. Any thread."""
+        if self._store.pins is not None:
+            self._store.pins.leave()
 
     @property
     def rewritten(self) -> tuple[int, int]:
@@ -226,9 +236,17 @@ class GroupReader:
     def hold(self, seq: Seq) -> None:
         """Keeps the moment until `release`, as often as it is held. `seq` is that of a `Moment`.
 
-        MomentGone when it has been thinned out. May wait while the writer changes history; StoreBusy.
+        MomentGone when it has been thinned out. May wait while the writer changes history: StoreBusy.
         """
         self._views.hold(seq)
+
+    def hold_again(self, seq: Seq) -> bool:
+        """As `hold`, of a moment that is held; False when it is not. Never waits. Any thread."""
+        return self._views.hold_again(seq)
+
+    def require(self, seq: Seq) -> None:
+        """MomentGone unless history, as of the last refresh, still tells the moment from others."""
+        self._views.require(seq)
 
     def release(self, seq: Seq) -> None:
         """Ends one `hold`. Never waits."""
@@ -280,4 +298,4 @@ class GroupReader:
         after = self.pointers(volume, new)
         before = None if old is None else self.pointers(volume, old)
         with self._store.index.read() as txn:
-            return changed_blocks(txn, before, after) * BLOCK_BYTES
+            return self._changes.blocks(txn, before, after) * BLOCK_BYTES

@@ -12,6 +12,7 @@ import click
 import trio
 
 from dedup.errors import RewindError
+from dedup.pins import Pinning
 from dedup.reader import StoreReader
 from fusefs.daemon import serve
 from fusefs.mountpoint import absolute, check_mountpoint, mount_at, mount_options
@@ -70,7 +71,7 @@ def browse(
 
 async def _serve(path: Path, group: str | None, mountpoint: Path, options: set[str], ready: Ready) -> None:
     """The process of the mount: opens the store, then mounts, then is ready."""
-    store = await trio.to_thread.run_sync(StoreReader.open, path)
+    store = await trio.to_thread.run_sync(partial(StoreReader.open, path, pinning=Pinning.MOMENTS))
     try:
         reader = await trio.to_thread.run_sync(store.group, group)
         operations = SnapshotMount(reader, partial(os.statvfs, path))

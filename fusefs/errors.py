@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 
-from dedup.errors import RewindError
+from dedup.errors import MomentGone, RewindError
 from replication.intent_log import IntentLogFailed
 
 _log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ def fuse_error(operation: str, error: Exception) -> pyfuse3.FUSEError:
     if isinstance(error, IntentLogFailed) and isinstance(error.__cause__, OSError):
         # The mark's disk is the source's: full for the one, full for the other.
         return pyfuse3.FUSEError(error.__cause__.errno or errno.EIO)
+    if isinstance(error, MomentGone):
+        return pyfuse3.FUSEError(errno.ESTALE)  # the kernel looks the name up again
     if isinstance(error, RewindError):
         if _repeats.is_new(f"{operation}: {error}"):
             _log.error("%s refused with EIO: %s", operation, error)

@@ -4,6 +4,8 @@ Invariants:
 - `immutable`: an inode of a file is (volume, seq), and its bytes and attributes never change; so the kernel may keep
   its pages and attributes for as long as it likes. What changes is which inode a name leads to;
 - `no-wrong-bytes`: a read that cannot be answered in full gives EIO; a short one is the end of the file only;
+- the moments of open files and directories are held: what is open is read to its end, whatever is thinned out. One
+  that is gone when it is opened gives ESTALE, and the kernel looks its name up again;
 - one thread at a time uses the reader of the group (`_take_turns`); images are read by READERS_MAX threads;
 - bounded: IMAGES_MAX images, READERS_MAX buffers, REFUSALS_MAX reasons, whatever is open. An open file has no image
   of its own.
@@ -25,11 +27,11 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
-from dedup.errors import BadTime, MomentRefused, UnknownName, WouldBlock
+from dedup.errors import BadTime, MomentGone, MomentRefused, UnknownName, WouldBlock
 from dedup.image import Image, room_for
 from dedup.moment import rfc3339
 from dedup.reader import GroupReader
-from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, TimeNs
+from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq, TimeNs
 from fusefs.errors import fuse_error, handler
 from fusefs.snapshot_inodes import SnapshotInodes
 from fusefs.snapshot_tree import (
@@ -68,6 +70,7 @@ class _Listing:
     """An open directory, with the entries it had when its listing began."""
 
     directory: Directory
+    held: Seq | None
     entries: list[tuple[str, Found]] = field(default_factory=list)
 
 
@@ -84,11 +87,13 @@ class SnapshotMount(pyfuse3.Operations):
         self._store_statvfs = store_statvfs
         self._inodes = SnapshotInodes()
         self._one_turn = trio.CapacityLimiter(1)
+        self._one_entry = trio.CapacityLimiter(1)
         self._readers = trio.CapacityLimiter(READERS_MAX)
         self._images: OrderedDict[Hashable, Image] = OrderedDict()
         self._refusals: OrderedDict[Directory, str] = OrderedDict()
+        self._open_files: dict[int, SnapshotFile] = {}
         self._listings: dict[int, _Listing] = {}
-        self._next_listing = 1
+        self._next_handle = 1
         self._buffer = _new_buffer()
         self._spare_buffers: list[memoryview] = []
 
@@ -98,20 +103,27 @@ class SnapshotMount(pyfuse3.Operations):
         # One buffer for all: pyfuse3 hands the reply to the kernel before another task runs, so there must be no
         # await between filling the buffer and returning it.
         try:
-            node = self._file(fh)
+            node = self._open_files[fh]
             image = self._images.get(node.key)
             if image is not None and size <= READ_BYTES_MAX:
                 self._images.move_to_end(node.key)
                 try:
                     return image.read_into(off, size, self._buffer, wait=False)  # type: ignore[return-value]
-                except WouldBlock:
+                except (WouldBlock, MomentGone):
                     pass
             return await self._read_waiting(node, off, size)
         except Exception as error:  # noqa: BLE001 - must become an errno
             raise fuse_error("read", error) from None
 
     async def _read_waiting(self, node: SnapshotFile, off: int, size: int) -> bytes:
-        image = await self._image(node)
+        try:
+            return await self._read_image(await self._image(node), off, size)
+        except MomentGone:
+            # Made before the moment was held, and history was thinned out in between. One made now is right.
+            self._images.pop(node.key, None)
+            return await self._read_image(await self._image(node), off, size)
+
+    async def _read_image(self, image: Image, off: int, size: int) -> bytes:
         async with self._readers:
             buffer = self._spare_buffers.pop() if self._spare_buffers else _new_buffer()
             if size > READ_BYTES_MAX:
@@ -126,7 +138,7 @@ class SnapshotMount(pyfuse3.Operations):
     async def _image(self, node: SnapshotFile) -> Image:
         image = self._images.get(node.key)
         if image is None:
-            image = await self._take_turns(self._reader.image, node.state.volume, node.moment.seq)
+            image = await self._take_turns(_image_of, self._reader, node)
             # Two tasks may both have come here: the later image stays, both are right.
             self._images[node.key] = image
             if len(self._images) > IMAGES_MAX:
@@ -143,14 +155,41 @@ class SnapshotMount(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             _refuse_change()
-        await self._image(self._file(inode))
-        return FileInfo(fh=inode, keep_cache=True, direct_io=False)
+        node = self._file(inode)
+        await self._hold(node.moment.seq)
+        try:
+            await self._image(node)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._take_turns(self._reader.release, node.moment.seq)
+            raise
+        handle = self._new_handle()
+        self._open_files[handle] = node
+        return FileInfo(fh=handle, keep_cache=True, direct_io=False)
+
+    def _new_handle(self) -> int:
+        handle = self._next_handle
+        self._next_handle += 1
+        return handle
+
+    async def _hold(self, seq: Seq) -> None:
+        """The moment stays until `release`. MomentGone."""
+        if self._reader.hold_again(seq):
+            return
+        # Whoever waits for the writer, which is changing history, has no turn meanwhile.
+        await trio.to_thread.run_sync(self._reader.enter, limiter=self._one_entry)
+        try:
+            await self._take_turns(self._reader.hold, seq)
+        finally:
+            self._reader.leave()
 
     async def flush(self, fh: int) -> None:
         """Nothing was written."""
 
+    @handler
     async def release(self, fh: int) -> None:
-        """An open file is its inode."""
+        node = self._open_files.pop(fh)
+        await self._take_turns(self._reader.release, node.moment.seq)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Nothing was written."""
@@ -192,9 +231,12 @@ class SnapshotMount(pyfuse3.Operations):
 
     @handler
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        handle = self._next_listing
-        self._next_listing += 1
-        self._listings[handle] = _Listing(self._directory(inode))
+        directory = self._directory(inode)
+        seq = directory.moment.seq if isinstance(directory, MomentDirectory) else None
+        if seq is not None:
+            await self._hold(seq)
+        handle = self._new_handle()
+        self._listings[handle] = _Listing(directory, seq)
         return handle
 
     @handler
@@ -221,7 +263,9 @@ class SnapshotMount(pyfuse3.Operations):
 
     @handler
     async def releasedir(self, fh: int) -> None:
-        del self._listings[fh]
+        listing = self._listings.pop(fh)
+        if listing.held is not None:
+            await self._take_turns(self._reader.release, listing.held)
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Nothing was written."""
@@ -352,6 +396,13 @@ class SnapshotMount(pyfuse3.Operations):
 
 def _lookup(tree: SnapshotTree, directory: Directory, name: str, who: int) -> Found:
     return tree.lookup(directory, name, who=who)
+
+
+def _image_of(reader: GroupReader, node: SnapshotFile) -> Image:
+    """MomentGone where history has nothing of exactly that moment."""
+    image = reader.image(node.state.volume, node.moment.seq)
+    reader.require(node.moment.seq)
+    return image
 
 
 def _list_some(steps: Iterator[tuple[str, Found] | None], entries: list[tuple[str, Found]]) -> bool:

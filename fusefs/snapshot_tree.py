@@ -8,6 +8,7 @@ Invariants:
 - `node-never-changes`: what a `SnapshotFile` or `MomentDirectory` stands for is fixed when it is made. When a name
   comes to mean another moment it leads to another node; the node that it led to before goes on as it was;
 - a path that was a volume once and a directory at another time is both: a subdirectory's name wins over a snapshot's;
+- a moment that has been thinned out since it was looked up is MomentGone, never shown as the one that is there now;
 - what is kept is bounded: `CACHED_STATES_MAX` volume states, `bound_names.BINDINGS_MAX` names.
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from dedup.errors import UnknownName
+from dedup.errors import MomentGone, UnknownName
 from dedup.moment import AtSeq, AtTime, Latest, Named, parse_time
 from dedup.reader import GroupReader
 from dedup.types import Moment, Seq, Snapshot, TimeNs, VolumeState
@@ -122,6 +123,7 @@ class SnapshotTree:
         self._clock = clock
         self._bound = BoundNames()
         self._groups: OrderedDict[Seq, _Group] = OrderedDict()
+        self._rewritten = reader.rewritten
         self._cached_states = 0
         self._paths: set[str] = set()
         self._children: dict[str, set[str]] = {"": set()}
@@ -134,8 +136,9 @@ class SnapshotTree:
     def lookup(self, directory: Directory, name: str, *, who: int = 0) -> Found:
         """What `name` in a directory is now. FileNotFoundError where there is no such name.
 
-        A TIME is resolved: MomentRefused, BadTime, UnknownName say why it is none of this group or volume. `who` is the
-        process that asks: for it a name relative to now stays what it is for a while.
+        A TIME is resolved: MomentRefused, BadTime, UnknownName say why it is none of this group or volume. MomentGone:
+        the directory's own moment is no longer there. `who` is the process that asks: for it a name relative to now
+        stays what it is for a while.
         """
         match directory:
             case Root():
@@ -163,18 +166,18 @@ class SnapshotTree:
             case VersionsDirectory(path):
                 yield from self._list_versions(path)
             case PointsDirectory():
-                self._reader.refresh()
+                self._refresh()
                 for snapshot in self._reader.snapshots():
                     yield None if snapshot.volume is not None else (snapshot.name, self._point(snapshot))
             case MomentDirectory():
-                volumes = self._group_at(directory.moment.seq).volumes
+                volumes = self._group_of(directory.moment).volumes
                 for name in sorted(_children(volumes).get(directory.path, ())):
                     yield name, Found(self._in_moment(directory, name), ALWAYS_SECONDS)
 
     # Below volumes/
 
     def _lookup_version(self, path: str, name: str, who: int) -> Found:
-        self._reader.refresh()
+        self._refresh()
         self._refresh_paths()
         if name in self._children.get(path, ()):
             return Found(VersionsDirectory(_join(path, name)), ALWAYS_SECONDS)
@@ -193,7 +196,7 @@ class SnapshotTree:
         return Found(file, NAME_SECONDS)
 
     def _list_versions(self, path: str) -> Iterator[tuple[str, Found] | None]:
-        self._reader.refresh()
+        self._refresh()
         self._refresh_paths()
         children = self._children.get(path, set())
         for name in sorted(children):
@@ -221,10 +224,10 @@ class SnapshotTree:
     # Below points/
 
     def _lookup_point(self, name: str, who: int) -> Found:
+        self._refresh()
         if name.startswith(TIME_MARK):
             moment, seconds = self._resolve(name[len(TIME_MARK) :], who)
             return Found(MomentDirectory(name, moment, ""), seconds)
-        self._reader.refresh()
         snapshot = self._reader.snapshot(name)
         if snapshot is None or snapshot.volume is not None:
             raise FileNotFoundError(name)
@@ -234,7 +237,7 @@ class SnapshotTree:
         return Found(MomentDirectory(snapshot.name, self._group_at(snapshot.seq).moment, ""), NAME_SECONDS)
 
     def _in_moment(self, directory: MomentDirectory, name: str) -> Node:
-        group = self._group_at(directory.moment.seq)
+        group = self._group_of(directory.moment)
         path = _join(directory.path, name)
         state = group.volumes.get(path)
         if state is not None:
@@ -251,7 +254,7 @@ class SnapshotTree:
             case Latest() | AtTime(relative=True):
                 now = self._clock()
                 moment = self._bound.find(text, who, now)
-                if moment is None:
+                if moment is None or not self._is_there(moment):
                     moment = self._reader.resolve(text)
                     self._bound.bind(text, who, moment, now)
                 # Every use must come here, or a process could not be told from the others.
@@ -260,6 +263,23 @@ class SnapshotTree:
                 return self._reader.resolve(text), NAME_SECONDS
             case AtSeq() | AtTime():
                 return self._reader.resolve(text), MOMENT_SECONDS
+
+    def _refresh(self) -> None:
+        """Sees what was journalled, and forgets what may have been thinned out."""
+        self._reader.refresh()
+        if self._reader.rewritten != self._rewritten:
+            self._rewritten = self._reader.rewritten
+            self._groups.clear()
+            self._cached_states = 0
+
+    def _is_there(self, moment: Moment) -> bool:
+        return self._group_at(moment.seq).moment.seq == moment.seq
+
+    def _group_of(self, moment: Moment) -> _Group:
+        """The group at exactly that moment. MomentGone."""
+        if not self._is_there(moment):
+            raise MomentGone(f"group {moment.group}: seq={moment.seq} has been thinned out; look the moment up again")
+        return self._group_at(moment.seq)
 
     def _group_at(self, seq: Seq) -> _Group:
         """The group at the last record at or before `seq`."""
