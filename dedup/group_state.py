@@ -5,6 +5,7 @@ The writer's head, recovery, a reader's tail and the synthesis of a past moment 
 
 Invariants:
 - `apply` is called with each entry of the journal once, in order (`order`);
+- an entry that consumes no seq may be applied twice, and changes nothing the second time;
 - what changed since the last checkpoint is in `overlay` and in the `new_*` fields, and nowhere else: a checkpoint that
   writes these has written everything.
 """
@@ -114,6 +115,7 @@ class GroupState:
     new_gaps: list[Gap] = field(default_factory=list)
     new_runs: list[RunStart] = field(default_factory=list)
     new_routes: list[Route] = field(default_factory=list)
+    new_journals: list[JournalSpec] = field(default_factory=list)
 
     @classmethod
     def at(cls, checkpoint: Checkpoint, volumes: dict[VolumeId, VolumeState]) -> GroupState:
@@ -165,6 +167,7 @@ class GroupState:
         self.new_gaps = []
         self.new_runs = []
         self.new_routes = []
+        self.new_journals = []
 
     @property
     def reconciling(self) -> bool:
@@ -214,12 +217,13 @@ class GroupState:
             self.new_gaps += body.gaps
             self.new_runs += body.runs
             self.new_routes += body.routes
-            self.journals += body.journals
+            for spec in body.journals:
+                self._add_journal(spec)
         for extent in logged.extents:
             self.overlay.put(extent.volume, extent.offset // BLOCK_BYTES, extent.addresses)
 
-    def consolidated(self, journals_before: int) -> Consolidated:
-        """All that was applied since the last checkpoint, when there were so many data journals; blocks aside."""
+    def consolidated(self) -> Consolidated:
+        """All that was applied since the last checkpoint, blocks aside."""
         known = self.new_snapshots.items()
         return Consolidated(
             seq=self.held,
@@ -241,9 +245,14 @@ class GroupState:
             forgotten=tuple(name for name, snapshot in known if snapshot is None),
             gaps=tuple(self.new_gaps),
             runs=tuple(self.new_runs),
-            journals=self.journals[journals_before:],
+            journals=tuple(self.new_journals),
             routes=tuple(self.new_routes),
         )
+
+    def _add_journal(self, spec: JournalSpec) -> None:
+        self.new_journals.append(spec)
+        if spec not in self.journals:
+            self.journals = (*self.journals, spec)
 
     def journal_spec(self, journal: JournalId) -> JournalSpec | None:
         """The data journal of that number, None when the group has none such."""
@@ -298,7 +307,7 @@ class GroupState:
             case SnapshotDelete(name=name):
                 self.new_snapshots[name] = None
             case JournalCreate(spec=spec):
-                self.journals = (*self.journals, spec)
+                self._add_journal(spec)
             case JournalUse(journal=journal):
                 self.journal = journal
                 self.new_routes.append(Route(body.seq, journal))

@@ -11,24 +11,34 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dedup import layout
 from dedup.catalog import Catalog
-from dedup.errors import Damaged, NameRefused, StoreError, UnknownName
+from dedup.consolidator import remove_dead
+from dedup.errors import Damaged, NameRefused, StoreError, StoreFailed, UnknownName, Unreadable
 from dedup.group_state import BASE_NAME, GroupState
+from dedup.layout import SEGMENT_HEADER_BYTES
+from dedup.manifest import read_manifest
 from dedup.metadata_journal import FIRST_POSITION, EntryKind, JournalPosition, JournalWriter, Logged, read
 from dedup.moment import check_name, default_name
+from dedup.overlay import Overlay
 from dedup.pointer_map import SEQ_MAX, Addresses
 from dedup.reader import GroupReader, StoreReader
+from dedup.reindex import ANCHOR_POINTERS, reindex
 from dedup.synthesis import start_of
 from dedup.types import (
     BASE_JOURNAL,
     BLOCK_BYTES,
     HOLE,
+    LOST,
     Address,
+    BaseAdvance,
     ClockRun,
     Epoch,
+    JournalCreate,
+    JournalUse,
     Record,
     Seq,
     Snapshot,
@@ -54,7 +64,8 @@ class GroupWriter:
     def __init__(
         self, store: Store, name: str, catalog: Catalog, state: GroupState, journal: JournalWriter, durable: Seq
     ) -> None:
-        self._store = store
+        self.store = store
+        self.directory = store.path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
         self.name = name
         self.catalog = catalog
         self.state = state
@@ -67,12 +78,12 @@ class GroupWriter:
     def open(cls, store: Store, name: str) -> GroupWriter:
         """Makes the group, or recovers it: the journal is replayed from the last checkpoint and a torn end cut off."""
         directory = store.path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
-        if not store.storage.exists(directory):
-            if not store.storage.exists(directory.parent):
-                store.storage.mkdir(directory.parent)
-                store.storage.sync_directory(directory.parent.parent)
-            store.storage.mkdir(directory)
-            store.storage.sync_directory(directory.parent)
+        for made in (directory.parent, directory):
+            if not store.storage.exists(made):
+                store.storage.mkdir(made)
+            # One that is there, too: whoever made it may have ended before it was durable.
+            store.storage.sync_directory(made.parent)
+        store.storage.sync_directory(directory)
         with store.index.read() as txn:
             group_id = store.index.group_ids(txn).get(name)
         if group_id is None:
@@ -83,6 +94,7 @@ class GroupWriter:
                     # From its first record on, a group without an anchor is one whose index was lost.
                     Catalog(store.index, group_id).put(txn, GroupState(), FIRST_POSITION)
         catalog = Catalog(store.index, group_id)
+        _finish_consolidation(store, catalog, directory)
         state, position = cls._recover(store, catalog, name)
         journal = JournalWriter.open(store.storage, directory, position)
         group = cls(store, name, catalog, state, journal, state.held)
@@ -106,12 +118,18 @@ class GroupWriter:
                     "group %s: the journal is cut at seq %d: its blocks did not reach the disk", name, logged.seq
                 )
                 break
+            more = logged.kind is EntryKind.CONSOLIDATED_MORE
+            if anchor is None and not more and state.overlay.count >= _REBUILD_POINTERS:
+                _store_progress(store, catalog, state, position)
             state.apply(logged)
             _note_fingerprints(store, logged)
             position = after
             replayed += 1
-            if anchor is None and state.overlay.count >= _REBUILD_POINTERS:
-                _store_progress(store, catalog, state, position)
+            if anchor is None and more and state.overlay.count >= _REBUILD_POINTERS:
+                _store_pointers(store, catalog, state)
+        if position.generation != layout.RAW_GENERATION:
+            # All of it is consolidated: the next entry goes to the raw segment behind.
+            position = JournalPosition(Seq(read_manifest(store.storage, directory).last + 1), SEGMENT_HEADER_BYTES)
         if replayed:
             log.info("group %s: %d journal entries replayed, up to seq %d", name, replayed, state.held)
         return state, position
@@ -172,7 +190,7 @@ class GroupWriter:
         OutOfOrder, StoreFull (nothing kept, try again when there is room), StoreFailed (open the store anew).
         """
         if records:
-            self._store.log_records(self, records)
+            self.store.log_records(self, records)
 
     def append(self, entries: Sequence[Logged]) -> None:
         """Journals entries whose blocks are in place, then applies them."""
@@ -210,7 +228,7 @@ class GroupWriter:
         if key not in self._head_leaves:
             if len(self._head_leaves) >= _HEAD_LEAVES_MAX:
                 self._head_leaves.clear()
-            with self._store.index.read() as txn:
+            with self.store.index.read() as txn:
                 self._head_leaves[key] = self.catalog.pointers.leaf(txn, volume, leaf, SEQ_MAX)
         addresses = self._head_leaves[key]
         return HOLE if addresses is None else Address(int(addresses[index]))
@@ -218,7 +236,7 @@ class GroupWriter:
     def head_block(self, volume: VolumeId, block: int) -> bytes:
         """The block as of `held`, checked. Damaged if its stored bytes are not what they were."""
         address = self.head_address(volume, block)
-        return layout.ZERO_BLOCK if address == HOLE else self._store.pool.read_block(address)
+        return layout.ZERO_BLOCK if address == HOLE else self.store.pool.read_block(address)
 
     def compare(self, volume: VolumeId, offset: int, blocks: int, digest: Callable[[bytes], bytes]) -> list[bytes]:
         """Digests of `blocks` blocks at `offset` (aligned) as of `held`; past the end they are of zeros.
@@ -243,18 +261,18 @@ class GroupWriter:
 
     def reader(self) -> GroupReader:
         """A reader of this group that shares the writer's index."""
-        store = StoreReader(self._store.path, self._store.storage, self._store.index, self._store.pool)
+        store = StoreReader(self.store.path, self.store.storage, self.store.index, self.store.pool)
         return GroupReader(store, self.name, self.catalog.group_id)
 
     def name_exists(self, name: str) -> bool:
         """Whether a bookmark or snapshot has this name."""
         if name in self.state.new_snapshots:
             return self.state.new_snapshots[name] is not None
-        with self._store.index.read() as txn:
+        with self.store.index.read() as txn:
             return self.catalog.snapshot(txn, name) is not None
 
     def snapshot_count(self) -> int:
-        with self._store.index.read() as txn:
+        with self.store.index.read() as txn:
             names = set(self.catalog.snapshots(txn))
         for name, snapshot in self.state.new_snapshots.items():
             names.discard(name) if snapshot is None else names.add(name)
@@ -268,7 +286,7 @@ class GroupWriter:
         if name is not None:
             check_name(name)
         # An anchor right here: whoever reads the snapshot has nothing to replay.
-        self._store.checkpoint()
+        self.store.checkpoint()
         reader = self.reader()
         moment = reader.resolve(at)
         chosen = None
@@ -294,17 +312,49 @@ class GroupWriter:
             raise UnknownName(f"group {self.name} has no snapshot or bookmark {name!r}")
         self._journal_store_entry(EntryKind.SNAPSHOT_DELETE, SnapshotDelete(self.held, self.time, self.run, name))
 
-    def _journal_store_entry(self, kind: EntryKind, body: SnapshotCreate | SnapshotDelete) -> None:
-        self._store.refuse_if_failed()
+    # -- history -----------------------------------------------------------------------------------------------------
+
+    def complete_segment(self) -> None:
+        """What comes next begins a new segment, so that those so far can be consolidated. StoreFull, StoreFailed."""
+        self.store.refuse_if_failed()
+        try:
+            self._journal.rotate(self.held)
+        except StoreFailed as error:
+            self.store.fail(str(error))
+            raise
+
+    def advance_base(self, base: Seq, base_time: TimeNs) -> None:
+        """The base snapshot is that recovery point now, and no earlier one can be restored; durable when it returns."""
+        self._journal_store_entry(EntryKind.BASE_ADVANCE, BaseAdvance(self.held, self.time, self.run, base, base_time))
+
+    def _journal_store_entry(
+        self, kind: EntryKind, body: SnapshotCreate | SnapshotDelete | BaseAdvance | JournalCreate | JournalUse
+    ) -> None:
+        self.store.refuse_if_failed()
         self.append([Logged(kind, self.held, self.held, self.time, self.run, BASE_JOURNAL, (), body)])
-        self._store.sync()
+        self.store.sync()
 
     def close(self) -> None:
         self._journal.close()
 
 
-_REBUILD_POINTERS: Final = 1 << 18
-"""Pointers after which a rebuild stores its progress: bounds its memory."""
+_REBUILD_POINTERS: Final = ANCHOR_POINTERS
+"""Pointers after which a rebuild stores its progress: bounds its memory, and what a moment's synthesis replays."""
+
+
+def _finish_consolidation(store: Store, catalog: Catalog, directory: Path) -> None:
+    """After a writer that was killed between a manifest and its index: indexes what is new; removes what is dead."""
+    manifest = read_manifest(store.storage, directory)
+    with store.index.read() as txn:
+        indexed = catalog.journal_number(txn)
+        lost = catalog.anchor(txn, SEQ_MAX) is None
+    if indexed != manifest.number:
+        with store.index.write() as txn:
+            if lost:
+                catalog.put_journal_number(txn, manifest.number)  # all of it will be replayed
+            else:
+                reindex(store.storage, directory, catalog, txn, manifest)
+    remove_dead(store.storage, directory, manifest)
 
 
 def _blocks_are_whole(store: Store, logged: Logged) -> bool:
@@ -315,6 +365,9 @@ def _blocks_are_whole(store: Store, logged: Logged) -> bool:
                 continue
             try:
                 store.pool.read_block(Address(address))
+            except Unreadable as damage:
+                # It may well be there: no reason to cut history off. Whoever reads it is told.
+                log.error("%s", damage)
             except Damaged as damage:
                 log.warning("%s", damage)
                 return False
@@ -325,8 +378,18 @@ def _note_fingerprints(store: Store, logged: Logged) -> None:
     width = layout.FINGERPRINT_BYTES
     for extent in logged.extents:
         for index, address in enumerate(extent.addresses.tolist()):
-            if address != HOLE:
+            if address not in (HOLE, LOST):
                 store.fingerprints.note(extent.fingerprints[index * width : (index + 1) * width], Address(address))
+
+
+def _store_pointers(store: Store, catalog: Catalog, state: GroupState) -> None:
+    """The pointers of one large entry so far, in the middle of a rebuild."""
+    store.fingerprints.freeze()
+    with store.index.write() as txn:
+        catalog.put_pointers(txn, state.overlay, state.held)
+        store.fingerprints.commit(txn)
+    store.fingerprints.committed()
+    state.overlay = Overlay()
 
 
 def _store_progress(store: Store, catalog: Catalog, state: GroupState, position: JournalPosition) -> None:

@@ -197,7 +197,7 @@ def read_segment(storage: Storage, directory: Path, segment: SegmentFile, end: i
 def scan_segment(storage: Storage, directory: Path, segment: SegmentFile) -> Iterator[Scanned]:
     """Every entry of one segment, whether the chain has it or not; Damaged for whatever is not whole, its end too."""
     try:
-        size = segment.path(directory).stat().st_size
+        size = storage.file_bytes(segment.path(directory))
     except FileNotFoundError as error:
         raise Damaged(f"{segment.path(directory)}: offset 0: the segment is missing") from error
     one = _SegmentScan(storage, directory, segment, False, False)

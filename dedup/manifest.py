@@ -37,6 +37,8 @@ from dedup.types import JournalId, Seq, TimeNs
 class SegmentRow:
     """A consolidated segment: seqs first..last, one recovery point per `window_ns` (0: each that there was).
 
+    One of generation 0 is a raw segment that was left as it was between others.
+
     `journal` is the data journal that its records were routed to, `newest` the time of its last one; `bytes` is the
     size of its file.
     """
@@ -109,7 +111,7 @@ def _fault(manifest: Manifest) -> str | None:
     for row in manifest.rows:
         if row.first != follows or row.last < row.first:
             return f"its row of seq {row.first}..{row.last} does not follow seq {follows - 1}"
-        if not 0 < row.generation <= manifest.number:
+        if not 0 <= row.generation <= manifest.number:
             return f"its row of seq {row.first} has generation {row.generation}"
         follows = row.last + 1
     return None

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Final
 
 from dedup.catalog import Catalog, Txn
+from dedup.errors import Damaged
 from dedup.group_state import GroupState
-from dedup.journal_reader import JournalPosition, SegmentFile, read
-from dedup.layout import LEAF_BLOCKS
+from dedup.journal_reader import JournalPosition, SegmentFile, chain_of, read, segments
+from dedup.layout import LEAF_BLOCKS, MANIFEST_NAME
 from dedup.manifest import Manifest, SegmentRow
 from dedup.metadata_journal import EntryKind
+from dedup.overlay import Overlay
 from dedup.storage import Storage
-from dedup.synthesis import start_of
+from dedup.synthesis import state_before
 from dedup.types import BLOCK_BYTES, Consolidated, Seq, VolumeId
 
 ANCHOR_POINTERS: Final = 16_384
@@ -33,13 +35,19 @@ LeafKey = tuple[VolumeId, int]
 
 
 def reindex(storage: Storage, directory: Path, catalog: Catalog, txn: Txn, manifest: Manifest) -> None:
-    """Brings the group's index up to `manifest`, which is the journal's now. The caller commits, synced.
+    """Brings the group's index up to `manifest`, which is the journal's now or becomes it. The caller commits, synced.
 
-    Damaged when the new segments cannot be read: then nothing may be committed.
+    Damaged when the new segments cannot be read, or the index is of a later manifest: then nothing may be committed.
     """
     indexed = catalog.journal_number(txn)
+    if indexed > manifest.number:
+        raise Damaged(
+            f"{directory / MANIFEST_NAME}: offset 0: the manifest is number {manifest.number}, the index is of number "
+            f"{indexed}: an older copy? put the latest one back, or run `rewindfs verify --repair`"
+        )
+    files = chain_of(manifest, segments(storage, directory))
     for rows in _stretches(manifest, indexed):
-        _Stretch(storage, directory, catalog, txn, rows).run()
+        _Stretch(storage, directory, catalog, txn, rows, files).run()
     catalog.put_journal_number(txn, manifest.number)
 
 
@@ -60,15 +68,22 @@ class _Stretch:
     """Neighbouring new segments, and the transaction in which they are indexed."""
 
     def __init__(
-        self, storage: Storage, directory: Path, catalog: Catalog, txn: Txn, rows: Sequence[SegmentRow]
+        self,
+        storage: Storage,
+        directory: Path,
+        catalog: Catalog,
+        txn: Txn,
+        rows: Sequence[SegmentRow],
+        files: Sequence[SegmentFile],
     ) -> None:
         self._storage = storage
         self._directory = directory
         self._catalog = catalog
         self._txn = txn
+        self._files = files
         self._after = Seq(rows[0].first - 1)
         self._last = rows[-1].last
-        self._begin = SegmentFile(rows[0].first, rows[0].generation).start
+        self._segment = SegmentFile(rows[0].first, rows[0].generation)
         self._end = JournalPosition(rows[-1].first, rows[-1].bytes, rows[-1].generation)
 
     def run(self) -> None:
@@ -85,7 +100,7 @@ class _Stretch:
     def _touched(self) -> list[LeafKey]:
         """Every leaf that the stretch may have a version of: what its entries name, and what they cut off."""
         touched: set[LeafKey] = set()
-        for logged, _ in read(self._storage, self._directory, self._begin, limit=self._end):
+        for logged, _ in read(self._storage, self._directory, self._segment.start, limit=self._end, files=self._files):
             for extent in logged.extents:
                 first = extent.offset // BLOCK_BYTES
                 last = first + len(extent.addresses) - 1
@@ -99,20 +114,18 @@ class _Stretch:
 
     def _anchors(self) -> None:
         """Replays the stretch, with an anchor now and then, and one at its end."""
-        anchor = self._catalog.anchor(self._txn, self._after)
-        state, start = start_of(self._storage, self._directory, self._catalog, self._txn, anchor)
-        if anchor is not None and anchor.held == self._after:
-            start = self._begin
-        position = start
-        for logged, after in read(self._storage, self._directory, start, limit=self._end):
+        state = state_before(self._storage, self._directory, self._catalog, self._txn, self._segment, self._files)
+        self._catalog.move_anchor(self._txn, self._after, self._segment.start)
+        position = self._segment.start
+        for logged, after in read(self._storage, self._directory, position, limit=self._end, files=self._files):
             more = logged.kind is EntryKind.CONSOLIDATED_MORE
-            if position >= self._begin and not more and _due(state):
+            if not more and position != self._segment.start and _due(state):
                 self._put(state, position)
             state.apply(logged)
             position = after
             if logged.kind in _BULKY and state.overlay.count >= _FLUSH_POINTERS:
                 self._catalog.put_pointers(self._txn, state.overlay, state.held)
-                state.overlay = type(state.overlay)()
+                state.overlay = Overlay()
         self._put(state, self._end)
 
     def _put(self, state: GroupState, position: JournalPosition) -> None:

@@ -7,7 +7,7 @@ overlay does not say, the pointer maps as of the anchor do, and what they do not
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,10 +17,10 @@ import numpy as np
 from dedup.catalog import Catalog, Txn
 from dedup.group_state import Checkpoint, GroupState
 from dedup.layout import LEAF_BLOCKS
-from dedup.metadata_journal import JournalPosition, Logged, first_position, read
+from dedup.metadata_journal import JournalPosition, Logged, SegmentFile, chain, first_position, read
 from dedup.pointer_map import Addresses
 from dedup.storage import Storage
-from dedup.types import HOLE, Seq, VolumeId, VolumeState
+from dedup.types import Seq, VolumeId, VolumeState
 
 LEAVES_MAX: Final = 1024
 """Decoded leaves that one image keeps: 4 MiB, the pointers of 2 GiB of a volume."""
@@ -62,8 +62,12 @@ def state_before(
     """
     before = Seq(segment.first - 1)
     anchor = catalog.anchor(txn, before)
-    state, start = start_of(storage, directory, catalog, txn, anchor)
-    if anchor is None or anchor.held < before:
+    files = chain(storage, directory) if files is None else files
+    if anchor is None:
+        state, start = GroupState(), files[0].start
+    else:
+        state, start = catalog.state(txn, anchor), anchor.position
+    if state.held < before:
         for logged, _ in read(storage, directory, start, limit=segment.start, files=files):
             state.apply(logged)
     return state
@@ -93,9 +97,9 @@ class VolumePointers:
         self, view: View, catalog: Catalog, volume: VolumeId, check: Callable[[Txn], None] | None = None
     ) -> None:
         """`check` raises where the pointer maps that a transaction sees are no longer those of the view."""
-        self._view = view
+        self.view = view
         self._catalog = catalog
-        self._volume = volume
+        self.volume = volume
         self._check = check
         self._leaves: OrderedDict[int, Addresses] = OrderedDict()
 
@@ -107,9 +111,9 @@ class VolumePointers:
             return cached
         if self._check is not None:
             self._check(txn)
-        found = self._catalog.pointers.leaf(txn, self._volume, leaf, self._view.anchor)
+        found = self._catalog.pointers.leaf(txn, self.volume, leaf, self.view.anchor)
         addresses = np.zeros(LEAF_BLOCKS, dtype=np.uint64) if found is None else found
-        self._view.state.overlay.cover(self._volume, leaf * LEAF_BLOCKS, addresses)
+        self.view.state.overlay.cover(self.volume, leaf * LEAF_BLOCKS, addresses)
         self._leaves[leaf] = addresses
         if len(self._leaves) > LEAVES_MAX:
             self._leaves.popitem(last=False)
@@ -136,18 +140,6 @@ class VolumePointers:
         """Every leaf that may hold a pointer which is not a hole, ascending."""
         if self._check is not None:
             self._check(txn)
-        leaves = set(self._catalog.pointers.leaves(txn, self._volume))
-        leaves.update(leaf for leaf, _, _ in self._view.state.overlay.leaves(self._volume))
+        leaves = set(self._catalog.pointers.leaves(txn, self.volume))
+        leaves.update(leaf for leaf, _, _ in self.view.state.overlay.leaves(self.volume))
         return sorted(leaves)
-
-
-def changed_blocks(txn: Txn, old: VolumePointers | None, new: VolumePointers) -> int:
-    """How many blocks differ by pointer between two views of one volume (None: the volume did not exist)."""
-    leaves = set(new.written_leaves(txn))
-    if old is not None:
-        leaves.update(old.written_leaves(txn))
-    changed = 0
-    for leaf in leaves:
-        before = HOLE if old is None else old.leaf(txn, leaf)
-        changed += int(np.count_nonzero(new.leaf(txn, leaf) != before))
-    return changed

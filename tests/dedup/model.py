@@ -36,17 +36,21 @@ class Model:
     """Builds records in order and keeps what each volume holds after each of them."""
 
     seq: int = 0
+    elapsed_ns: int = 0
+    """Time that passed besides a step per record."""
     next_volume: int = 1
     content: dict[VolumeId, bytes] = field(default_factory=dict)
     paths: dict[VolumeId, str] = field(default_factory=dict)
     history: dict[int, tuple[dict[VolumeId, bytes], dict[VolumeId, str]]] = field(default_factory=dict)
+    times: dict[int, int] = field(default_factory=dict)
 
     def _next(self, count: int = 1) -> tuple[Seq, TimeNs, ClockRun]:
         self.seq += count
-        return Seq(self.seq), TimeNs(START_NS + self.seq * STEP_NS), RUN
+        return Seq(self.seq), TimeNs(START_NS + self.elapsed_ns + self.seq * STEP_NS), RUN
 
     def _keep(self) -> None:
         self.history[self.seq] = (dict(self.content), dict(self.paths))
+        self.times[self.seq] = START_NS + self.elapsed_ns + self.seq * STEP_NS
 
     def begin(self) -> list[Record]:
         """The first records of a group: an agent's start, and an (empty) base snapshot."""

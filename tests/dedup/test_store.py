@@ -19,8 +19,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from dedup.consolidator import consolidate
 from dedup.errors import MomentRefused, NameRefused, NotAStore, OutOfOrder, StoreBusy, UnknownFormat, UnknownName
 from dedup.reader import GroupReader
+from dedup.retention import Policy
 from dedup.store import Store
 from dedup.types import PointKind, Seq, VolumeId
 from tests.dedup.model import Model
@@ -47,6 +49,7 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.path = Path(tempfile.mkdtemp(prefix="rewindfs-test-"))
         self.model = Model()
+        self.named: dict[str, int] = {}
         Store.create(self.path / "store")
         self.store = Store.open(self.path / "store")
 
@@ -113,6 +116,44 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def retire(self, data: st.DataObject) -> None:
         self.store.group("g").ingest([self.model.retire(data.draw(st.sampled_from(self.volumes())))])
+
+    @rule()
+    def snapshot(self) -> None:
+        name = f"n{self.model.seq}"
+        if name not in self.named:
+            assert self.store.group("g").create_snapshot(name).seq == self.model.seq
+            self.named[name] = self.model.seq
+
+    @precondition(lambda self: self.named)
+    @rule(data=st.data())
+    def forget_snapshot(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.named)))
+        self.store.group("g").delete_snapshot(name)
+        del self.named[name]
+
+    @rule(minutes=st.sampled_from([1, 20, 200, 3000, 60_000]))
+    def time_passes(self, minutes: int) -> None:
+        self.model.elapsed_ns += minutes * 60 * 10**9
+        self.store.group("g").ingest([self.model.heartbeat()])
+
+    @rule()
+    def complete_segment(self) -> None:
+        self.store.group("g").complete_segment()
+
+    @rule()
+    def consolidate(self) -> None:
+        group = self.store.group("g")
+        now = group.time
+        consolidate(group, Policy(), now)
+        reader = group.reader()
+        for seq in sorted(self.model.history):
+            if reader.view(Seq(seq)).state.held != seq:
+                assert seq < self.model.seq, "the last point is kept"
+                assert now - self.model.times[seq] > Policy().every_write_ns, f"seq {seq} is not old enough"
+                assert seq not in self.named.values(), "a named point is kept"
+                del self.model.history[seq]
+        for name, seq in self.named.items():
+            assert reader.resolve(name).seq == seq
 
     @rule()
     def checkpoint(self) -> None:

@@ -1,0 +1,155 @@
+"""The writer's part of a consolidation: what makes a folded piece count, and what then may go.
+
+Invariants:
+- the barrier is shut from the look at the pins until the index is committed: no reader gets a moment in between;
+- the order is: new files durable (they are, when they come here), index computed, manifest renamed, index committed,
+  old files unlinked. A writer killed after the rename finds the difference when it opens the store, and finishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dedup import layout
+from dedup.consolidation import (
+    Folded,
+    GroupHistory,
+    Piece,
+    SegmentAges,
+    fold_piece,
+    plan,
+    raw_between,
+    replaced,
+)
+from dedup.errors import Damaged, StoreFailed, StoreFull
+from dedup.group_state import BASE_NAME
+from dedup.journal_reader import SegmentFile
+from dedup.manifest import Manifest, read_manifest, write_manifest
+from dedup.pins import PinBarrier, Pinned
+from dedup.reindex import reindex
+from dedup.retention import Policy
+from dedup.storage import Storage
+from dedup.types import Seq, TimeNs
+
+if TYPE_CHECKING:
+    from dedup.group_writer import GroupWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a consolidation did: `freed_bytes` of journal; `postponed` are pieces that a reader needs a moment in."""
+
+    pieces: int = 0
+    freed_bytes: int = 0
+    postponed: int = 0
+
+
+def prepare(group: GroupWriter, now: TimeNs) -> None:
+    """What has to be done with the store to oneself before history is looked at: forgets the names whose time is up,
+    completes the segment that is appended to, checkpoints. StoreFull, StoreFailed."""
+    with group.store.index.read() as txn:
+        names = GroupHistory(group.store.storage, group.directory, group.catalog, txn, group.state).names()
+    for name, snapshot in names.items():
+        if snapshot.keep_until is not None and snapshot.keep_until <= now and name != BASE_NAME:
+            group.delete_snapshot(name)
+    group.complete_segment()
+    group.store.checkpoint()
+
+
+def commit_piece(group: GroupWriter, folded: Folded, raw: Sequence[SegmentAges]) -> bool:
+    """Puts a folded piece in the place of what it was made of; durable when it returns. `raw`: see `replaced`.
+
+    False, and nothing changed, when a reader needs a moment in it. Damaged, StoreFull: nothing changed either.
+    StoreFailed: the store has to be opened anew, which finishes it or finds nothing of it.
+    """
+    store, directory = group.store, group.directory
+    store.refuse_if_failed()
+    before = read_manifest(store.storage, directory)
+    try:
+        manifest = replaced(before, folded, raw)
+        barrier = PinBarrier(store.storage, store.path)
+        try:
+            with barrier.shut() as pinned:
+                if pinned is None or _in_use(group, folded.piece, pinned):
+                    manifest = before
+                else:
+                    _commit(group, folded, manifest)
+        finally:
+            barrier.close()
+    except StoreFailed as error:
+        store.fail(str(error))
+        raise
+    except (Damaged, StoreFull):
+        remove_dead(store.storage, directory, before)
+        raise
+    remove_dead(store.storage, directory, manifest)
+    return manifest is not before
+
+
+def _commit(group: GroupWriter, folded: Folded, manifest: Manifest) -> None:
+    store = group.store
+    if folded.base is not None:
+        group.advance_base(*folded.base)
+    renamed = False
+    try:
+        with store.index.write() as txn:
+            reindex(store.storage, group.directory, group.catalog, txn, manifest)
+            write_manifest(store.storage, group.directory, manifest)
+            renamed = True
+    except StoreFull as error:
+        if renamed:
+            raise StoreFailed(f"{error}; then open the store anew") from error
+        raise
+
+
+def _in_use(group: GroupWriter, piece: Piece, pinned: Pinned) -> bool:
+    """Whether a reader needs anything of the piece: a moment in it, or one that is replayed from a checkpoint in it."""
+    if pinned.everything:
+        return True
+    with group.store.index.read() as txn:
+        for name, seq in pinned.moments:
+            if name == group.name and seq > piece.stretch.after:
+                anchor = group.catalog.anchor(txn, seq)
+                if anchor is None or anchor.held <= piece.stretch.last:
+                    return True
+    return False
+
+
+def consolidate(group: GroupWriter, policy: Policy, now: TimeNs) -> Outcome:
+    """Thins one group as the policy says, piece by piece, in this process, which has the store to itself.
+
+    Each piece counts when it is committed; `halt` is asked between them. Damaged, StoreFull, StoreFailed.
+    """
+    prepare(group, now)
+    known: dict[SegmentFile, SegmentAges] = {}
+    outcome = Outcome()
+    postponed: set[Seq] = set()
+    while True:
+        with group.store.index.read() as txn:
+            history = GroupHistory(group.store.storage, group.directory, group.catalog, txn, group.state)
+            age = history.now(now)
+            due = [piece for piece in plan(history, policy, age, known) if piece.stretch.last not in postponed]
+            if not due:
+                break
+            folded = fold_piece(history, due[0], policy, age)
+            raw = raw_between(history, known, due[0])
+        if commit_piece(group, folded, raw):
+            freed = max(0, due[0].bytes - sum(row.bytes for row in folded.rows))
+            outcome = replace(outcome, pieces=outcome.pieces + 1, freed_bytes=outcome.freed_bytes + freed)
+        else:
+            postponed.add(due[0].stretch.last)
+    return replace(outcome, postponed=len(postponed))
+
+
+def remove_dead(storage: Storage, directory: Path, manifest: Manifest) -> None:
+    """Unlinks the files that are not of the journal: replaced ones, and what a crash left of new ones. StoreFailed."""
+    kept = {(row.first, row.generation) for row in manifest.rows}
+    for name in storage.listdir(directory):
+        first = layout.segment_named(name)
+        file = layout.consolidated_named(name) if first is None else (first, layout.RAW_GENERATION)
+        dead = name.endswith(layout.TEMPORARY_SUFFIX) or (file is not None and file not in kept)
+        if dead and (first is None or first <= manifest.last):
+            storage.unlink(directory / name)
