@@ -134,7 +134,7 @@ class GroupViews:
         seq = min(seq, self._state.held)
         dated = self._views.get(seq)
         if dated is None:
-            dated = self.before(lambda logged: logged.seq > seq, seq)
+            dated = self._settled(partial(self._synthesize, lambda logged: logged.seq > seq, seq, seq))
             self._views[seq] = dated
             if len(self._views) > VIEWS_MAX:
                 self._views.popitem(last=False)
@@ -147,19 +147,21 @@ class GroupViews:
         What is replayed is at most one checkpoint's entries when that seq is close. `stop` may be asked about an entry
         more than once.
         """
-        return self._settled(partial(self._synthesize, stop, after))
+        return self._settled(partial(self._synthesize, stop, after, None))
 
-    def _synthesize(self, stop: Callable[[Logged], bool], after: Seq, manifest: int) -> DatedView:
+    def _synthesize(self, stop: Callable[[Logged], bool], after: Seq, upto: Seq | None, manifest: int) -> DatedView:
+        """`upto`: the seq that is asked for, if it is known; where an anchor has it, nothing is replayed."""
         with self._index.read() as txn:
             # A commit between the two looks: the index is the newer one, and the journal read below is not older.
             indexed = self._catalog.journal_number(txn)
             manifest = max(manifest, indexed)
             anchor = self._anchor(txn, after, manifest)
             state, start = start_of(self._storage, self._directory, self._catalog, txn, anchor)
-            for logged, _ in read(self._storage, self._directory, start):
-                if stop(logged):
-                    break
-                state.apply(logged)
+            if anchor is None or anchor.held != upto:
+                for logged, _ in read(self._storage, self._directory, start):
+                    if stop(logged):
+                        break
+                    state.apply(logged)
         return DatedView(View(Seq(0) if anchor is None else anchor.held, state), manifest, manifest == indexed)
 
     def first_from(self, seq: Seq) -> View | None:
