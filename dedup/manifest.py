@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from dedup.errors import Damaged, UnknownFormat
 from dedup.layout import (
     CHECKSUM_BYTES,
@@ -63,6 +65,11 @@ class Manifest:
     def last(self) -> Seq:
         """The last seq that it stands for, 0 for none."""
         return self.rows[-1].last if self.rows else Seq(0)
+
+
+_KNOWN_MAX = 16
+_known: dict[Path, tuple[bytes, Manifest]] = {}
+"""The manifests read last, each with its file's digest: who finds a moment does not pay for every row anew."""
 
 
 def pack_manifest(manifest: Manifest) -> bytes:
@@ -126,9 +133,16 @@ def read_manifest(storage: Storage, directory: Path) -> Manifest:
         return Manifest()
     try:
         size = min(storage.size(fd), MANIFEST_HEADER.size + MANIFEST_ROWS_MAX * MANIFEST_ROW.size + CHECKSUM_BYTES)
-        return unpack_manifest(storage.pread(fd, size, 0), path)
+        data = storage.pread(fd, size, 0)
     finally:
         storage.close(fd)
+    digest = xxhash.xxh3_128_digest(data)
+    known = _known.get(path)
+    if known is None or known[0] != digest:
+        if len(_known) >= _KNOWN_MAX:
+            _known.clear()
+        known = _known[path] = digest, unpack_manifest(data, path)
+    return known[1]
 
 
 def write_manifest(storage: Storage, directory: Path, manifest: Manifest) -> None:
