@@ -37,6 +37,7 @@ from dedup.errors import Damaged, StoreError, UnknownFormat
 from dedup.journal_reader import JournalPosition, first_position, scan
 from dedup.layout import FINGERPRINT_BYTES, POINTER_KEY, SLOT_BITS
 from dedup.metadata_journal import extents_of
+from dedup.pins import pinned
 from dedup.pointer_map import named_by
 from dedup.reachability import consecutive
 from dedup.sealed import seal
@@ -116,11 +117,33 @@ class Dead:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What a collection did. `freed_bytes` on disk; `skipped`: why containers stayed as they were."""
+    """What a collection did. `freed_bytes` on disk; `skipped`: why containers stayed as they were; `postponed`: the
+    readers that pin everything, for which the rest of the sweep is left for another time."""
 
     plan: Plan
-    freed_bytes: int
+    freed_bytes: int = 0
     skipped: tuple[str, ...] = ()
+    postponed: tuple[str, ...] = ()
+
+
+def collected_fields(done: Collected, *, dry_run: bool) -> dict[str, object]:
+    """The document of the command `gc`. `freed_bytes` of a dry run is what would be freed, before compression."""
+    plan = done.plan
+    planned = {
+        "containers": plan.containers,
+        "removed": plan.removed,
+        "rewritten": len(plan.rewrites) - plan.removed,
+        "live_blocks": plan.live_blocks,
+        "dead_blocks": plan.dead_blocks,
+        "free_bytes": plan.free_bytes,
+    }
+    return {
+        "planned": planned,
+        "freed_bytes": plan.free_bytes if dry_run else done.freed_bytes,
+        "dry_run": dry_run,
+        "skipped": list(done.skipped),
+        "postponed": list(done.postponed),
+    }
 
 
 class Collection:
@@ -167,6 +190,14 @@ class Collection:
         finally:
             fingerprints.reread()
         return tuple(condemned)
+
+    def postponed(self) -> tuple[str, ...]:
+        """The readers that pin everything now; while there are any, nothing is swept.
+
+        A look without the barrier is enough: what such a reader finds is in the journal, and so was marked, or is
+        newer; history that leaves the journal is what the barrier guards.
+        """
+        return pinned(self._store.storage, self._store.path).holders
 
     def rewritten(self, container: ContainerId) -> None:
         """Step 4 is done: the next read of the container opens its file anew."""
@@ -322,7 +353,7 @@ def collect(store: Store, *, dry_run: bool = False) -> Collected:
             collector = Collector(store.storage, store.path, store.index, collection.boundary)
             plan = collector.mark()
             if dry_run:
-                return Collected(plan, 0)
+                return Collected(plan)
             return _sweep(collection, collector, plan)
         finally:
             collection.end()
@@ -330,8 +361,10 @@ def collect(store: Store, *, dry_run: bool = False) -> Collected:
 
 def _sweep(collection: Collection, collector: Collector, plan: Plan) -> Collected:
     freed = 0
-    skipped = []
+    skipped: list[str] = []
     for planned in plan.rewrites:
+        if holders := collection.postponed():
+            return Collected(plan, freed, tuple(skipped), holders)
         try:
             condemned: list[int] = []
             for piece in collector.dead(planned.container).pieces():

@@ -19,14 +19,15 @@ import queue
 import struct
 import sys
 import threading
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import msgspec
 
 from dedup import layout
 from dedup.container_size import examine
-from dedup.errors import Damaged, StoreError, StoreFailed, StoreFull
+from dedup.errors import Damaged, StoreError, StoreFull
 from dedup.gc import Boundary, Collector, Dead, Plan
 from dedup.pace import Pace
 from dedup.pins import Pinning
@@ -96,7 +97,12 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 Request = Work | Seal | Mark | FindDead | Remove
 Reply = Freed | Marked | Found | Refused
 
-_KINDS: Final = {kind.__name__: kind for kind in (Damaged, StoreFull, StoreFailed)}
+
+class WorkFailed(StoreError):
+    """A write or a sync of the worker's failed. What the store keeps is as it was, but nothing more is tried there."""
+
+
+_KINDS: Final[dict[str, type[StoreError]]] = {"Damaged": Damaged, "StoreFull": StoreFull, "StoreFailed": WorkFailed}
 _requests: Final = msgspec.msgpack.Decoder(Request)
 _replies: Final = msgspec.msgpack.Decoder(Reply)
 
@@ -164,9 +170,10 @@ class Worker:
                     return Found(self._collector.dead(ContainerId(container)))
                 case Remove(container, slots) if self._collector:
                     return Freed(self._collector.rewrite(ContainerId(container), slots))
+        except FileNotFoundError as error:
+            return Refused(Damaged.__name__, f"{error.filename}: the container is missing")
         except StoreError as error:
-            kind = next((name for name, one in _KINDS.items() if isinstance(error, one)), "StoreError")
-            return Refused(kind, str(error))
+            return Refused(type(error).__name__, str(error))
         return Refused("StoreError", f"{type(request).__name__} has no meaning here")
 
     def _seal(self, container: ContainerId) -> int:
@@ -176,14 +183,21 @@ class Worker:
         return before - examine(storage, self._containers, container).disk_bytes
 
 
-def _read_requests(pipe: BinaryIO, requests: queue.SimpleQueue[Request], pace: Pace) -> None:
+def _read_whole(pipe: FileIO, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        some = pipe.read(count - len(data))
+        if not some:
+            os._exit(0)
+        data += some
+    return data
+
+
+def _read_requests(pipe: FileIO, requests: queue.SimpleQueue[Request], pace: Pace) -> None:
     """Hands requests over until the input ends, and then ends the process: nobody waits for it any more."""
     while True:
-        head = pipe.read(_LENGTH.size)
-        body = pipe.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
-        if not body:
-            os._exit(0)
-        request = _requests.decode(body)
+        head = _read_whole(pipe, _LENGTH.size)
+        request = _requests.decode(_read_whole(pipe, _LENGTH.unpack(head)[0]))
         if isinstance(request, Work):
             pace.share = request.share
         else:
@@ -207,7 +221,7 @@ def main() -> None:
     yield_to_others()
     pace = Pace()
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
-    threading.Thread(target=_read_requests, args=(sys.stdin.buffer, requests, pace), daemon=True).start()
+    threading.Thread(target=_read_requests, args=(FileIO(0), requests, pace), daemon=True).start()
     try:
         store = StoreReader.open(path, pinning=Pinning.NOTHING)
         with worker_lock(store.storage, path):

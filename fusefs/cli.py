@@ -20,6 +20,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "status": ("fusefs.mount_cli:status", "How a mount or a store is doing."),
     "snapshot": ("replication.snapshot_cli:snapshot", "Create, list and delete snapshots."),
     "retention": ("replication.retention_cli:retention", "How finely history is kept, and how large a store may grow."),
+    "gc": ("replication.keep_cli:gc", "Free what no recovery point needs any more."),
     "points": ("dedup.cli:points", "What can be restored: ranges, gaps, flushes, bookmarks."),
     "verify": ("dedup.cli:verify", "Check a store."),
     "appliance": ("replication.cli:appliance", "Run an appliance as a process of its own."),

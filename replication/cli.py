@@ -74,7 +74,7 @@ async def _serve(path: Path, sockets: list[Path], ready: Ready, guardian: Guardi
     store = await trio.to_thread.run_sync(_open_or_make, path)
     failed = True
     try:
-        appliance = SecondAppliance(store)
+        appliance = SecondAppliance(store, maintain=True)
         listeners: list[Listener] = []
         try:
             for place in sockets:

@@ -10,6 +10,7 @@ A body and a reply are JSON-like. Times are integers of nanoseconds, sizes bytes
     checkpoint       {}                                        → {}
     snapshot.create  {group?, name?, at?, volume?}             → {"group", "name", "seq", "time", "kind", "volume"}
     snapshot.delete  {group?, name}                            → {"group", "name"}
+    gc               {dry_run?}                                → {"planned", "freed_bytes", "dry_run", …}
     retention.show   {}                                        → dedup.retention.Policy
     retention.set    {some fields of Policy}                   → the whole of it, durable and in force
 
@@ -27,8 +28,10 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from dedup.errors import MomentRefused, NameRefused, RewindError, UnknownName
+from dedup.gc import collected_fields
 from dedup.moment import check_name
 from dedup.retention import changed_policy, policy_fields
+from replication.maintenance import Maintenance
 from replication.messages import Role
 from replication.space_gate import SpaceGate
 from replication.store_writer import StoreWriter
@@ -58,11 +61,18 @@ class Caller:
 class Commands:
     """The commands of one appliance."""
 
-    def __init__(self, writer: StoreWriter, sessions: Callable[[], Mapping[str, int]], space: SpaceGate) -> None:
+    def __init__(
+        self,
+        writer: StoreWriter,
+        sessions: Callable[[], Mapping[str, int]],
+        space: SpaceGate,
+        maintenance: Maintenance,
+    ) -> None:
         """`sessions` gives the number of live agent sessions per group, and of all sessions under ""."""
         self._writer = writer
         self._sessions = sessions
         self._space = space
+        self._maintenance = maintenance
         self._reserved: dict[tuple[str, str], float] = {}
 
     async def run(self, caller: Caller, command: str, body: Body) -> Body:
@@ -131,6 +141,10 @@ class Commands:
         await self._space.set_policy(policy)
         return policy_fields(policy)
 
+    async def _gc(self, caller: Caller, body: Body) -> Body:
+        dry_run = body.get("dry_run") is True
+        return collected_fields(await self._maintenance.collect(dry_run=dry_run), dry_run=dry_run)
+
     def _group(self, caller: Caller, body: Body) -> GroupWriter:
         """The group meant; never makes one."""
         name = caller.group if caller.role is Role.AGENT else _text(body, "group", caller.group)
@@ -191,6 +205,7 @@ _COMMANDS: Final[dict[str, tuple[frozenset[Role], _Function]]] = {
     "checkpoint": (_ADMIN, Commands._checkpoint),
     "snapshot.create": (_ADMIN, Commands._snapshot_create),
     "snapshot.delete": (_ADMIN, Commands._snapshot_delete),
+    "gc": (_ADMIN, Commands._gc),
     "retention.show": (_ALL, Commands._retention_show),
     "retention.set": (_ADMIN, Commands._retention_set),
 }

@@ -26,6 +26,7 @@ import trio
 from dedup.errors import StoreError, StoreFailed, StoreFull
 from dedup.types import Epoch
 from replication.commands import Commands
+from replication.maintenance import Maintenance
 from replication.messages import ErrorCode, Hello
 from replication.server_session import Refused, ServerSession
 from replication.space_gate import SpaceGate
@@ -55,11 +56,14 @@ class Listener(Protocol):
 class SecondAppliance:
     """Serves sessions for one store, which the caller opens before and closes after."""
 
-    def __init__(self, store: Store, *, sessions_max: int = SESSIONS_MAX) -> None:
+    def __init__(self, store: Store, *, sessions_max: int = SESSIONS_MAX, maintain: bool = False) -> None:
+        """`maintain`: seal and collect in the background too, not only when asked to."""
         self.writer = StoreWriter(store)
         self.space = SpaceGate(store.path, store.storage)
-        self.commands = Commands(self.writer, self.live, self.space)
+        self.maintenance = Maintenance(self.writer)
+        self.commands = Commands(self.writer, self.live, self.space, self.maintenance)
         self._sessions_max = sessions_max
+        self._maintain = maintain
         self._sessions: set[ServerSession] = set()
         self._agents: dict[str, ServerSession] = {}
         self._fences: dict[str, Epoch] = {}
@@ -86,6 +90,8 @@ class SecondAppliance:
         async with trio.open_nursery() as background:
             background.start_soon(self.writer.serve)
             background.start_soon(self.space.serve)
+            if self._maintain:
+                background.start_soon(self.maintenance.serve)
             async with trio.open_nursery() as sessions:
                 sessions.start_soon(self._watch_failure)
                 try:

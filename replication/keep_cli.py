@@ -1,0 +1,73 @@
+"""`rewindfs gc`: what keeps a store in order, by command.
+
+Goes through the store's second appliance where one runs, and takes the store's lock itself otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import trio
+
+from dedup.errors import StoreBusy
+from dedup.gc import collect, collected_fields
+from dedup.store import Store
+from dedup.terminal import print_json, shown, size_text
+from replication.control import UNIX_PREFIX, NoAppliance, request
+
+LONG_SECONDS: Final = 7 * 24 * 3600.0
+"""How long the appliance may take: as long as the history of a large store."""
+
+
+def keep(
+    address: str, command: str, body: dict[str, object], here: Callable[[Store], dict[str, object]]
+) -> dict[str, Any]:
+    """Asks the appliance at `address`; with none running, does it `here`. StoreBusy when one just starts or leaves."""
+    try:
+        return trio.run(partial(request, address, None, command, body, timeout=LONG_SECONDS))
+    except NoAppliance:
+        if address.startswith(UNIX_PREFIX):
+            raise
+    try:
+        store = Store.open(Path(address))
+    except StoreBusy as error:
+        raise StoreBusy(f"{error}, and it does not answer: an appliance that starts or ends? try again") from error
+    try:
+        result = here(store)
+    except BaseException:
+        store.abandon()
+        raise
+    store.close()
+    return result
+
+
+@click.command()
+@click.argument("store", metavar="STORE")
+@click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def gc(store: str, dry_run: bool, as_json: bool) -> None:
+    """Free what no recovery point of STORE needs any more, in use or not. Safe to interrupt."""
+    document = keep(
+        store,
+        "gc",
+        {"dry_run": dry_run},
+        lambda opened: collected_fields(collect(opened, dry_run=dry_run), dry_run=dry_run),
+    )
+    if as_json:
+        print_json(document)
+        return
+    planned = document["planned"]
+    click.echo(
+        f"{size_text(document['freed_bytes'])} {'would be ' if dry_run else ''}freed: of {planned['containers']} "
+        f"containers {planned['removed']} hold nothing that is needed, {planned['rewritten']} in part; "
+        f"{planned['dead_blocks']} of {planned['dead_blocks'] + planned['live_blocks']} blocks are dead"
+    )
+    for skipped in document["skipped"]:
+        click.echo(f"left as it is: {shown(skipped)}")
+    if document["postponed"]:
+        readers = ", ".join(holder.partition("-")[0] for holder in document["postponed"])
+        click.echo(f"not done to the end, for a command reads the store (process {shown(readers)}); run it again after")
