@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +31,15 @@ def size_text(size: int) -> str:
 def print_json(document: object) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(document, indent=2))
+
+
+def print_json_list(items: Iterable[object]) -> None:
+    """The same of an array, item by item as they are found: it may be long."""
+    before = "["
+    for item in items:
+        click.echo(before + "\n" + textwrap.indent(json.dumps(item, indent=2), "  "), nl=False)
+        before = ","
+    click.echo("[]" if before == "[" else "\n]")
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -6,7 +6,7 @@ What changes the store goes through its second appliance where one runs, and tak
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from dedup.moment import rfc3339
 from dedup.reader import GroupReader, StoreReader
 from dedup.snapshot_map import snapshot_map
 from dedup.store import Store
-from dedup.terminal import print_json, print_table, shown, size_text
+from dedup.terminal import print_json, print_json_list, print_table, shown, size_text
 from dedup.types import Moment, Snapshot, TimeNs, VolumeId, VolumeState
 from replication.control import UNIX_PREFIX, NoAppliance, request
 from replication.errors import ProtocolError
@@ -137,17 +137,16 @@ def list_(store: str, group: str | None, as_json: bool) -> None:
     reader = StoreReader.open(store_path(store))
     try:
         names = reader.groups() if group is None else [group]
-        listed = [row for name in names for row in _listed(reader.group(name))]
+        listed = (row for name in names for row in _listed(reader.group(name)))
+        if as_json:
+            print_json_list(listed)
+        else:
+            _print_list(listed)
     finally:
         reader.close()
-    if as_json:
-        print_json(listed)
-    else:
-        _print_list(listed)
 
 
-def _listed(group: GroupReader) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
+def _listed(group: GroupReader) -> Iterator[dict[str, object]]:
     before: Snapshot | None = None
     for found in group.snapshots():
         volumes = [
@@ -155,19 +154,16 @@ def _listed(group: GroupReader) -> list[dict[str, object]]:
             for path, volume in sorted(group.volumes_at(found.seq).items())
             if found.volume in (None, volume.volume)
         ]
-        rows.append(
-            {
-                "name": found.name,
-                "time": rfc3339(found.time),
-                "seq": found.seq,
-                "kind": found.kind,
-                "group": group.name,
-                "volumes": volumes,
-                "keep_until": None if found.keep_until is None else rfc3339(found.keep_until),
-            }
-        )
+        yield {
+            "name": found.name,
+            "time": rfc3339(found.time),
+            "seq": found.seq,
+            "kind": found.kind,
+            "group": group.name,
+            "volumes": volumes,
+            "keep_until": None if found.keep_until is None else rfc3339(found.keep_until),
+        }
         before = found
-    return rows
 
 
 def _changed(group: GroupReader, volume: VolumeId, before: Snapshot | None, now: Snapshot) -> int:
@@ -177,10 +173,7 @@ def _changed(group: GroupReader, volume: VolumeId, before: Snapshot | None, now:
     return group.changed_bytes(volume, before.seq, now.seq)
 
 
-def _print_list(listed: list[dict[str, object]]) -> None:
-    if not listed:
-        click.echo("no snapshots yet")
-        return
+def _print_list(listed: Iterable[dict[str, object]]) -> None:
     rows = []
     for row in listed:
         volumes = row["volumes"]
@@ -192,6 +185,9 @@ def _print_list(listed: list[dict[str, object]]) -> None:
             sizes = [size_text(volume["size"]), size_text(volume["changed_bytes"])]
             rows.append([*head, *sizes, volume["volume"]])
             head = [""] * len(head)
+    if not rows:
+        click.echo("no snapshots yet")
+        return
     print_table(["name", "time", "seq", "kind", "group", "size", "changed", "volume"], rows)
 
 
