@@ -18,6 +18,7 @@ from dedup import layout
 from dedup.catalog import Catalog
 from dedup.consolidator import remove_dead
 from dedup.errors import Damaged, NameRefused, StoreError, StoreFailed, UnknownName, Unreadable
+from dedup.granularity import check_granularity
 from dedup.group_state import BASE_NAME, GroupState
 from dedup.layout import SEGMENT_HEADER_BYTES
 from dedup.manifest import read_manifest
@@ -38,6 +39,7 @@ from dedup.types import (
     ClockRun,
     Epoch,
     JournalCreate,
+    JournalSpec,
     JournalUse,
     Record,
     Seq,
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+StoreEntry = SnapshotCreate | SnapshotDelete | BaseAdvance | JournalCreate | JournalUse
+"""What the store journals by itself."""
 _HEAD_LEAVES_MAX: Final = 256
 """Leaves of the last checkpoint's maps kept decoded for completing partial blocks: 1 MiB."""
 
@@ -278,8 +282,16 @@ class GroupWriter:
             names.discard(name) if snapshot is None else names.add(name)
         return len(names)
 
-    def create_snapshot(self, name: str | None = None, at: str = "latest", volume: str | None = None) -> Snapshot:
+    def create_snapshot(
+        self,
+        name: str | None = None,
+        at: str = "latest",
+        volume: str | None = None,
+        keep_until: TimeNs | None = None,
+    ) -> Snapshot:
         """Keeps the recovery point `at` (TIME) under `name`; reads no source byte and writes no block (`no-copy`).
+
+        Retention forgets the name after `keep_until`; None: it is kept until it is deleted.
 
         Journalled and durable when it returns. NameRefused, MomentRefused, BadTime, UnknownName.
         """
@@ -300,9 +312,9 @@ class GroupWriter:
             raise NameRefused(f"group {self.name} already has a snapshot or bookmark {name!r}; choose another name")
         self._journal_store_entry(
             EntryKind.SNAPSHOT_CREATE,
-            SnapshotCreate(self.held, self.time, self.run, name, moment.seq, moment.time, chosen),
+            SnapshotCreate(self.held, self.time, self.run, name, moment.seq, moment.time, chosen, keep_until),
         )
-        return Snapshot(name, moment.seq, moment.time, "snapshot", chosen)
+        return Snapshot(name, moment.seq, moment.time, "snapshot", chosen, keep_until)
 
     def delete_snapshot(self, name: str) -> None:
         """Forgets the name; durable when it returns. The base cannot be deleted. UnknownName, NameRefused."""
@@ -311,6 +323,47 @@ class GroupWriter:
         if not self.name_exists(name):
             raise UnknownName(f"group {self.name} has no snapshot or bookmark {name!r}")
         self._journal_store_entry(EntryKind.SNAPSHOT_DELETE, SnapshotDelete(self.held, self.time, self.run, name))
+
+    # -- data journals -----------------------------------------------------------------------------------------------
+
+    def create_journal(self, name: str, granularity_ns: int) -> JournalSpec:
+        """A further data journal of the group, which receives once it is used; durable when it returns.
+
+        NameRefused, BadGranularity.
+        """
+        spec = self.add_journal(name, granularity_ns)
+        self.store.sync()
+        return spec
+
+    def use_journal(self, name: str) -> JournalSpec:
+        """What follows `held` goes to that data journal, and the others stay able to receive; durable when it returns.
+
+        UnknownName.
+        """
+        spec = self.switch_journal(name)
+        self.store.sync()
+        return spec
+
+    def add_journal(self, name: str, granularity_ns: int) -> JournalSpec:
+        """As `create_journal`, but RECEIVED when it returns, for a caller that shares a sync with others."""
+        check_name(name)
+        check_granularity(granularity_ns)
+        if any(spec.name == name for spec in self.state.journals):
+            raise NameRefused(f"group {self.name} already has a data journal {name!r}; choose another name")
+        spec = JournalSpec(self.store.free_journal(), name, granularity_ns)
+        self._append_store_entry(EntryKind.JOURNAL_CREATE, JournalCreate(self.held, self.time, self.run, spec))
+        return spec
+
+    def switch_journal(self, name: str) -> JournalSpec:
+        """As `use_journal`, but RECEIVED when it returns. Nothing is journalled for the one that is in use already."""
+        spec = next((spec for spec in self.state.journals if spec.name == name), None)
+        if spec is None:
+            known = ", ".join(spec.name for spec in self.state.journals)
+            raise UnknownName(f"group {self.name} has no data journal {name!r}; it has: {known}")
+        if spec.journal != self.state.journal:
+            use = JournalUse(self.held, self.time, self.run, spec.journal)
+            self._append_store_entry(EntryKind.JOURNAL_USE, use)
+        return spec
 
     # -- history -----------------------------------------------------------------------------------------------------
 
@@ -327,12 +380,17 @@ class GroupWriter:
         """The base snapshot is that recovery point now, and no earlier one can be restored; durable when it returns."""
         self._journal_store_entry(EntryKind.BASE_ADVANCE, BaseAdvance(self.held, self.time, self.run, base, base_time))
 
-    def _journal_store_entry(
-        self, kind: EntryKind, body: SnapshotCreate | SnapshotDelete | BaseAdvance | JournalCreate | JournalUse
-    ) -> None:
-        self.store.refuse_if_failed()
-        self.append([Logged(kind, self.held, self.held, self.time, self.run, BASE_JOURNAL, (), body)])
+    def _journal_store_entry(self, kind: EntryKind, body: StoreEntry) -> None:
+        self._append_store_entry(kind, body)
         self.store.sync()
+
+    def _append_store_entry(self, kind: EntryKind, body: StoreEntry) -> None:
+        self.store.refuse_if_failed()
+        try:
+            self.append([Logged(kind, self.held, self.held, self.time, self.run, BASE_JOURNAL, (), body)])
+        except StoreFailed as error:
+            self.store.fail(str(error))
+            raise
 
     def close(self) -> None:
         self._journal.close()
