@@ -134,7 +134,7 @@ class GroupVerifier:
 
     def _size(self, segment: SegmentFile) -> int:
         try:
-            return segment.path(self._directory).stat().st_size
+            return self._storage.file_bytes(segment.path(self._directory))
         except FileNotFoundError:
             return 0
 

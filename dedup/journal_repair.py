@@ -113,7 +113,7 @@ def _row_of(storage: Storage, directory: Path, segment: SegmentFile) -> SegmentR
     """What the manifest would say of a consolidated segment; None when it is not whole."""
     journals: Counter[JournalId] = Counter()
     last, newest = Seq(segment.first - 1), TimeNs(0)
-    size = segment.path(directory).stat().st_size
+    size = storage.file_bytes(segment.path(directory))
     try:
         for scanned in scan_segment(storage, directory, segment):
             journals[scanned.journal] += 1

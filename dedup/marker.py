@@ -35,6 +35,8 @@ def create_marker(storage: Storage, path: Path) -> None:
     for name in DIRECTORIES:
         if not storage.exists(path / name):
             storage.mkdir(path / name)
+    # Before the marker: with it the directory is a store, and must be a whole one.
+    storage.sync_directory(path)
     write_marker(storage, path)
 
 

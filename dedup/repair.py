@@ -62,6 +62,8 @@ def repair(
         storage.close(lock)
     if repairer.openable:
         repairer.open_once()
+    # A block that was lost has its fingerprint still: only reading it tells.
+    read_data = read_data or repairer.lost > 0
     report = inspect(path, storage, read_data=read_data, progress=progress).report
     return replace(report, repairs=tuple(repairer.done))
 
@@ -77,6 +79,8 @@ def _refuse_no_store(storage: Storage, path: Path) -> None:
 class _Repairer:
     def __init__(self, storage: Storage, path: Path, progress: Progress, read_data: bool, accept_loss: bool) -> None:
         self.done: list[Repair] = []
+        self.lost = 0
+        """Blocks of containers that were written anew without them."""
         self.openable = False
         """Whether opening the store for writing can only do good."""
         self._storage = storage
@@ -103,6 +107,7 @@ class _Repairer:
         )
         for what, path in containers.run(found.slots, names_are_known=sound):
             self._note(what, path)
+        self.lost = containers.lost
         if sound:
             self._drop_unnamed(found)
         cut = [self._cut(group) for group in found.groups if not group.sound]
@@ -170,7 +175,7 @@ class _Repairer:
             try:
                 reader = ContainerReader.open(self._storage, self._containers, container)
             except (Damaged, UnknownFormat) as error:
-                if path.stat().st_size > layout.RAW_SLOTS_OFFSET:
+                if self._storage.file_bytes(path) > layout.RAW_SLOTS_OFFSET:
                     kept = self._quarantine.move(path, str(error))
                     self._note(f"a container that nothing names does not open; it is now {kept.name} there", kept)
                     continue

@@ -11,7 +11,6 @@ while, and frees it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
@@ -48,14 +47,7 @@ class Fit(Enum):
 
 def used_bytes(path: Path) -> int:
     """What the store's files occupy on the disk. Blocks as long as a walk over them takes; a writer may be at work."""
-    used = 0
-    for directory, _, names in os.walk(path):
-        for name in names:
-            try:
-                used += os.stat(os.path.join(directory, name), follow_symlinks=False).st_blocks * 512
-            except FileNotFoundError:
-                continue  # replaced or removed meanwhile: its successor is counted here or the next time
-    return used
+    return sum(status.st_blocks * 512 for _, status in Storage().walk(path))
 
 
 def full_from(policy: Policy) -> int | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -223,6 +223,44 @@ class Storage:
             return os.fstat(fd)
         except OSError as error:
             _refused(error, self.path_of(fd), "cannot be examined")
+
+    def file_bytes(self, path: Path) -> int:
+        """The size of the file of that name. FileNotFoundError, StoreFailed."""
+        try:
+            return os.stat(path).st_size
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            _refused(error, path, "cannot be examined")
+
+    def walk(self, path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+        """Every file under the directory; others may be at work there, and what is gone by then is left out.
+        StoreFailed."""
+
+        def unlisted(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                _refused(error, Path(error.filename), "cannot be listed")
+
+        for directory, _, names in os.walk(path, onerror=unlisted):
+            for name in names:
+                found = Path(directory, name)
+                try:
+                    yield found, os.stat(found, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    _refused(error, found, "cannot be examined")
+
+    def is_named(self, fd: int, path: Path) -> bool:
+        """Whether the name stands for the open file, and not for another or none."""
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            _refused(error, path, "cannot be examined")
+        status = self.stat(fd)
+        return (found.st_ino, found.st_dev) == (status.st_ino, status.st_dev)
 
     def exists(self, path: Path) -> bool:
         """Whether the name is there, whatever it is."""

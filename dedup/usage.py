@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from dedup import layout
+from dedup.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +26,12 @@ def measure(path: Path, logical_bytes: int, snapshots: int) -> StoreUsage:
     """Walks the store's files; a writer may be at work meanwhile. Blocks for as long as that takes."""
     used = unique = stored = count = 0
     containers = path / layout.CONTAINERS_NAME
-    for directory, _, names in os.walk(path):
-        for name in names:
-            try:
-                status = os.stat(os.path.join(directory, name))
-            except FileNotFoundError:
-                continue  # replaced or removed while we walk: its successor is counted here or the next time
-            used += status.st_blocks * 512
-            if Path(directory) == containers:
-                count += 1
-                unique += max(0, status.st_size - layout.RAW_SLOTS_OFFSET)
-                stored += max(0, status.st_size - layout.RAW_SLOTS_OFFSET)
+    for file, status in Storage().walk(path):
+        used += status.st_blocks * 512
+        if file.parent == containers:
+            count += 1
+            unique += max(0, status.st_size - layout.RAW_SLOTS_OFFSET)
+            stored += max(0, status.st_size - layout.RAW_SLOTS_OFFSET)
     return StoreUsage(
         used,
         logical_bytes,

@@ -168,7 +168,7 @@ class Inspection:
                     check.add(Damage(str(error), name))
         for number in sorted(self.slots.unreadable):
             path = layout.container_path(self.containers, ContainerId(number))
-            if number != LOST_CONTAINER and not path.exists():
+            if number != LOST_CONTAINER and not self._storage.exists(path):
                 check.add(Damage(f"{path}: the container is missing", path.name))
 
     def _name_bad_blocks(self, index: Index | None) -> None:

@@ -203,9 +203,13 @@ class Recorder:
         self.before("fstat", (fd,))
         return os.fstat(fd)
 
-    def stat(self, path: Path) -> os.stat_result:
+    def stat(self, path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
         self.before("stat", (path,))
-        return os.stat(path)
+        return os.stat(path, follow_symlinks=follow_symlinks)
+
+    def walk(self, path: Path, onerror: Callable[[OSError], None]) -> Iterator[tuple[str, list[str], list[str]]]:
+        self.before("walk", (path,))
+        return os.walk(path, onerror=onerror)
 
     def index_stored(self, directory: str) -> None:
         """LMDB has committed."""
