@@ -1,4 +1,4 @@
-"""The commands of this package, which only read: `points` and `verify`."""
+"""The commands of this package: `points`; and what `verify` prints."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from dedup.errors import StoreError, UnknownName
 from dedup.moment import rfc3339
 from dedup.points import PointRange, Points
 from dedup.reader import GroupReader, StoreReader
-from dedup.repair import repair as repair_store
-from dedup.terminal import print_json, print_table, shown, terminal_progress
+from dedup.terminal import print_json, print_table, shown
 from dedup.types import Gap, Moment, Seq, TimeNs
-from dedup.verify import verify as verify_store
 from dedup.volume_history import path_history
 
 SHOWN_MAX = 50
@@ -148,27 +146,8 @@ def _print_points(found: Points) -> None:
         print_table(["what", "seq", "from", "to", ""], [row for _, row in sorted(rows, key=lambda item: item[0])])
 
 
-@click.command()
-@click.argument("store", metavar="STORE")
-@click.option("--read-data", is_flag=True, help="Also read every block and hold it against its fingerprint.")
-@click.option("--repair", "repairing", is_flag=True, help="First repair what can be repaired.")
-@click.option(
-    "--accept-loss", is_flag=True, help="With --repair: cut a broken journal's history off where it is of no more use."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.pass_context
-def verify(
-    context: click.Context, store: str, read_data: bool, repairing: bool, accept_loss: bool, as_json: bool
-) -> None:
-    """Check STORE, in use or not. Exits 1 when it is damaged, and says which snapshots and volumes that concerns."""
-    if accept_loss and not repairing:
-        raise click.UsageError("--accept-loss is a part of --repair")
-    path = store_path(store)
-    with terminal_progress() as progress:
-        if repairing:
-            report = repair_store(path, read_data=read_data, accept_loss=accept_loss, progress=progress)
-        else:
-            report = verify_store(path, read_data=read_data, progress=progress)
+def show_report(context: click.Context, report: Report, path: Path, *, as_json: bool) -> None:
+    """Prints what a verification found; ends the command with status 1 when that is damage."""
     if as_json:
         print_json(report_json(report))
     else:

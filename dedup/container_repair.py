@@ -47,6 +47,8 @@ class ContainerRepair:
         self._journals = [path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME for name in groups]
         self._quarantine = quarantine
         self._pool = ContainerPool(storage, self._directory)
+        self.lost = 0
+        """Blocks that could not be had back, of the containers that were written anew."""
 
     def run(self, slots: Reachability, *, names_are_known: bool) -> Iterator[tuple[str, Path]]:
         """Repairs every container in which `slots` found damage; says what was done, each once it is durable.
@@ -92,6 +94,7 @@ class ContainerRepair:
                 partial(self._quarantine.keep, why=why),
             )
             self._pool.forget(ContainerId(container))
+            self.lost += salvaged.lost
             what = "missing" if missing else "damaged"
             yield (
                 f"a {what} container was written anew: {salvaged.kept} blocks kept, {salvaged.healed} healed from "

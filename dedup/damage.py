@@ -24,6 +24,8 @@ CATALOG: Final = "catalog"
 CHECKS: Final = (JOURNAL, MANIFEST, POINTERS, INDEX, CONTAINERS, CATALOG)
 """The names of the checks, in the order of the report; `verify` says what each is."""
 
+LATEST: Final = "latest"
+"""What damage of the latest state has for the name of a snapshot."""
 DAMAGE_MAX: Final = 1000
 """Damage that one check names; what is more is only counted."""
 _LEAVES_PER_REQUEST: Final = 256
@@ -105,12 +107,19 @@ class Located:
 def locate(index: Index, group: GroupReader, group_id: int, bad: Addresses) -> Iterator[Located]:
     """Where the `bad` addresses lie in each snapshot of the group and in its latest state. Damaged."""
     catalog = Catalog(index, group_id)
-    moments = [(snapshot.name, snapshot.seq, snapshot.volume) for snapshot in group.snapshots()]
-    for name, seq, only in [*moments, ("latest", group.held, None)]:
-        for volume in group.volumes_at(Seq(seq)).values():
-            if only in (None, volume.volume):
-                pointers = VolumePointers(group.view(Seq(seq)), catalog, volume.volume)
-                yield from _locate(index, pointers, name, volume, bad)
+    for snapshot in group.snapshots():
+        for volume in group.volumes_at(Seq(snapshot.seq)).values():
+            if snapshot.volume in (None, volume.volume):
+                pointers = VolumePointers(group.view(Seq(snapshot.seq)), catalog, volume.volume)
+                yield from _locate(index, pointers, snapshot.name, volume, bad)
+    yield from locate_head(index, group, catalog, bad)
+
+
+def locate_head(index: Index, group: GroupReader, catalog: Catalog, bad: Addresses) -> Iterator[Located]:
+    """Where the `bad` addresses lie in the latest state. Damaged."""
+    for volume in group.volumes_at(group.held).values():
+        pointers = VolumePointers(group.view(group.held), catalog, volume.volume)
+        yield from _locate(index, pointers, LATEST, volume, bad)
 
 
 def _locate(

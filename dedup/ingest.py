@@ -26,6 +26,7 @@ from dedup.data_journal import DataJournal
 from dedup.errors import Damaged, OutOfOrder, StoreError
 from dedup.fingerprint_index import FingerprintIndex
 from dedup.group_state import GroupState
+from dedup.healing import Healer
 from dedup.layout import ZERO_BLOCK, ZERO_FINGERPRINT, fingerprint
 from dedup.metadata_journal import EntryKind, Logged, LoggedExtent
 from dedup.pointer_map import Addresses
@@ -227,9 +228,10 @@ class _Staging:
 class Ingest:
     """Turns records of one group into journal entries. Synchronous; one at a time per store."""
 
-    def __init__(self, index: FingerprintIndex, pool: ContainerPool, base: DataJournal) -> None:
+    def __init__(self, index: FingerprintIndex, pool: ContainerPool, base: DataJournal, healer: Healer) -> None:
         self._index = index
         self._pool = pool
+        self._healer = healer
         self._base = base
         self.shared: SlotMarks | None = None
         """While a collection runs: every address that a hit shared since it began."""
@@ -312,6 +314,8 @@ class Ingest:
         sound = [ZERO_BLOCK if isinstance(block, Rotten) else block for block in blocks]
         addresses, fingerprints = self._place(sound, journal)
         addresses[rotten] = LOST
+        if rotten:
+            self._healer.wounds.note([LOST])
         return addresses, fingerprints
 
     def _place(self, blocks: list[Bytes], journal: DataJournal) -> tuple[Addresses, list[bytes]]:
@@ -323,7 +327,7 @@ class Ingest:
         new: list[int] = []
         for index, (mark, address) in enumerate(zip(fingerprints, self._index.lookup(fingerprints), strict=True)):
             found.append(HOLE)
-            if address is not None and self._same(address, blocks[index]):
+            if address is not None and self._same(address, mark, blocks[index]):
                 found[index] = address
             elif mark == ZEROS_FINGERPRINT and bytes(blocks[index]) == ZERO_BLOCK:
                 fingerprints[index] = ZERO_FINGERPRINT
@@ -331,8 +335,9 @@ class Ingest:
                 twins.append((index, first))
             else:
                 new.append(index)
-        if self.shared is not None:
-            self.shared.add_each(where for where in found if where != HOLE)
+        shared = self.shared  # looked at once: a collection may end beside this
+        if shared is not None:
+            shared.add_each(where for where in found if where != HOLE)
         if new and len(new) == len(blocks):
             addresses = journal.append(blocks, fingerprints)
             for mark, where in zip(fingerprints, addresses.tolist(), strict=True):
@@ -347,11 +352,13 @@ class Ingest:
             found[index] = found[first]
         return np.array(found, dtype=np.uint64), fingerprints
 
-    def _same(self, address: Address, block: Bytes) -> bool:
-        """Whether the stored block has these very bytes; a damaged one is never shared, but stored anew."""
+    def _same(self, address: Address, mark: bytes, block: Bytes) -> bool:
+        """Whether the stored block has these very bytes; a damaged one is healed with them, or they are stored anew."""
         try:
             return address != HOLE and self._pool.read_block(address) == bytes(block)
         except Damaged as damage:
+            if self._healer.heal(address, mark, block):
+                return True
             log.warning("not shared: %s", damage)
             return False
 

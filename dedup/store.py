@@ -3,8 +3,8 @@
 Invariants:
 - log first: an entry's blocks are in their containers before the entry is in the journal, and nothing else is on the
   hot path;
-- durable = containers synced, then the journal; a checkpoint = durable, then one synced index commit that carries the
-  seq and the journal position it holds: the index never leads the journal;
+- durable = the containers of all data journals synced, then the journal; a checkpoint = durable, then one synced index
+  commit that carries the seq and the journal position it holds: the index never leads the journal;
 - opening replays the journal from the last checkpoint; a torn end is cut off; a slot is never used twice, since each
   opening starts new containers;
 - one writer: the lock is held from `open` to `close` (`one-writer`);
@@ -25,14 +25,15 @@ from dedup import layout
 from dedup.catalog import Index, Watermark
 from dedup.container import ContainerPool
 from dedup.data_journal import DataJournal
-from dedup.errors import StoreBusy, StoreError, StoreFailed
+from dedup.errors import NameRefused, StoreBusy, StoreError, StoreFailed
 from dedup.fingerprint_index import FingerprintIndex
 from dedup.group_writer import GroupWriter
+from dedup.healing import Healer
 from dedup.ingest import Ingest
 from dedup.marker import create_marker, read_marker, refuse_network
 from dedup.settling import settle
 from dedup.storage import Storage
-from dedup.types import BASE_JOURNAL, FINE_JOURNAL, ContainerId, Record
+from dedup.types import BASE_JOURNAL, FINE_JOURNAL, ContainerId, JournalId, Record
 from dedup.usage import StoreUsage, measure
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ CHECKPOINT_RECORDS: Final = 8_192
 CHECKPOINT_SECONDS: Final = 60.0
 """And its age, when there is anything to write."""
 GROUP_NAME_BYTES_MAX: Final = 64
+JOURNALS_MAX: Final = 256
+"""Data journals of a store, over all its groups: each that receives has a file open."""
 
 
 class _Closable(Protocol):
@@ -75,7 +78,10 @@ class Store:
         self._next_container = max(found + 1, self.watermark.next_container)
         self.base_journal = DataJournal(storage, containers, BASE_JOURNAL, "base", self._allocate)
         self.fine_journal = DataJournal(storage, containers, FINE_JOURNAL, "fine", self._allocate)
-        self.ingest = Ingest(self.fingerprints, self.pool, self.base_journal)
+        self.healer = Healer(storage, path, containers, self.pool)
+        self._data_journals = {BASE_JOURNAL: self.base_journal, FINE_JOURNAL: self.fine_journal}
+        """Those that have received since the store was opened; each stays able to."""
+        self.ingest = Ingest(self.fingerprints, self.pool, self.base_journal, self.healer)
         self._groups: dict[str, GroupWriter] = {}
         self._checkpointed_at = time.monotonic()
 
@@ -121,6 +127,22 @@ class Store:
             group = self._groups[name] = GroupWriter.open(self, name)
         return group
 
+    def data_journal(self, journal: JournalId) -> DataJournal:
+        """The data journal of that number, ready to receive."""
+        opened = self._data_journals.get(journal)
+        if opened is None:
+            containers = self.path / layout.CONTAINERS_NAME
+            opened = DataJournal(self.storage, containers, journal, f"number {journal}", self._allocate)
+            self._data_journals[journal] = opened
+        return opened
+
+    def free_journal(self) -> JournalId:
+        """A number that no data journal of any group has. NameRefused when there is none left."""
+        taken = max(spec.journal for group in self._groups.values() for spec in group.state.journals)
+        if taken >= JOURNALS_MAX:
+            raise NameRefused(f"{self.path} has {JOURNALS_MAX} data journals, the most there can be; use one of them")
+        return JournalId(taken + 1)
+
     @property
     def groups(self) -> Sequence[GroupWriter]:
         """Every group of the store."""
@@ -146,8 +168,9 @@ class Store:
             self.refuse_if_failed()
             marks = [(group, group.held, group.position) for group in list(self._groups.values())]
             try:
-                self.base_journal.sync()
-                self.fine_journal.sync()
+                # Looked at after the marks: what those count has its data journal in here.
+                for journal in list(self._data_journals.values()):
+                    journal.sync()
                 for group, held, position in marks:
                     group.sync(held, position)
             except StoreError as error:
@@ -198,14 +221,15 @@ class Store:
         return now
 
     def _watermark_now(self) -> Watermark:
-        journals = (self.base_journal, self.fine_journal)
+        journals = self._data_journals.values()
         taking = {one.container: one.slots_used for one in journals if one.container is not None}
         return Watermark(ContainerId(self._next_container), taking)
 
     def log_records(self, group: GroupWriter, records: Sequence[Record]) -> None:
         """GroupWriter.ingest's work; here because blocks and fingerprints are the store's."""
         self.refuse_if_failed()
-        entries = self.ingest.log(records, group.state, group, self.fine_journal, FINE_JOURNAL)
+        chosen = group.state.journal
+        entries = self.ingest.log(records, group.state, group, self.data_journal(chosen), chosen)
         try:
             group.append(entries)
         except StoreFailed as error:
@@ -230,8 +254,7 @@ class Store:
         """Gives everything back without another write, as a killed process would."""
         parts: list[_Closable] = [
             *self._groups.values(),
-            self.base_journal,
-            self.fine_journal,
+            *self._data_journals.values(),
             self.pool,
             self.fingerprints,
             self.index,

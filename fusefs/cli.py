@@ -22,7 +22,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "retention": ("replication.retention_cli:retention", "How finely history is kept, and how large a store may grow."),
     "gc": ("replication.keep_cli:gc", "Free what no recovery point needs any more."),
     "points": ("dedup.cli:points", "What can be restored: ranges, gaps, flushes, bookmarks."),
-    "verify": ("dedup.cli:verify", "Check a store."),
+    "verify": ("replication.verify_cli:verify", "Check a store, or repair it."),
     "appliance": ("replication.cli:appliance", "Run an appliance as a process of its own."),
 }
 """Each command's `module:attribute` and its line in the help."""

@@ -22,6 +22,7 @@ from dedup.moment import check_name
 from dedup.types import Epoch
 from fusefs.agent import Agent
 from fusefs.agent_control import Body, serve_control
+from fusefs.agent_heal import heal
 from fusefs.agent_start import begin, make_equal, plan, resync_after_outages
 from fusefs.daemon import serve
 from fusefs.mountpoint import mount_options
@@ -193,6 +194,7 @@ class MountProcess:
                 nursery.start_soon(self.agent.link.heartbeats)
                 nursery.start_soon(self.agent.housekeeping, self._state.marks_go)
                 nursery.start_soon(self._reconcile)
+                nursery.start_soon(heal, self.agent)
         self._background_ended.set()
 
     async def _reconcile(self) -> None:

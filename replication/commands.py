@@ -11,6 +11,12 @@ A body and a reply are JSON-like. Times are integers of nanoseconds, sizes bytes
     snapshot.create  {group?, name?, at?, volume?}             → {"group", "name", "seq", "time", "kind", "volume"}
     snapshot.delete  {group?, name}                            → {"group", "name"}
     gc               {dry_run?}                                → {"planned", "freed_bytes", "dry_run", …}
+    heal.note        {addresses}                               → {"healed", "agents"}: these blocks are damaged; how
+                                                                 many were healed since the appliance began, and how
+                                                                 many agents there are to ask for their bytes
+    heal.wanted      {}                                        → {"ranges": [[volume, offset, length], …]} of the
+                                                                 agent's volumes: damaged at the store, and wanted
+                                                                 once more
     retention.show   {}                                        → dedup.retention.Policy
     retention.set    {some fields of Policy}                   → the whole of it, durable and in force
 
@@ -23,14 +29,18 @@ import dataclasses
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from dedup.errors import MomentRefused, NameRefused, RewindError, UnknownName
 from dedup.gc import collected_fields
+from dedup.healing import head_ranges
 from dedup.moment import check_name
+from dedup.pointer_map import Addresses
 from dedup.retention import changed_policy, policy_fields
+from dedup.types import BLOCK_BYTES
 from replication.maintenance import Maintenance
 from replication.messages import Role
 from replication.space_gate import SpaceGate
@@ -44,6 +54,8 @@ Body = dict[str, object]
 RESERVATION_SECONDS: Final = 60.0
 """How long a name that an agent checked is kept for its bookmark: the record may not be refused when it arrives."""
 RESERVATIONS_MAX: Final = 1024
+HEAL_RANGES_MAX: Final = 4096
+"""Ranges that an agent is asked for at a time; the others are left to the next verification."""
 
 
 class BadRequest(RewindError):
@@ -145,6 +157,28 @@ class Commands:
         dry_run = body.get("dry_run") is True
         return collected_fields(await self._maintenance.collect(dry_run=dry_run), dry_run=dry_run)
 
+    async def _heal_note(self, caller: Caller, body: Body) -> Body:
+        addresses = body.get("addresses")
+        if not isinstance(addresses, list) or not all(isinstance(one, int) and one > 0 for one in addresses):
+            raise BadRequest("'addresses' of the request is no list of addresses")
+        wounds = self._writer.store.healer.wounds
+        wounds.note(addresses)
+        sessions = self._sessions()
+        return {"healed": wounds.healed, "agents": sum(sessions.values()) - sessions[""]}
+
+    async def _heal_wanted(self, caller: Caller, body: Body) -> Body:
+        group = self._group(caller, body)
+        bad = self._writer.store.healer.wounds.take(group.name)
+        ranges = await trio.to_thread.run_sync(self._head_ranges, group, bad) if len(bad) else []
+        return {"ranges": ranges}
+
+    def _head_ranges(self, group: GroupWriter, bad: Addresses) -> list[list[int]]:
+        found = head_ranges(self._writer.store.index, group.reader(), group.catalog.group_id, bad)
+        return [
+            [volume, first * BLOCK_BYTES, blocks * BLOCK_BYTES]
+            for volume, first, blocks in islice(found, HEAL_RANGES_MAX)
+        ]
+
     def _group(self, caller: Caller, body: Body) -> GroupWriter:
         """The group meant; never makes one."""
         name = caller.group if caller.role is Role.AGENT else _text(body, "group", caller.group)
@@ -202,6 +236,8 @@ _COMMANDS: Final[dict[str, tuple[frozenset[Role], _Function]]] = {
     "name.check": (_ALL, Commands._name_check),
     "status": (_ALL, Commands._status),
     "sync": (_NOT_READER, Commands._sync),
+    "heal.note": (_ADMIN, Commands._heal_note),
+    "heal.wanted": (frozenset({Role.AGENT}), Commands._heal_wanted),
     "checkpoint": (_ADMIN, Commands._checkpoint),
     "snapshot.create": (_ADMIN, Commands._snapshot_create),
     "snapshot.delete": (_ADMIN, Commands._snapshot_delete),

@@ -109,6 +109,12 @@ class Reconciler:
                 else:
                     self.progress.done += len(one.regions) * REGION_BYTES
 
+    async def send(self, volume: VolumeId, offset: int, length: int) -> None:
+        """Sends one range of a volume, no longer than a record may be, whatever the store holds there."""
+        async with self.source.opened(volume) as fd:
+            if fd is not None:
+                await self._send(volume, fd, offset, length, os.pread)
+
     # -- a volume of which the store knows nothing ------------------------------------------------------------------
 
     async def _send_data(self, work: Work, fd: int) -> None:

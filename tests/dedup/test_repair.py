@@ -15,7 +15,6 @@ import pytest
 from click.testing import CliRunner
 
 from dedup import layout
-from dedup.cli import verify as verify_command
 from dedup.damage import Report
 from dedup.errors import Damaged, NotAStore, StoreBusy
 from dedup.reader import StoreReader
@@ -25,6 +24,7 @@ from dedup.storage import Buffer, Storage
 from dedup.store import Store
 from dedup.types import ContainerId, Seq, VolumeId
 from dedup.verify import verify
+from replication.verify_cli import verify as verify_command
 from tests.dedup.model import Model
 from tests.dedup.test_store import check_moment
 

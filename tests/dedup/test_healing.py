@@ -1,0 +1,123 @@
+"""Healing: the bytes of a damaged slot that arrive again make it whole, and with it every moment that names it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dedup.errors import Damaged
+from dedup.healing import head_ranges
+from dedup.layout import address, container_path, fingerprint
+from dedup.sealed import seal
+from dedup.storage import Storage
+from dedup.store import Store
+from dedup.types import LOST, ContainerId, Seq, VolumeId
+from dedup.verify import verify
+from tests.dedup.model import Model
+from tests.dedup.test_repair import flip, slot_at
+from tests.dedup.test_store import check_moment
+
+BLOCK = 4096
+A = VolumeId(1)
+WHERE = address(ContainerId(1), 3)
+"""Where block 3 of what `opened` writes lies."""
+
+
+@pytest.fixture(params=["raw", "sealed"])
+def opened(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Store, Model, bytes]:
+    """A store that is open, of whose container 1 slot 3 is damaged; what that held is in a past moment alone."""
+    path, model = tmp_path / "store", Model()
+    Store.create(path)
+    store = Store.open(path)
+    data = random.Random(3).randbytes(40 * BLOCK)
+    store.group("g").ingest([*model.begin(), model.create("a.img")])
+    store.group("g").ingest([model.write(A, 0, data), model.write(A, 3 * BLOCK, b"newer" * 1000)])
+    store.close()
+    container = container_path(path / "containers", ContainerId(1))
+    if request.param == "sealed":
+        seal(Storage(), path / "containers", ContainerId(1), None)
+        flip(container, 6000)  # a group's bytes, so more than this one block
+        assert not verify(path, read_data=True).ok
+    else:
+        flip(container, slot_at(3) + 100)
+    store = Store.open(path)
+    with pytest.raises(Damaged):
+        store.pool.read_block(WHERE)
+    return store, model, data[3 * BLOCK : 4 * BLOCK]
+
+
+def test_a_block_that_arrives_again_heals_every_moment(opened: tuple[Store, Model, bytes]) -> None:
+    store, model, block = opened
+    group = store.group("g")
+    group.ingest([model.write(A, 30 * BLOCK, block)])
+    assert store.healer.wounds.healed == 1
+    assert group.head_address(A, 30) == WHERE, "shared, not stored anew"
+    assert store.pool.read_block(WHERE) == block
+    path = store.path
+    sealed = (path / "quarantine").exists()
+    if not sealed:
+        for seq in model.history:
+            check_moment(group.reader(), model, seq)
+    store.close()
+    assert verify(path, read_data=True).ok is not sealed, (
+        "of the sealed one, the other blocks of the group are lost yet"
+    )
+
+
+def test_a_group_of_a_sealed_container_heals_block_by_block(opened: tuple[Store, Model, bytes]) -> None:
+    store, model, _ = opened
+    content = model.history[4][0][A]
+    store.group("g").ingest([model.write(A, 64 * BLOCK, content)])
+    for seq in model.history:
+        check_moment(store.group("g").reader(), model, seq)
+    store.close()
+    assert verify(store.path, read_data=True).ok
+
+
+def test_other_bytes_heal_nothing(opened: tuple[Store, Model, bytes]) -> None:
+    store, _, block = opened
+    other = b"x" * BLOCK
+    assert not store.healer.heal(WHERE, fingerprint(block), other), "not what the fingerprint says"
+    assert not store.healer.heal(WHERE, fingerprint(other), other), "not what the slot is to hold"
+    assert not store.healer.heal(address(ContainerId(77), 0), fingerprint(block), block), "no such container"
+    assert not store.healer.heal(address(ContainerId(1), 0xFFFF), fingerprint(block), block), "no such slot"
+    with pytest.raises(Damaged):
+        store.pool.read_block(WHERE)
+    store.close()
+
+
+def test_what_the_head_lacks_is_asked_for_once(opened: tuple[Store, Model, bytes]) -> None:
+    store, _, _ = opened
+    group = store.group("g")
+    wounds = store.healer.wounds
+    wounds.note([WHERE])
+    assert wounds.take("g").tolist() == [WHERE] and wounds.take("g").tolist() == []
+    wounds.note([WHERE])
+    assert wounds.take("g").tolist() == [WHERE], "it was found damaged again"
+    assert wounds.take("other").tolist() == [WHERE]
+    bad = np.array([WHERE, address(ContainerId(1), 7)], dtype=np.uint64)
+    found = list(head_ranges(store.index, group.reader(), group.catalog.group_id, bad))
+    assert found == [(A, 7, 1)], "block 3 was written over: only the past has the damaged one"
+    store.close()
+
+
+def test_a_block_lost_under_a_partial_write_is_asked_for(opened: tuple[Store, Model, bytes]) -> None:
+    store, model, _ = opened
+    group = store.group("g")
+    try:
+        store.pool.read_block(address(ContainerId(1), 9))
+        flip(container_path(store.path / "containers", ContainerId(1)), slot_at(9))  # the raw one
+    except Damaged:
+        pass  # of the sealed one the whole group is
+    group.ingest([model.write(A, 9 * BLOCK + 5, b"in part")])
+    assert store.healer.wounds.take("g").tolist() == [LOST]
+    found = list(head_ranges(store.index, group.reader(), group.catalog.group_id, np.array([], dtype=np.uint64)))
+    assert found == [(A, 9, 1)]
+    group.ingest([model.reconcile(A, 9 * BLOCK, model.content[A][9 * BLOCK : 10 * BLOCK])])
+    reader = group.reader()
+    image = reader.image(A, Seq(model.seq))
+    assert image.read(9 * BLOCK, BLOCK) == model.content[A][9 * BLOCK : 10 * BLOCK]
+    store.close()
