@@ -7,7 +7,9 @@ Invariants:
 - `no-wrong-bytes`: no block leaves a `ContainerReader` that does not match its stored fingerprint;
 - a slot is written once: after a failed append the slots that it was for are never used again;
 - blocks are written before their fingerprints: a table entry that is not zeros was meant to name a whole block;
-- the pool keeps at most `open_max` descriptors besides those in use at the moment; one in use is never closed.
+- the pool keeps at most `open_max` descriptors besides those in use at the moment; one in use is never closed;
+- a file that was replaced or removed is held open for CURRENT_SECONDS while it is read, for about IDLE_SECONDS else,
+  where somebody calls `close_idle` now and then.
 """
 
 from __future__ import annotations
@@ -47,6 +49,10 @@ _TABLE_PAGE_SLOTS: Final = 256
 """Fingerprints cached at a time: 4096 bytes of the table."""
 _RUN_BLOCKS_MAX: Final = 1024
 """Blocks of one read."""
+IDLE_SECONDS: Final = 60.0
+"""A descriptor that nobody used for so long is closed: if its file was replaced, it keeps the old one on the disk."""
+CURRENT_SECONDS: Final = 5.0
+"""And one in use is held against its name so often."""
 
 
 class RawContainerWriter:
@@ -190,7 +196,8 @@ class ContainerReader:
         self._form = form
         self.header = header
         self.users = 0
-        """Kept by the pool, under its lock."""
+        """Kept by the pool, under its lock; as are these times of `time.monotonic`."""
+        self.used_at = self.looked_at = time.monotonic()
 
     @classmethod
     def open(
@@ -253,6 +260,10 @@ class ContainerReader:
         self.read_into(slot, 1, memoryview(block))
         return bytes(block)
 
+    def is_current(self) -> bool:
+        """Whether the container's name still stands for this file."""
+        return self._storage.is_named(self._fd, self._path)
+
     def close(self) -> None:
         self._storage.close(self._fd)
 
@@ -275,7 +286,7 @@ def _first_mismatch(blocks: memoryview, fingerprints: bytes) -> int | None:
 class ContainerPool:
     """Reads blocks by address through a bounded set of open containers. Safe between threads, `close` excepted.
 
-    A container that was replaced meanwhile is read through its open descriptor until that is the oldest, or `forget`.
+    A container that was replaced meanwhile is read through its open descriptor, as it was, for CURRENT_SECONDS at most.
     """
 
     def __init__(self, storage: Storage, directory: Path, *, open_max: int = 64) -> None:
@@ -331,11 +342,15 @@ class ContainerPool:
 
     def _borrow(self, container: int, wait: bool) -> ContainerReader:
         """The container's reader, not to be closed until it is given back."""
+        now = time.monotonic()
         with self._lock:
             reader = self._readers.get(container)
+            if reader is not None and now - reader.looked_at >= CURRENT_SECONDS:
+                reader = self._look_again(reader, now)
             if reader is not None:
                 self._readers.move_to_end(container)
                 reader.users += 1
+                reader.used_at = now
                 return reader
         if not wait:
             raise WouldBlock
@@ -348,6 +363,16 @@ class ContainerPool:
         for idle in closing:
             idle.close()
         return reader
+
+    def _look_again(self, reader: ContainerReader, now: float) -> ContainerReader | None:
+        """The reader, if its file is still the container's; else it is forgotten. Under the lock."""
+        reader.looked_at = now
+        if reader.is_current():
+            return reader
+        del self._readers[reader.header.container]
+        if reader.users == 0:
+            reader.close()
+        return None
 
     def _give_back(self, reader: ContainerReader) -> None:
         with self._lock:
@@ -375,6 +400,15 @@ class ContainerPool:
             idle = reader is not None and reader.users == 0
         if reader is not None and idle:
             reader.close()
+
+    def close_idle(self) -> None:
+        """Closes what nobody used for IDLE_SECONDS, and what is another file by now. To be called now and then."""
+        now = time.monotonic()
+        with self._lock:
+            for reader in [one for one in self._readers.values() if one.users == 0]:
+                if self._look_again(reader, now) and now - reader.used_at >= IDLE_SECONDS:
+                    del self._readers[reader.header.container]
+                    reader.close()
 
     def close(self) -> None:
         """Closes every descriptor; nothing may be reading."""

@@ -11,6 +11,7 @@ from typing import Final
 import click
 import trio
 
+from dedup.container import IDLE_SECONDS, ContainerPool
 from dedup.errors import RewindError
 from dedup.pins import Pinning
 from dedup.reader import StoreReader
@@ -75,14 +76,24 @@ async def _serve(path: Path, group: str | None, mountpoint: Path, options: set[s
     try:
         reader = await trio.to_thread.run_sync(store.group, group)
         operations = SnapshotMount(reader, partial(os.statvfs, path))
-        async with trio.open_nursery() as nursery:
-            await nursery.start(partial(serve, operations, mountpoint, options, drain=_nothing_to_drain))
-            # In a thread, like all that may look at the mount: its requests are answered by this one.
-            await trio.to_thread.run_sync(_raise_read_ahead, mountpoint)
-            ready.ready()
+        async with trio.open_nursery() as background:
+            background.start_soon(_close_idle, store.pool)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(partial(serve, operations, mountpoint, options, drain=_nothing_to_drain))
+                # In a thread, like all that may look at the mount: its requests are answered by this one.
+                await trio.to_thread.run_sync(_raise_read_ahead, mountpoint)
+                ready.ready()
+            background.cancel_scope.cancel()
     finally:
         # No handler runs any more. What a cancelled one left in a thread has ended, too: threads are waited for.
         store.close()
+
+
+async def _close_idle(pool: ContainerPool) -> None:
+    """Containers that are replaced or removed under a mount at rest give their room back all the same."""
+    while True:
+        await trio.sleep(IDLE_SECONDS)
+        await trio.to_thread.run_sync(pool.close_idle)
 
 
 async def _nothing_to_drain() -> None:

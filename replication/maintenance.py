@@ -82,6 +82,7 @@ class Maintenance:
                 return
             except RewindError as error:
                 log.error("put off: %s", error)
+            self._store.pool.close_idle()
             await trio.sleep(ROUND_SECONDS)
 
     async def _round(self) -> None:

@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dedup import layout
+from dedup import container, layout
 from dedup.container import ContainerPool, ContainerReader, RawContainerWriter
 from dedup.errors import Damaged, StoreError, StoreFailed, StoreFull
 from dedup.layout import address, container_path, fingerprint
@@ -245,3 +245,31 @@ def test_group_cache_is_bounded() -> None:
     cache.put((1, 50), bytes(300))
     assert cache.get((1, 47)) is not None
     assert cache.get((1, 48)) is None
+
+
+def test_a_replaced_file_is_not_held_open_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descriptor of the old file is given up: one in use soon, an idle one when it is looked for."""
+    blocks = mixed_blocks(64)
+    make(tmp_path, blocks)
+    pool = ContainerPool(Storage(), tmp_path)
+    before = open_descriptors()
+    assert pool.read_block(address(ONE, 3)) == blocks[3]
+    seal(Storage(), tmp_path, ONE, None)
+    pool.close_idle()
+    assert open_descriptors() == before, "its file is another by now"
+    pool.read_block(address(ONE, 3))
+    pool.close_idle()
+    assert open_descriptors() == before + 1, "in use a moment ago"
+    monkeypatch.setattr(container, "IDLE_SECONDS", 0.0)
+    pool.close_idle()
+    assert open_descriptors() == before
+
+    pool.read_block(address(ONE, 3))
+    seal(Storage(), tmp_path, ONE, range(10))
+    assert pool.read_block(address(ONE, 63)) == blocks[63], "the old file, as it was"
+    monkeypatch.setattr(container, "CURRENT_SECONDS", 0.0)
+    with pytest.raises(Damaged, match="slot 63 is not"):
+        pool.read_block(address(ONE, 63))
+    assert pool.read_block(address(ONE, 9)) == blocks[9]
+    assert open_descriptors() == before + 1, "of the new file only"
+    pool.close()
