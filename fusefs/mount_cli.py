@@ -325,7 +325,8 @@ def describe(report: dict[str, Any]) -> str:
     )
     space = report["space"]
     if space["state"] != "ok":
-        lines.append(f"  above its {space['state']} limit of {space[space['state'] + '_limit']} bytes")
+        where = "above its soft" if space["state"] == "soft" else "at its hard"
+        lines.append(f"  the store is {where} limit of {space[space['state'] + '_limit']} bytes")
     if "error" in space:
         lines.append(f"  {space['error']}")
     return "\n".join(lines)
