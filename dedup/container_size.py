@@ -20,20 +20,14 @@ from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId
 
 @dataclass(frozen=True, slots=True)
 class ContainerSize:
-    """`slots` filled: exact for a sealed container, at most so many for a raw one; `disk_bytes` as the disk counts."""
+    """`slots` filled: exact for a sealed container, at most so many for a raw one. `stored_bytes` is what their blocks
+    take, in the form they have; `disk_bytes` what the file does, as the disk counts."""
 
     form: ContainerForm
     slots: int
-    file_bytes: int
+    stored_bytes: int
     disk_bytes: int
     written_ns: int
-
-    @property
-    def stored_bytes(self) -> int:
-        """What the blocks take, in the form they have."""
-        if self.form is ContainerForm.RAW:
-            return self.slots * BLOCK_BYTES
-        return max(0, self.file_bytes - CONTAINER_PAGE_BYTES)
 
 
 def examine(storage: Storage, directory: Path, container: ContainerId) -> ContainerSize:
@@ -48,6 +42,9 @@ def examine(storage: Storage, directory: Path, container: ContainerId) -> Contai
     form = unpack_container_header(page, path).form
     if form is ContainerForm.RAW:
         slots = min(SLOTS_MAX, max(0, status.st_size - RAW_SLOTS_OFFSET) // BLOCK_BYTES)
+        stored = slots * BLOCK_BYTES
     else:
-        slots = unpack_sealed_header(page, path).slots
-    return ContainerSize(form, slots, status.st_size, status.st_blocks * 512, status.st_mtime_ns)
+        sealed = unpack_sealed_header(page, path)
+        slots = sealed.slots
+        stored = max(0, status.st_size - sealed.table_end)
+    return ContainerSize(form, slots, stored, status.st_blocks * 512, status.st_mtime_ns)

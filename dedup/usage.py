@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from dedup import layout
+from dedup.container_size import examine
+from dedup.errors import StoreError
 from dedup.storage import Storage
+from dedup.types import BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,9 @@ def measure(path: Path, logical_bytes: int, snapshots: int) -> StoreUsage:
         used += status.st_blocks * 512
         if file.parent == containers:
             count += 1
-            unique += max(0, status.st_size - layout.RAW_SLOTS_OFFSET)
-            stored += max(0, status.st_size - layout.RAW_SLOTS_OFFSET)
+            slots, taken = _blocks(file, status.st_ino, status.st_size, status.st_mtime_ns)
+            unique += slots * BLOCK_BYTES
+            stored += taken
     return StoreUsage(
         used,
         logical_bytes,
@@ -40,3 +45,16 @@ def measure(path: Path, logical_bytes: int, snapshots: int) -> StoreUsage:
         count,
         snapshots,
     )
+
+
+@lru_cache(maxsize=1 << 16)
+def _blocks(file: Path, inode: int, size: int, written_ns: int) -> tuple[int, int]:
+    """(blocks, bytes that they take) of a container, looked at once for each version of its file; of no container, none."""
+    container = layout.container_named(file.name)
+    if container is None:
+        return 0, 0
+    try:
+        found = examine(Storage(), file.parent, container)
+    except (FileNotFoundError, StoreError):
+        return 0, 0
+    return found.slots, found.stored_bytes

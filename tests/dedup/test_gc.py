@@ -645,3 +645,15 @@ def test_a_sealed_container_is_collected_too(shop: Shop) -> None:
     assert reader.header.form is ContainerForm.SEALED and len(reader.slots()) == 5
     reader.close()
     shop.check()
+
+
+def test_the_compression_ratio_counts_blocks_against_what_they_take(shop: Shop) -> None:
+    half = [block[:2048] + bytes(2048) for block in blocks(32)]
+    shop.write(0, *half)
+    shop.reopen()
+    before = shop.store.usage()
+    assert (before.compression_ratio, before.containers) == (1.0, 1)
+    seal(Storage(), shop.containers, ContainerId(1), None)
+    after = shop.store.usage()
+    assert 1.8 < after.compression_ratio < 2.0
+    assert after.dedup_ratio == before.dedup_ratio and after.bytes < before.bytes
