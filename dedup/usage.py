@@ -49,7 +49,7 @@ def measure(path: Path, logical_bytes: int, snapshots: int) -> StoreUsage:
 
 @lru_cache(maxsize=1 << 16)
 def _blocks(file: Path, inode: int, size: int, written_ns: int) -> tuple[int, int]:
-    """(blocks, bytes that they take) of a container, looked at once for each version of its file; of no container, none."""
+    """(blocks, bytes that they take) of a container, looked at once per version of its file; of another file, none."""
     container = layout.container_named(file.name)
     if container is None:
         return 0, 0
