@@ -18,7 +18,7 @@ help:
 	@echo 'make test-slow    the tests that take long: kill -9, full disks, large volumes'
 	@echo 'make lint         ruff and mypy only'
 	@echo 'make bench        measure; make bench-quick measures less'
-	@echo 'make fuzz         the property tests with many more examples'
+	@echo 'make fuzz         the property tests with many more examples; of some files only: make fuzz FUZZ=tests/dedup/…'
 	@echo 'make clean        remove what these targets made'
 
 demo: packages $(STAMP)
@@ -42,7 +42,7 @@ bench-quick: packages $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py --quick
 
 fuzz: packages $(STAMP)
-	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz --hypothesis-show-statistics $(FUZZ)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench-results

@@ -252,13 +252,18 @@ class Catalog:
             for first, last in _ALL_VOLUMES if among is None else among:
                 volume = int(first)
                 while volume <= last and cursor.set_range(VOLUME_KEY.pack(self.group_id, volume, 0)):
-                    prefix = cursor.key()[:6]
+                    key = cursor.key()
+                    if len(key) != VOLUME_KEY.size:  # over which the walk could turn back
+                        raise Damaged("index: a volume's key has a bad length; rebuild the index")
+                    prefix = key[:6]
                     volume = int.from_bytes(prefix[2:], "big")
                     if not prefix.startswith(self._prefix) or volume > last:
                         break
                     at = self._last_at_or_before(txn, "volumes", prefix, VOLUME_KEY.pack(self.group_id, volume, seq))
                     if at is not None:
                         state = _decode(at[1], VolumeState)
+                        if state.volume != volume:
+                            raise Damaged(f"index: volume {volume} says that it is another; rebuild the index")
                         if not state.retired:
                             found[state.volume] = state
                     volume += 1

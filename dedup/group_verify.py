@@ -35,7 +35,7 @@ from dedup.journal_reader import (
 from dedup.layout import LEAF_BLOCKS, POINTER_KEY
 from dedup.manifest import Manifest, read_manifest
 from dedup.metadata_journal import EntryKind, Logged, decode
-from dedup.pointer_map import SEQ_MAX, Addresses
+from dedup.pointer_map import SEQ_MAX, Addresses, split_key
 from dedup.reachability import Reachability
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, Gap, RunStart, Seq, Snapshot, VolumeId, VolumeState
@@ -390,7 +390,7 @@ def _keys(index: Index, txn: Txn, start: bytes) -> tuple[list[tuple[VolumeId, in
         while more and cursor.key().startswith(prefix):
             if len(found) == _KEYS_PER_REQUEST:
                 return found, cursor.key()
-            _, volume, leaf, seq = POINTER_KEY.unpack(cursor.key())
-            found.append((VolumeId(volume), leaf, Seq(seq)))
+            _, volume, leaf, seq = split_key(cursor.key())
+            found.append((volume, leaf, seq))
             more = cursor.next()
     return found, b""

@@ -23,6 +23,7 @@ from dedup.group_state import Checkpoint, GroupState
 from dedup.head_replay import HeadReplay, LeafKey
 from dedup.layout import ANCHOR_KEY, LEAF_BLOCKS, POINTER_KEY, SLOT_BITS, SLOT_MASK
 from dedup.metadata_journal import JournalPosition, Logged
+from dedup.pointer_map import split_key
 from dedup.reachability import consecutive
 from dedup.types import BLOCK_BYTES, Gap, RunStart, Seq, Snapshot, VolumeId, VolumeState
 
@@ -235,5 +236,5 @@ def _next_volume(index: Index, txn: Txn, group_id: int, first: VolumeId) -> Volu
     with txn.cursor(index.db["pointers"]) as cursor:
         if not cursor.set_range(POINTER_KEY.pack(group_id, first, 0, 0)):
             return None
-        group, volume, _, _ = POINTER_KEY.unpack(cursor.key())
-        return VolumeId(volume) if group == group_id else None
+        group, volume, _, _ = split_key(cursor.key())
+        return volume if group == group_id else None

@@ -93,6 +93,14 @@ def named_by(value: bytes) -> Addresses:
     return decode_whole(value) if _is_whole(value) else _decode_delta(value)[1]
 
 
+def split_key(key: bytes) -> tuple[int, VolumeId, int, Seq]:
+    """Group, volume, leaf and seq of a key. Damaged for one of another length, over which a walk could turn back."""
+    if len(key) != POINTER_KEY.size:
+        raise Damaged("index: a pointer-map key has a bad length; rebuild with `rewindfs verify --repair`")
+    group_id, volume, leaf, seq = POINTER_KEY.unpack(key)
+    return group_id, volume, leaf, seq
+
+
 class PointerMap:
     """The pointer maps of one group, read and written within transactions that the caller makes."""
 
@@ -171,7 +179,7 @@ class PointerMap:
                 key = cursor.key()
                 if not key.startswith(prefix):
                     return
-                leaf = int.from_bytes(key[6:10], "big")
+                _, _, leaf, _ = split_key(key)
                 yield leaf
                 leaf += 1
 
