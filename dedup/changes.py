@@ -1,79 +1,133 @@
 """How much of a volume changed between two moments, at the price of what changed, and not of the volume.
 
-Which leaves to compare is read from the journal where few records lie between the moments, and otherwise from the keys
-of the pointer maps. Either names every leaf that may differ, and the pointers themselves are compared: so it is exact.
+Where little was written between the moments, the journal says what, and it is held against the pointers of the earlier
+one. Otherwise the keys of the pointer maps say which leaves to compare. Either way pointers are compared: it is exact.
+
+Invariants:
+- leaves are kept from one question to the next only for the moment that they are of, whose pointers never change;
+- bounded: POINTERS_MAX pointers of one stretch of journal, LEAVES_MAX leaves of all volumes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from dedup.catalog import Catalog, Txn
-from dedup.journal_entry import EntryKind, decode
-from dedup.journal_reader import Scanned, first_position, scan
-from dedup.layout import (
-    ADDRESS_BYTES,
-    ENTRY_HEADER,
-    ENTRY_HEADER_BYTES,
-    EXTENT_HEADER,
-    EXTENT_HEADER_BYTES,
-    FINGERPRINT_BYTES,
-    LEAF_BLOCKS,
-)
+from dedup.journal_entry import EntryKind, decode, extents_of
+from dedup.journal_reader import scan
+from dedup.layout import LEAF_BLOCKS
+from dedup.overlay import Overlay
+from dedup.pointer_map import Addresses
 from dedup.storage import Storage
 from dedup.synthesis import View, VolumePointers
-from dedup.types import BLOCK_BYTES, HOLE, Consolidated, Seq, VolumeId
+from dedup.types import BLOCK_BYTES, HOLE, Consolidated, Correct, Resize, Seq, VolumeId
 
+POINTERS_MAX: Final = 1 << 16
+"""Pointers between two moments, past which the pointer maps are asked: some MB."""
+LEAVES_MAX: Final = 4096
+"""Leaves kept for the next question: 16 MiB."""
+_ENTRIES_MIN: Final = 1024
+"""Entries read, at least, before a look at every leaf of the group counts as cheaper."""
 _MAY_CUT: Final = frozenset({EntryKind.RESIZE, EntryKind.CORRECT, EntryKind.CONSOLIDATED})
-_ENTRIES_MIN: Final = 512
-"""Entries read, at least, before a look at every leaf of the volume counts as cheaper."""
-_POINTER_BYTES: Final = ADDRESS_BYTES + FINGERPRINT_BYTES
-_HEADER: Final = ENTRY_HEADER.struct
-_EXTENT: Final = EXTENT_HEADER.struct
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What the entries after..last say: `cut` are volumes of which they hide something, too."""
+
+    after: Seq
+    last: Seq
+    overlay: Overlay = field(default_factory=Overlay)
+    cut: set[VolumeId] = field(default_factory=set)
 
 
 class Changes:
-    """What changed between moments of one group, whose journal is in `directory`."""
+    """What changed between moments of one group, whose journal is in `directory`. Not for two threads at once."""
 
     def __init__(self, storage: Storage, directory: Path, catalog: Catalog) -> None:
         self._storage = storage
         self._directory = directory
         self._catalog = catalog
+        self._written = _Written(Seq(0), Seq(0))
+        self._leaves: OrderedDict[tuple[VolumeId, int], Addresses] = OrderedDict()
+        self._leaves_of: dict[VolumeId, Seq] = {}
+        """The moment that a volume's leaves in `_leaves` are of."""
 
     def blocks(self, txn: Txn, old: VolumePointers | None, new: VolumePointers) -> int:
-        """Blocks of a volume whose pointers differ between two moments, the later last; None is all holes. Damaged."""
-        before = None if old is None else old.view
-        leaves = self._journalled(txn, before, new.view, new.volume)
-        if leaves is None:
-            leaves = self._indexed(txn, before, new.view, new.volume)
+        """Blocks of a volume whose pointers differ between two moments, the later last; None is all holes. Damaged.
+
+        Asked of each moment in turn, with the one before it, it is quickest.
+        """
+        if old is not None:
+            written = self._between(txn, old.view, new.view)
+            if written is not None and new.volume not in written.cut:
+                return self._counted(txn, old, written)
+        self._leaves_of.pop(new.volume, None)
         changed = 0
-        for leaf in sorted(leaves):
+        for leaf in sorted(self._indexed(txn, None if old is None else old.view, new.view, new.volume)):
             was = HOLE if old is None else old.leaf(txn, leaf)
             changed += int(np.count_nonzero(new.leaf(txn, leaf) != was))
         return changed
 
-    def _journalled(self, txn: Txn, old: View | None, new: View, volume: VolumeId) -> set[int] | None:
-        """The leaves that the entries between the views name; None where that is no short way to know them."""
-        sizes = [view.state.volumes[volume].size for view in (old, new) if view and volume in view.state.volumes]
-        left = max(_ENTRIES_MIN, *(size // (LEAF_BLOCKS * BLOCK_BYTES) for size in sizes))
-        since = Seq(0) if old is None else old.state.held
-        anchor = self._catalog.anchor(txn, since)
-        start = first_position(self._storage, self._directory) if anchor is None else anchor.position
-        leaves: set[int] = set()
-        for scanned in scan(self._storage, self._directory, start):
-            if scanned.seq > new.state.held:
+    # -- by the journal ----------------------------------------------------------------------------------------------
+
+    def _between(self, txn: Txn, old: View, new: View) -> _Written | None:
+        """What the entries between two views say; None where that is no short way to know it."""
+        after, last = old.state.held, new.state.held
+        if (self._written.after, self._written.last) == (after, last):
+            return self._written
+        anchor = self._catalog.anchor(txn, after)
+        if anchor is None:
+            return None
+        leaves = sum(volume.size // (LEAF_BLOCKS * BLOCK_BYTES) for volume in new.state.volumes.values())
+        left = max(_ENTRIES_MIN, leaves)
+        written = _Written(after, last)
+        for scanned in scan(self._storage, self._directory, anchor.position):
+            if scanned.seq > last:
                 break
-            if scanned.seq <= since:
+            if scanned.seq <= after or scanned.kind is EntryKind.HEARTBEAT:
                 continue
             left -= 1
-            if left < 0 or (scanned.kind in _MAY_CUT and _cuts(scanned, volume)):
+            for extent in extents_of(scanned.raw):
+                written.overlay.put(extent.volume, extent.offset // BLOCK_BYTES, extent.addresses)
+            if left < 0 or written.overlay.count > POINTERS_MAX:
                 return None
-            leaves.update(_leaves_of(scanned, volume))
-        return leaves
+            if scanned.kind in _MAY_CUT:
+                match decode(scanned.raw).body:
+                    case Resize(volume=volume):
+                        written.cut.add(volume)
+                    case Correct(extent=corrected):
+                        written.cut.add(corrected.volume)
+                    case Consolidated(cuts=cuts):
+                        written.cut.update(volume for volume, _ in cuts)
+        self._written = written
+        return written
+
+    def _counted(self, txn: Txn, old: VolumePointers, written: _Written) -> int:
+        """How many of the pointers written differ from those of `old`. The leaves kept are then of the later moment."""
+        volume = old.volume
+        if self._leaves_of.get(volume) != written.after:
+            for key in [key for key in self._leaves if key[0] == volume]:
+                del self._leaves[key]
+        self._leaves_of[volume] = written.last
+        changed = 0
+        for leaf, indexes, addresses in written.overlay.leaves(volume):
+            held = self._leaves.pop((volume, leaf), None)
+            if held is None:
+                held = old.leaf(txn, leaf).copy()
+            changed += int(np.count_nonzero(held[indexes] != addresses))
+            held[indexes] = addresses
+            self._leaves[volume, leaf] = held
+            if len(self._leaves) > LEAVES_MAX:
+                self._leaves.popitem(last=False)
+        return changed
+
+    # -- by the pointer maps -----------------------------------------------------------------------------------------
 
     def _indexed(self, txn: Txn, old: View | None, new: View, volume: VolumeId) -> set[int]:
         """The leaves with a version between the views' anchors, and those that their overlays may change."""
@@ -86,23 +140,3 @@ class Changes:
                 if volume in overlay.cuts:
                     leaves.update(pointers.leaves(txn, volume, overlay.cuts[volume] // LEAF_BLOCKS))
         return leaves
-
-
-def _cuts(scanned: Scanned, volume: VolumeId) -> bool:
-    """Whether the entry may hide what the volume had behind some block."""
-    body = decode(scanned.raw).body
-    if isinstance(body, Consolidated):
-        return any(cut == volume for cut, _ in body.cuts)
-    return True
-
-
-def _leaves_of(scanned: Scanned, volume: VolumeId) -> Iterator[int]:
-    """The leaves of the volume that the entry's extents touch; the entry was verified."""
-    count = _HEADER.unpack_from(scanned.raw)[-1]
-    at = ENTRY_HEADER_BYTES
-    for _ in range(count):
-        named, _, offset, _, blocks = _EXTENT.unpack_from(scanned.raw, at)
-        at += EXTENT_HEADER_BYTES + blocks * _POINTER_BYTES
-        if named == volume and blocks:
-            first = offset // BLOCK_BYTES
-            yield from range(first // LEAF_BLOCKS, (first + blocks - 1) // LEAF_BLOCKS + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -97,6 +98,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def check_pairs(reader: GroupReader, model: SparseModel, moments: list[int]) -> None:
+    for old, new in itertools.pairwise(moments):
+        assert reader.changed_bytes(A, Seq(old), Seq(new)) == model.differing(old, new), (old, new)
     for index, new in enumerate(moments):
         assert reader.changed_bytes(A, None, Seq(new)) == model.differing(None, new)
         for old in moments[max(0, index - 3) : index]:
@@ -104,11 +107,12 @@ def check_pairs(reader: GroupReader, model: SparseModel, moments: list[int]) -> 
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("entries_max", [0, 1 << 20], ids=["by the pointer maps", "by the journal"])
+@pytest.mark.parametrize("pointers_max", [-1, 1 << 16], ids=["by the pointer maps", "by the journal"])
 def test_changed_bytes_are_those_of_the_model(
-    store: Store, monkeypatch: pytest.MonkeyPatch, seed: int, entries_max: int
+    store: Store, monkeypatch: pytest.MonkeyPatch, seed: int, pointers_max: int
 ) -> None:
-    monkeypatch.setattr(changes, "_ENTRIES_MIN", entries_max)
+    monkeypatch.setattr(changes, "POINTERS_MAX", pointers_max)
+    monkeypatch.setattr(changes, "LEAVES_MAX", 2)
     dice = random.Random(seed)
     model = SparseModel()
     group = store.group("g")
