@@ -284,11 +284,13 @@ def _restorable(points: Iterable[Point], history: GroupHistory) -> Iterator[Poin
     return (point for point in points if point.seq >= history.base)
 
 
-def fold_piece(history: GroupHistory, piece: Piece, policy: Policy, now: TimeNs) -> Folded:
+def fold_piece(
+    history: GroupHistory, piece: Piece, policy: Policy, now: TimeNs, *, breathe: Callable[[], None] = lambda: None
+) -> Folded:
     """Writes the files that may replace a piece; durable and read back, named by nothing. Damaged, StoreFull, …"""
     fold, label = folding(history, piece, policy, now)
     number = history.manifest.number
-    rows = write_rows(history.storage, history.directory, fold, label, number + 1)
+    rows = write_rows(history.storage, history.directory, fold, label, number + 1, breathe)
     oldest = rows[0]
     advances = piece.window_ns == FOREVER and not piece.stretch.after and oldest.last in fold.keep
     is_new = advances and oldest.last > history.base

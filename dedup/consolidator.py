@@ -29,6 +29,7 @@ from dedup.group_state import BASE_NAME
 from dedup.journal_reader import SegmentFile
 from dedup.manifest import Manifest, read_manifest, write_manifest
 from dedup.pins import PinBarrier, Pinned
+from dedup.pointer_map import SEQ_MAX
 from dedup.reindex import reindex
 from dedup.retention import Policy
 from dedup.storage import Storage
@@ -46,17 +47,19 @@ class Outcome:
     freed_bytes: int = 0
     postponed: int = 0
 
+    def __add__(self, other: Outcome) -> Outcome:
+        return Outcome(
+            self.pieces + other.pieces, self.freed_bytes + other.freed_bytes, self.postponed + other.postponed
+        )
 
-def prepare(group: GroupWriter, now: TimeNs) -> None:
-    """What has to be done with the store to oneself before history is looked at: forgets the names whose time is up,
-    completes the segment that is appended to, checkpoints. StoreFull, StoreFailed."""
+
+def forget_names(group: GroupWriter, now: TimeNs) -> None:
+    """Forgets the snapshots whose time is up. StoreFull, StoreFailed."""
     with group.store.index.read() as txn:
         names = GroupHistory(group.store.storage, group.directory, group.catalog, txn, group.state).names()
     for name, snapshot in names.items():
         if snapshot.keep_until is not None and snapshot.keep_until <= now and name != BASE_NAME:
             group.delete_snapshot(name)
-    group.complete_segment()
-    group.store.checkpoint()
 
 
 def commit_piece(group: GroupWriter, folded: Folded, raw: Sequence[SegmentAges]) -> bool:
@@ -67,6 +70,10 @@ def commit_piece(group: GroupWriter, folded: Folded, raw: Sequence[SegmentAges])
     """
     store, directory = group.store, group.directory
     store.refuse_if_failed()
+    with store.index.read() as txn:
+        anchor = group.catalog.anchor(txn, SEQ_MAX)
+    if anchor is None or anchor.held < folded.piece.stretch.last:
+        store.checkpoint()  # what gets an anchor must be durable, with its blocks
     before = read_manifest(store.storage, directory)
     try:
         manifest = replaced(before, folded, raw)
@@ -123,7 +130,8 @@ def consolidate(group: GroupWriter, policy: Policy, now: TimeNs) -> Outcome:
 
     Each piece counts when it is committed; `halt` is asked between them. Damaged, StoreFull, StoreFailed.
     """
-    prepare(group, now)
+    forget_names(group, now)
+    group.complete_segment()
     known: dict[SegmentFile, SegmentAges] = {}
     outcome = Outcome()
     postponed: set[Seq] = set()

@@ -206,11 +206,17 @@ class Fold:
 
 
 def write_rows(
-    storage: Storage, directory: Path, fold: Fold, label: Callable[[KeptPoint], Label], generation: int
+    storage: Storage,
+    directory: Path,
+    fold: Fold,
+    label: Callable[[KeptPoint], Label],
+    generation: int,
+    breathe: Callable[[], None],
 ) -> list[SegmentRow]:
     """Writes the fold into new files and returns their rows, durable and read back; nothing names them yet.
 
     A file ends where the next point has another label, where it is large, and at each point whose label says `single`.
+    `breathe` is called now and then.
     Damaged, StoreFull, StoreFailed: no file is left.
     """
     rows: list[SegmentRow] = []
@@ -230,6 +236,7 @@ def write_rows(
                     builder = SegmentBuilder(storage, directory, first, generation)
                     made.append(builder)
                 builder.append([entry])
+            breathe()
         if builder is not None and current is not None:
             rows.append(builder.finish(current.window_ns, current.journal))
     except BaseException:

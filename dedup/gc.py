@@ -22,7 +22,7 @@ Steps 1 and 3 are `Collection`, called with the store to itself; 2 and 4 are `Co
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -36,7 +36,7 @@ from dedup.container_size import ContainerSize, examine
 from dedup.errors import Damaged, StoreError, UnknownFormat
 from dedup.journal_reader import JournalPosition, first_position, scan
 from dedup.layout import FINGERPRINT_BYTES, POINTER_KEY, SLOT_BITS
-from dedup.metadata_journal import extents_of
+from dedup.metadata_journal import LoggedExtent, extents_of
 from dedup.pins import pinned
 from dedup.pointer_map import named_by
 from dedup.reachability import consecutive
@@ -228,6 +228,16 @@ class Collector:
         for name, position in self._boundary.positions.items():
             self._mark_journal(self._groups / name / layout.JOURNAL_NAME, position)
         self._mark_pointers()
+        return self._plan()
+
+    def mark_extents(self, extents: Iterable[LoggedExtent]) -> None:
+        """These are live; for a look at what is not written so."""
+        for extent in extents:
+            self._live.add(extent.addresses)
+        self._breathe()
+
+    def found(self) -> Plan:
+        """The plan by what was marked so far."""
         return self._plan()
 
     def _mark_journal(self, directory: Path, limit: JournalPosition) -> None:

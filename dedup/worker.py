@@ -26,14 +26,18 @@ from typing import Final
 import msgspec
 
 from dedup import layout
+from dedup.catalog import Catalog, Txn
+from dedup.consolidation import Folded, GroupHistory, SegmentAges, fold_piece, plan, raw_between
+from dedup.consolidation_preview import Preview, preview
 from dedup.container_size import examine
 from dedup.errors import Damaged, StoreError, StoreFull
 from dedup.gc import Boundary, Collector, Dead, Plan
 from dedup.pace import Pace
 from dedup.pins import Pinning
 from dedup.reader import StoreReader
+from dedup.retention import Policy
 from dedup.sealed import seal
-from dedup.types import ContainerId
+from dedup.types import ContainerId, Seq, TimeNs
 from dedup.worker_lock import worker_lock
 
 log = logging.getLogger("rewindfs.worker")
@@ -73,6 +77,27 @@ class Remove(msgspec.Struct, frozen=True, tag=True):
     slots: tuple[int, ...]
 
 
+class Thin(msgspec.Struct, frozen=True, tag=True):
+    """Fold the first piece of the group's history that is due, but those that end at a seq in `skip`. Reply: Thinned.
+
+    `known` are raw segments that need not be read again.
+    """
+
+    group: str
+    policy: Policy
+    now: TimeNs
+    skip: tuple[Seq, ...]
+    known: tuple[SegmentAges, ...]
+
+
+class Foresee(msgspec.Struct, frozen=True, tag=True):
+    """What would a consolidation and a collection free? Reply: Foreseen."""
+
+    boundary: Boundary
+    policy: Policy
+    now: TimeNs
+
+
 class Freed(msgspec.Struct, frozen=True, tag=True):
     """So many bytes on disk less than before."""
 
@@ -87,6 +112,18 @@ class Found(msgspec.Struct, frozen=True, tag=True):
     dead: Dead
 
 
+class Thinned(msgspec.Struct, frozen=True, tag=True):
+    """`folded` is None when nothing is due; `raw` are the raw segments before it; `known` all that were read."""
+
+    folded: Folded | None
+    raw: tuple[SegmentAges, ...]
+    known: tuple[SegmentAges, ...]
+
+
+class Foreseen(msgspec.Struct, frozen=True, tag=True):
+    preview: Preview
+
+
 class Refused(msgspec.Struct, frozen=True, tag=True):
     """It could not be done: an error of the store, by the name of its type."""
 
@@ -94,8 +131,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     text: str
 
 
-Request = Work | Seal | Mark | FindDead | Remove
-Reply = Freed | Marked | Found | Refused
+Request = Work | Seal | Mark | FindDead | Remove | Thin | Foresee
+Reply = Freed | Marked | Found | Thinned | Foreseen | Refused
 
 
 class WorkFailed(StoreError):
@@ -166,6 +203,10 @@ class Worker:
                     store = self._store
                     self._collector = Collector(store.storage, store.path, store.index, boundary, self._pace.breathe)
                     return Marked(self._collector.mark())
+                case Thin():
+                    return self._thin(request)
+                case Foresee(boundary, policy, now):
+                    return Foreseen(self._foresee(boundary, policy, now))
                 case FindDead(container) if self._collector:
                     return Found(self._collector.dead(ContainerId(container)))
                 case Remove(container, slots) if self._collector:
@@ -175,6 +216,32 @@ class Worker:
         except StoreError as error:
             return Refused(type(error).__name__, str(error))
         return Refused("StoreError", f"{type(request).__name__} has no meaning here")
+
+    def _thin(self, request: Thin) -> Thinned:
+        known = {one.segment: one for one in request.known}
+        with self._store.index.read() as txn:
+            history = self._history(request.group, txn)
+            now = history.now(request.now)
+            due = [one for one in plan(history, request.policy, now, known) if one.stretch.last not in request.skip]
+            if not due:
+                return Thinned(None, (), tuple(known.values()))
+            folded = fold_piece(history, due[0], request.policy, now, breathe=self._pace.breathe)
+            return Thinned(folded, tuple(raw_between(history, known, due[0])), tuple(known.values()))
+
+    def _foresee(self, boundary: Boundary, policy: Policy, now: TimeNs) -> Preview:
+        store = self._store
+        collector = Collector(store.storage, store.path, store.index, boundary, self._pace.breathe)
+        with store.index.read() as txn:
+            histories = [(self._history(name, txn), end) for name, end in boundary.positions.items()]
+            return preview(histories, collector, policy, now)
+
+    def _history(self, name: str, txn: Txn) -> GroupHistory:
+        """The group as it is; only the writer changes history, and it waits for the reply."""
+        group = self._store.group(name)
+        group.refresh()
+        directory = self._store.path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
+        catalog = Catalog(self._store.index, self._store.index.group_ids(txn)[name])
+        return GroupHistory(self._store.storage, directory, catalog, txn, group.state)
 
     def _seal(self, container: ContainerId) -> int:
         storage = self._store.storage

@@ -10,6 +10,11 @@ A body and a reply are JSON-like. Times are integers of nanoseconds, sizes bytes
     checkpoint       {}                                        → {}
     snapshot.create  {group?, name?, at?, volume?}             → {"group", "name", "seq", "time", "kind", "volume"}
     snapshot.delete  {group?, name}                            → {"group", "name"}
+    journal.list     {group?}                                  → {"group", "journals": [{"name", "id", "granularity",
+                                                                 "in_use"}]}
+    journal.create   {group?, name, granularity_ns?}           → {"group", "name", "id", "granularity", "in_use"}
+    journal.use      {group?, name}                            → the same; what is received from now on goes there
+    consolidate      {dry_run?}                                → {"planned", "freed_bytes", "dry_run", …}
     gc               {dry_run?}                                → {"planned", "freed_bytes", "dry_run", …}
     heal.note        {addresses}                               → {"healed", "agents"}: these blocks are damaged; how
                                                                  many were healed since the appliance began, and how
@@ -34,13 +39,15 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from dedup.consolidation_report import consolidated_fields, foreseen_fields
 from dedup.errors import MomentRefused, NameRefused, RewindError, UnknownName
 from dedup.gc import collected_fields
+from dedup.granularity import journal_fields
 from dedup.healing import head_ranges
 from dedup.moment import check_name
 from dedup.pointer_map import Addresses
 from dedup.retention import changed_policy, policy_fields
-from dedup.types import BLOCK_BYTES
+from dedup.types import BLOCK_BYTES, JournalSpec
 from replication.maintenance import Maintenance
 from replication.messages import Role
 from replication.space_gate import SpaceGate
@@ -153,6 +160,34 @@ class Commands:
         await self._space.set_policy(policy)
         return policy_fields(policy)
 
+    async def _journal_list(self, caller: Caller, body: Body) -> Body:
+        group = self._group(caller, body)
+        state = group.state
+        return {"group": group.name, "journals": [journal_fields(spec, state.journal) for spec in state.journals]}
+
+    async def _journal_create(self, caller: Caller, body: Body) -> Body:
+        width = body.get("granularity_ns", 0)
+        if not isinstance(width, int):
+            raise BadRequest("'granularity_ns' of the request is no number")
+        return await self._journal_change(caller, body, lambda group, name: group.add_journal(name, width))
+
+    async def _journal_use(self, caller: Caller, body: Body) -> Body:
+        return await self._journal_change(caller, body, lambda group, name: group.switch_journal(name))
+
+    async def _journal_change(
+        self, caller: Caller, body: Body, change: Callable[[GroupWriter, str], JournalSpec]
+    ) -> Body:
+        """One entry of the journal, then a sync that is shared with everyone else's: no writer waits for it."""
+        group = self._group(caller, body)
+        spec = await self._writer.run(change, group, _text(body, "name"))
+        await self._writer.sync()
+        return {"group": group.name, **journal_fields(spec, group.state.journal)}
+
+    async def _consolidate(self, caller: Caller, body: Body) -> Body:
+        if body.get("dry_run") is True:
+            return foreseen_fields(await self._maintenance.foresee())
+        return consolidated_fields(*await self._maintenance.consolidate())
+
     async def _gc(self, caller: Caller, body: Body) -> Body:
         dry_run = body.get("dry_run") is True
         return collected_fields(await self._maintenance.collect(dry_run=dry_run), dry_run=dry_run)
@@ -241,6 +276,10 @@ _COMMANDS: Final[dict[str, tuple[frozenset[Role], _Function]]] = {
     "checkpoint": (_ADMIN, Commands._checkpoint),
     "snapshot.create": (_ADMIN, Commands._snapshot_create),
     "snapshot.delete": (_ADMIN, Commands._snapshot_delete),
+    "journal.list": (_ALL, Commands._journal_list),
+    "journal.create": (_ADMIN, Commands._journal_create),
+    "journal.use": (_ADMIN, Commands._journal_use),
+    "consolidate": (_ADMIN, Commands._consolidate),
     "gc": (_ADMIN, Commands._gc),
     "retention.show": (_ALL, Commands._retention_show),
     "retention.set": (_ADMIN, Commands._retention_set),

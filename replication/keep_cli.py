@@ -1,4 +1,4 @@
-"""`rewindfs gc`: what keeps a store in order, by command.
+"""`rewindfs consolidate` and `rewindfs gc`: what keeps a store in order, by command.
 
 Goes through the store's second appliance where one runs, and takes the store's lock itself otherwise.
 """
@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 import trio
 
+from dedup.consolidation_report import consolidate_here, foresee_here
 from dedup.errors import StoreBusy
 from dedup.gc import collect, collected_fields
 from dedup.store import Store
@@ -43,6 +44,31 @@ def keep(
         raise
     store.close()
     return result
+
+
+@click.command()
+@click.argument("store", metavar="STORE")
+@click.option("--dry-run", is_flag=True, help="Only say what would be thinned and freed.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def consolidate(store: str, dry_run: bool, as_json: bool) -> None:
+    """Thin the history of STORE as `rewindfs retention show` says, in use or not, and free what that leaves.
+
+    An appliance does so by itself as history grows older. Safe to interrupt.
+    """
+    document = keep(store, "consolidate", {"dry_run": dry_run}, foresee_here if dry_run else consolidate_here)
+    if as_json:
+        print_json(document)
+        return
+    planned = document["planned"]
+    if dry_run:
+        click.echo(
+            f"{size_text(document['freed_bytes'])} would be freed: {planned['points']} recovery points in "
+            f"{planned['pieces']} pieces of history are due, {planned['kept_points']} of them stay"
+        )
+    else:
+        click.echo(f"{size_text(document['freed_bytes'])} freed: {planned['pieces']} pieces of history thinned")
+    if document["postponed"]:
+        click.echo(f"{document['postponed']} pieces are left for later: a reader needs a moment in each")
 
 
 @click.command()

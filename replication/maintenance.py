@@ -1,4 +1,5 @@
-"""The second appliance's work for its own store: sealing, garbage collection. In the background, or when asked to.
+"""The second appliance's work for its own store: sealing, consolidation, garbage collection. In the background, or when
+asked to.
 
 A child computes (`worker_process`), this process commits. One thing at a time, and each bounded: while agents write,
 the child works a share of the time only, and nothing here has the store to itself for longer than one small step.
@@ -20,12 +21,16 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from dedup import layout
+from dedup.consolidation_preview import Preview
+from dedup.consolidator import Outcome
 from dedup.container_size import examine
 from dedup.errors import Damaged, RewindError, StoreError, StoreFailed, UnknownFormat
 from dedup.gc import Collected, Collection, Dead, Plan
-from dedup.types import ContainerForm, ContainerId
-from dedup.worker import FindDead, Found, Freed, Mark, Marked, Remove, Seal, WorkFailed
+from dedup.retention import Policy, load_policy
+from dedup.types import ContainerForm, ContainerId, TimeNs
+from dedup.worker import FindDead, Foresee, Foreseen, Found, Freed, Mark, Marked, Remove, Seal, WorkFailed
 from replication.store_writer import StoreWriter
+from replication.thinning import Thinning
 from replication.worker_process import WorkerLost, WorkerProcess, working
 
 if TYPE_CHECKING:
@@ -39,6 +44,8 @@ SEAL_AGE_SECONDS: Final = 30.0
 """A container that was written to so lately is not sealed: the page cache has it, and reads of now are quick."""
 COLLECT_SECONDS: Final = 24 * 3600.0
 """Between two collections when nothing was dropped that is known of: crashes and full disks leave a little."""
+COLLECT_SECONDS_MIN: Final = 3600.0
+"""Between two collections of what was dropped: each reads the whole journal."""
 BUSY_SHARE: Final = 0.25
 """Of the time, what background work takes at most while agents write."""
 BUSY_BYTES: Final = 256 << 10
@@ -57,10 +64,12 @@ class Maintenance:
         self._sealed: set[ContainerId] = set()
         """Containers that need no look any more: sealed ones, and such as cannot be."""
         self._collect_at = float("inf")
+        self._collected_at = float("-inf")
+        self._thinning = Thinning(writer, self._child)
 
     def garbage(self) -> None:
-        """Something was dropped: the next round collects."""
-        self._collect_at = 0.0
+        """Something was dropped: it is collected soon, but not again and again."""
+        self._collect_at = min(self._collect_at, self._collected_at + COLLECT_SECONDS_MIN)
 
     async def serve(self) -> None:
         """Rounds until cancelled, or until the store has failed."""
@@ -90,8 +99,12 @@ class Maintenance:
         if candidates:
             async with self._child() as worker:
                 await self._seal(worker, candidates)
+        policy = await trio.to_thread.run_sync(load_policy, self._store.storage, self._store.path)
+        if (await self._thinning.round(policy)).pieces:
+            self.garbage()
         if trio.current_time() >= self._collect_at:
             done = await self._collect(dry_run=False)
+            self._collected_at = trio.current_time()
             self._collect_at = trio.current_time() + (0.0 if done.postponed else COLLECT_SECONDS)
 
     # -- sealing -----------------------------------------------------------------------------------------------------
@@ -139,6 +152,36 @@ class Maintenance:
         """A container that cannot be sealed: said once."""
         self._sealed.add(container)
         log.error("container %d is not sealed: %s", container, damage)
+
+    # -- consolidation -----------------------------------------------------------------------------------------------
+
+    async def consolidate(self, policy: Policy | None = None) -> tuple[Outcome, Collected]:
+        """History thinned as the policy says, the store's own if None, and what became garbage collected: now.
+
+        Raises WorkerLost, or what the store raises; what was done before stays done.
+        """
+        self._background.cancel()
+        async with self._turn:
+            if policy is None:
+                policy = await trio.to_thread.run_sync(load_policy, self._store.storage, self._store.path)
+            outcome = await self._thinning.all(policy)
+            return outcome, await self._collect(dry_run=False)
+
+    async def foresee(self) -> Preview:
+        """What `consolidate` would do."""
+        self._background.cancel()
+        async with self._turn:
+            policy = await trio.to_thread.run_sync(load_policy, self._store.storage, self._store.path)
+            for group in self._store.groups:
+                await self._writer.run(group.complete_segment)
+            collection: Collection = await self._writer.run(Collection.begin, self._store)
+            try:
+                async with self._child() as worker:
+                    reply = await worker.ask(Foresee(collection.boundary, policy, TimeNs(time.time_ns())))
+                    assert isinstance(reply, Foreseen)
+                    return reply.preview
+            finally:
+                collection.end()
 
     # -- garbage collection ------------------------------------------------------------------------------------------
 
