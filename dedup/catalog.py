@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -276,6 +276,21 @@ class Catalog:
     def paths(self, txn: Txn) -> set[str]:
         """Every path a volume of the group has ever had."""
         return {_text(value) for _, value in self._under_prefix(txn, "paths", self._prefix)}
+
+    def paths_count(self, txn: Txn) -> int:
+        """Grows with each path that is new, of any group: a path is never dropped."""
+        return int(txn.stat(self._db["paths"])["entries"])
+
+    def names_count(self, txn: Txn, since: Mapping[str, Snapshot | None]) -> int:
+        """How many names there are, after those made (or forgotten: None) since the checkpoint."""
+        known = 0
+        with txn.cursor(self._db["names"]) as cursor:
+            if cursor.set_range(self._prefix):
+                for key in cursor.iternext(keys=True, values=False):
+                    if not key.startswith(self._prefix):
+                        break
+                    known += key[2:].decode() not in since
+        return known + sum(made is not None for made in since.values())
 
     def snapshots(self, txn: Txn) -> dict[str, Snapshot]:
         return {

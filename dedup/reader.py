@@ -97,7 +97,7 @@ class StoreReader:
         for group in groups:
             group.refresh()
         logical = sum(group.state.logical_bytes for group in groups)
-        return measure(self.path, logical, sum(len(group.snapshots()) for group in groups))
+        return measure(self.path, logical, sum(group.snapshot_count() for group in groups))
 
     def close(self) -> None:
         self.pool.close()
@@ -115,6 +115,7 @@ class GroupReader:
         self._catalog = Catalog(store.index, group_id)
         self._directory = store.path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
         self._changes = Changes(store.storage, self._directory, self._catalog)
+        self._paths: tuple[tuple[int, frozenset[str]], frozenset[str]] = (0, frozenset()), frozenset()
         self._views = GroupViews(store.storage, store.index, self._catalog, self._directory, name, store.pins)
 
     def refresh(self) -> None:
@@ -171,6 +172,11 @@ class GroupReader:
         with self._store.index.read() as txn:
             return Gaps(self._catalog, txn, self.state).during(time, after, last)
 
+    def snapshot_count(self) -> int:
+        """How many names there are."""
+        with self._store.index.read() as txn:
+            return self._catalog.names_count(txn, self.state.new_snapshots)
+
     def snapshots(self) -> list[Snapshot]:
         """All catalogued recovery points by seq: the base, bookmarks, snapshots."""
         with self._store.index.read() as txn:
@@ -189,11 +195,14 @@ class GroupReader:
         with self._store.index.read() as txn:
             return self._catalog.snapshot(txn, name)
 
-    def paths(self) -> set[str]:
-        """Every path that a volume has had."""
+    def paths(self) -> frozenset[str]:
+        """Every path that a volume has had; the same object as before where none came."""
+        new = frozenset(self.state.new_paths)
         with self._store.index.read() as txn:
-            paths = self._catalog.paths(txn)
-        return paths | self.state.new_paths
+            key = self._catalog.paths_count(txn), new
+            if key != self._paths[0]:
+                self._paths = key, new.union(self._catalog.paths(txn))
+        return self._paths[1]
 
     def runs(self) -> list[RunStart]:
         """All clock runs, in order."""

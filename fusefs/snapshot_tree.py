@@ -125,7 +125,7 @@ class SnapshotTree:
         self._groups: OrderedDict[Seq, _Group] = OrderedDict()
         self._rewritten = reader.rewritten
         self._cached_states = 0
-        self._paths: set[str] = set()
+        self._paths: frozenset[str] = frozenset()
         self._children: dict[str, set[str]] = {"": set()}
 
     @property
@@ -217,7 +217,7 @@ class SnapshotTree:
 
     def _refresh_paths(self) -> None:
         paths = self._reader.paths()
-        if paths != self._paths:
+        if paths is not self._paths:
             self._paths = paths
             self._children = _children(paths)
 
