@@ -61,6 +61,7 @@ class SecondAppliance:
         self.writer = StoreWriter(store)
         self.space = SpaceGate(store.path, store.storage)
         self.maintenance = Maintenance(self.writer)
+        self.space.thinner = self.maintenance.consolidate
         self.commands = Commands(self.writer, self.live, self.space, self.maintenance)
         self._sessions_max = sessions_max
         self._maintain = maintain

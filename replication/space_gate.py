@@ -25,7 +25,7 @@ from dedup.terminal import size_text
 
 log = logging.getLogger("rewindfs.space")
 
-Thinner = Callable[[Policy], Awaitable[None]]
+Thinner = Callable[[Policy], Awaitable[object]]
 """Consolidates the store's history by this policy, then collects what nothing names any more; returns when both are
 done. May raise StoreError; a StoreFailed it has told the writer itself."""
 
