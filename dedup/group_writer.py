@@ -277,10 +277,7 @@ class GroupWriter:
 
     def snapshot_count(self) -> int:
         with self.store.index.read() as txn:
-            names = set(self.catalog.snapshots(txn))
-        for name, snapshot in self.state.new_snapshots.items():
-            names.discard(name) if snapshot is None else names.add(name)
-        return len(names)
+            return self.catalog.names_count(txn, self.state.new_snapshots)
 
     def create_snapshot(
         self,
