@@ -48,8 +48,6 @@ def check_at_limit(world: World) -> None:
     space = world.json("status", world.mnt)["space"]
     assert (space["state"], space["hard_limit"]) == ("hard", HARD)
     assert space["used"] <= HARD
-    assert "above its hard limit" not in world.rewindfs("status", world.store).stdout
-    assert "at its hard limit" in world.rewindfs("status", world.store).stdout
     assert "no space left below the hard limit" in world.logs()
     assert used_bytes(world.store) <= HARD
 
@@ -77,7 +75,6 @@ def test_block(world: World, volume: Path) -> None:
             assert world.logs().count("above its soft limit") == 1
             assert not wait([work], 1).done
             assert os.pread(fd, 10, 0), "a reader starves behind the writers that wait"
-            assert world.json("points", world.store)["gaps"] == []
             world.rewindfs("snapshot", "create", world.store, "--name", "at-the-limit")
             assert used_bytes(world.store) <= HARD
         finally:
@@ -86,8 +83,8 @@ def test_block(world: World, volume: Path) -> None:
         world.wait_for_state("protected")
     world.check_equal()
     assert world.gaps() == []
-    assert world.json("status", world.mnt)["space"]["state"] == "ok"
-    check_whole(world)
+    world.unmount()
+    assert world.json("verify", world.store, "--read-data")["ok"]
 
 
 def test_fail(world: World, volume: Path) -> None:
@@ -112,7 +109,8 @@ def test_fail(world: World, volume: Path) -> None:
         world.check_equal()
         os.pwrite(fd, b"taken", 0)
     world.check_equal()
-    check_whole(world)
+    world.unmount()
+    assert world.json("verify", world.store, "--read-data")["ok"]
 
 
 @pytest.mark.slow
