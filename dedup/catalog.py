@@ -362,13 +362,19 @@ class Catalog:
         txn.put(ANCHOR_KEY.pack(self.group_id, seq), anchor, db=self._db["anchors"])
         txn.put(TIME_KEY.pack(self.group_id, state.run, state.time, seq), b"", db=self._db["times"])
 
-    def routes(self, txn: Txn) -> list[Route]:
-        """Every switch to another data journal, by seq."""
+    def routes(self, txn: Txn, since: Seq = Seq(0)) -> list[Route]:
+        """The switches to another data journal, by seq: the last one at or before `since`, and all behind it."""
         prefix = _ROUTE + self._prefix
-        return [
-            Route(Seq(int.from_bytes(key[-8:], "big")), JournalId(_number(value, 2)))
-            for key, value in self._under_prefix(txn, "store", prefix)
-        ]
+        target = _ROUTE + ANCHOR_KEY.pack(self.group_id, since)
+        first = self._last_at_or_before(txn, "store", prefix, target)
+        found: list[Route] = []
+        with txn.cursor(self._db["store"]) as cursor:
+            more = cursor.set_range(target if first is None else first[0])
+            while more and cursor.key().startswith(prefix):
+                after = Seq(int.from_bytes(cursor.key()[-8:], "big"))
+                found.append(Route(after, JournalId(_number(cursor.value(), 2))))
+                more = cursor.next()
+        return found
 
     def journal_number(self, txn: Txn) -> int:
         """The number of the manifest that the anchors, pointers and volumes here belong to."""

@@ -71,5 +71,9 @@ class BadPolicy(StoreError):
     """A retention policy that contradicts itself: tiers that do not ascend, a hard limit below the soft one."""
 
 
+class BadGranularity(StoreError):
+    """A data journal cannot have windows of that width."""
+
+
 class WouldBlock(Exception):
     """A read would have to wait for the disk, and the caller asked not to wait. Never shown to a person."""

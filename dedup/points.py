@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dedup.moment import duration_text
-from dedup.types import Gap, JournalId, Moment, Route, Seq, Snapshot, TimeNs
+from dedup.granularity import granularity_text
+from dedup.group_state import FINE
+from dedup.layout import RAW_GENERATION
+from dedup.types import Gap, JournalId, JournalSpec, Moment, Route, Seq, Snapshot, TimeNs
 
 if TYPE_CHECKING:
     from dedup.manifest import Manifest
     from dedup.reader import GroupReader
 
-EVERY_WRITE = "every-write"
-
 
 @dataclass(frozen=True, slots=True)
 class PointRange:
-    """Recovery points first..last, all of which can be restored, at one granularity."""
+    """Recovery points first..last at one granularity: what their data journal promises, or retention has left.
+
+    Both can be restored, and between them at least that. Where a window has not been thinned yet, there are more.
+    """
 
     first: Seq
     first_time: TimeNs
@@ -44,10 +48,10 @@ class Points:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Records up to `last` that have one granularity (0: every write) and were routed to one data journal."""
+    """Records up to `last` that were routed to one data journal, and have one granularity (0: every write)."""
 
     last: Seq
-    window_ns: int
+    granularity_ns: int
     journal: JournalId
 
 
@@ -71,16 +75,15 @@ def _ranges(group: GroupReader, gaps: list[Gap]) -> Iterator[PointRange]:
     """From the base on, cut at gaps and where the granularity changes."""
     if not group.state.base:
         return
-    stretches = list(group.stretches())
+    found = group.stretches()
     starts = [group.state.base, *(Seq(gap.last + 1) for gap in gaps if gap.last is not None)]
     ends = [*(Seq(gap.first - 1) for gap in gaps), *([] if group.state.gap else [group.held])]
     for first, last in zip(starts, ends, strict=True):
-        for stretch in stretches:
-            if first > last:
-                break
-            if stretch.last >= first:
-                yield from _range(group, first, min(last, stretch.last), stretch)
-                first = Seq(stretch.last + 1)
+        at = bisect_left(found, first, key=lambda stretch: stretch.last)
+        while first <= last:
+            yield from _range(group, first, min(last, found[at].last), found[at])
+            first = Seq(found[at].last + 1)
+            at += 1
 
 
 def _range(group: GroupReader, first: Seq, last: Seq, stretch: Stretch) -> Iterator[PointRange]:
@@ -94,24 +97,50 @@ def _range(group: GroupReader, first: Seq, last: Seq, stretch: Stretch) -> Itera
         start.state.time,
         end.state.held,
         end.state.time,
-        duration_text(stretch.window_ns) if stretch.window_ns else EVERY_WRITE,
+        granularity_text(stretch.granularity_ns),
         str(stretch.journal) if spec is None else spec.name,
     )
 
 
-def stretches(manifest: Manifest, routes: list[Route], first_journal: JournalId, held: Seq) -> Iterator[Stretch]:
+def routes_needed_since(manifest: Manifest) -> Seq:
+    """From where on `stretches` has to know the routes: where the first segment lies that does not say it itself."""
+    raw = next((row for row in manifest.rows if row.generation == RAW_GENERATION), None)
+    return manifest.last if raw is None else Seq(raw.first - 1)
+
+
+def stretches(
+    manifest: Manifest, routes: Iterable[Route], journals: Iterable[JournalSpec], held: Seq
+) -> Iterator[Stretch]:
     """The history up to `held`, cut where its granularity or its data journal changes.
 
-    What is consolidated the manifest tells. Behind it every record is still there, whatever its data journal promises.
+    Of what is consolidated the manifest tells the window and the data journal; where that is not thinned, or not yet,
+    the granularity is what the data journal promises. Of the rest the routes tell, of which those are needed that
+    `routes_needed_since` says.
     """
-    found: list[Stretch] = [Stretch(row.last, row.window_ns, row.journal) for row in manifest.rows]
-    journal = first_journal
-    for route in sorted(routes, key=lambda route: route.after):
-        if route.after > manifest.last:
-            found.append(Stretch(route.after, 0, journal))
-        journal = route.journal
-    found.append(Stretch(held, 0, journal))
-    for index, one in enumerate(found):
-        following = found[index + 1] if index + 1 < len(found) else None
-        if following is None or (one.window_ns, one.journal) != (following.window_ns, following.journal):
-            yield one
+    promised = {spec.journal: spec.granularity_ns for spec in journals}
+    before: Stretch | None = None
+    for last, window_ns, journal in _pieces(manifest, routes, held):
+        one = Stretch(last, max(window_ns, promised.get(journal, 0)), journal)
+        if before is not None and (before.granularity_ns, before.journal) != (one.granularity_ns, one.journal):
+            yield before
+        before = one
+    if before is not None:
+        yield before
+
+
+def _pieces(manifest: Manifest, routes: Iterable[Route], held: Seq) -> Iterator[tuple[Seq, int, JournalId]]:
+    """(last seq, window, data journal), in order, none empty."""
+    ordered = sorted({route.after: route for route in routes}.values(), key=lambda route: route.after)
+    journal, at = FINE.journal, 0
+    for row in [*manifest.rows, None]:
+        if row is not None and row.generation != RAW_GENERATION:
+            yield row.last, row.window_ns, row.journal
+            continue
+        first, last = (manifest.last + 1, held) if row is None else (row.first, row.last)
+        while at < len(ordered) and ordered[at].after < last:
+            if ordered[at].after >= first:
+                yield ordered[at].after, 0, journal
+            journal = ordered[at].journal
+            at += 1
+        if last >= first:
+            yield last, 0, journal

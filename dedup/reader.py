@@ -21,14 +21,14 @@ from dedup.changes import Changes
 from dedup.container import ContainerPool
 from dedup.errors import UnknownName
 from dedup.gaps import Gaps
-from dedup.group_state import FINE, GroupState
+from dedup.group_state import GroupState
 from dedup.group_views import DatedView, GroupViews
 from dedup.image import Image
 from dedup.manifest import read_manifest
 from dedup.marker import read_marker
 from dedup.metadata_journal import Logged
 from dedup.pins import Pinning, ReaderPins
-from dedup.points import Points, Stretch, points_of, stretches
+from dedup.points import Points, Stretch, points_of, routes_needed_since, stretches
 from dedup.storage import Storage
 from dedup.synthesis import View, VolumePointers
 from dedup.types import BLOCK_BYTES, Gap, Moment, RunStart, Seq, Snapshot, TimeNs, VolumeId, VolumeState
@@ -268,10 +268,10 @@ class GroupReader:
 
     def stretches(self) -> list[Stretch]:
         """The history by granularity and data journal, in order."""
-        with self._store.index.read() as txn:
-            routes = [*self._catalog.routes(txn), *self.state.new_routes]
         manifest = read_manifest(self._store.storage, self._directory)
-        return list(stretches(manifest, routes, FINE.journal, self.held))
+        with self._store.index.read() as txn:
+            routes = [*self._catalog.routes(txn, routes_needed_since(manifest)), *self.state.new_routes]
+        return list(stretches(manifest, routes, self.state.journals, self.held))
 
     # -- volumes -----------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ from dedup.container import ContainerReader
 from dedup.layout import LEAF_BLOCKS, SLOT_BITS, SLOT_MASK
 from dedup.pointer_map import Addresses
 from dedup.reader import GroupReader, StoreReader
-from dedup.types import BASE_JOURNAL, BLOCK_BYTES, FINE_JOURNAL, HOLE, ContainerId, Seq, VolumeState
+from dedup.types import BASE_JOURNAL, BLOCK_BYTES, HOLE, ContainerId, JournalId, Seq, VolumeState
 
-JOURNAL_NAMES: Final = {BASE_JOURNAL: "base", FINE_JOURNAL: "fine"}
+BASE: Final = "base"
 _LEAVES_PER_REQUEST: Final = 256
 
 
@@ -39,6 +39,7 @@ def snapshot_map(store: StoreReader, group: GroupReader, volume: VolumeState, se
     A range is as long as its blocks lie one behind the other in one container, or are holes. Streams; Damaged when a
     container's header cannot be read.
     """
+    names = {BASE_JOURNAL: BASE, **{spec.journal: spec.name for spec in group.state.journals}}
     journals: dict[int, str] = {}
     for first, blocks, where in _runs(store, group, volume, seq):
         offset = first * BLOCK_BYTES
@@ -48,19 +49,33 @@ def snapshot_map(store: StoreReader, group: GroupReader, volume: VolumeState, se
             continue
         container = where >> SLOT_BITS
         if container not in journals:
-            journals[container] = _journal_of(store, ContainerId(container))
+            number = _journal_of(store, ContainerId(container))
+            if number not in names:
+                names.update(_names_elsewhere(store, group))
+            journals[container] = names.setdefault(number, str(number))
         journal = journals[container]
-        kind = "base" if journal == JOURNAL_NAMES[BASE_JOURNAL] else "journal"
+        kind = "base" if journal == BASE else "journal"
         yield MapRange(offset, length, kind, journal, container, where & SLOT_MASK)
 
 
-def _journal_of(store: StoreReader, container: ContainerId) -> str:
+def _names_elsewhere(store: StoreReader, group: GroupReader) -> Iterator[tuple[JournalId, str]]:
+    """The data journals of the store's other groups, which blocks may be shared with."""
+    for name in store.groups():
+        if name != group.name:
+            other = store.group(name)
+            other.refresh()
+            known = {spec.journal for spec in group.state.journals}
+            for spec in other.state.journals:
+                if spec.journal not in known:
+                    yield spec.journal, f"{name}/{spec.name}"
+
+
+def _journal_of(store: StoreReader, container: ContainerId) -> JournalId:
     reader = ContainerReader.open(store.storage, store.path / layout.CONTAINERS_NAME, container)
     try:
-        journal = reader.header.journal
+        return reader.header.journal
     finally:
         reader.close()
-    return JOURNAL_NAMES.get(journal, str(journal))
 
 
 def _runs(store: StoreReader, group: GroupReader, volume: VolumeState, seq: Seq) -> Iterator[tuple[int, int, int]]:

@@ -57,7 +57,7 @@ def create(store: str, at: str, name: str | None, volume: str | None, group: str
         made = writer.create_snapshot(name, at, volume)
         return {"group": writer.name, "name": made.name, "seq": made.seq, "time": made.time, "kind": made.kind}
 
-    made = _change(store, group, "snapshot.create", body, here)
+    made = change_group(store, group, "snapshot.create", body, here)
     time = made.get("time")
     if not isinstance(time, int):
         raise ProtocolError(f"the appliance's reply to snapshot.create has no time: {made}")
@@ -81,7 +81,7 @@ def create(store: str, at: str, name: str | None, volume: str | None, group: str
 @_group_option
 def delete(store: str, name: str, group: str | None) -> None:
     """Forget the snapshot or bookmark NAME; the recovery point itself stays as long as its data journal keeps it."""
-    _change(store, group, "snapshot.delete", {"name": name}, lambda writer: _delete(writer, name))
+    change_group(store, group, "snapshot.delete", {"name": name}, lambda writer: _delete(writer, name))
 
 
 def _delete(writer: GroupWriter, name: str) -> dict[str, object]:
@@ -89,7 +89,7 @@ def _delete(writer: GroupWriter, name: str) -> dict[str, object]:
     return {}
 
 
-def _change(
+def change_group(
     address: str,
     group: str | None,
     command: str,

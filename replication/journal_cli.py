@@ -1,0 +1,119 @@
+"""`rewindfs journal`: create, list and use the data journals of a group.
+
+What changes the store goes through its second appliance where one runs, and takes the store's lock itself otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import click
+import trio
+
+from dedup.cli import store_path
+from dedup.granularity import EVERY_WRITE, granularity_ns, journal_fields
+from dedup.group_writer import GroupWriter
+from dedup.reader import StoreReader
+from dedup.terminal import print_json, print_table, shown
+from dedup.types import JournalSpec
+from replication.control import UNIX_PREFIX, request
+from replication.errors import ProtocolError
+from replication.snapshot_cli import change_group
+
+
+@click.group()
+def journal() -> None:
+    """Create, list and use data journals: each keeps recovery points at its own granularity."""
+
+
+def _group_option(function: Callable[..., None]) -> Callable[..., None]:
+    return click.option("--group", metavar="G", help="The group, where the store holds several.")(function)
+
+
+def _json_option(function: Callable[..., None]) -> Callable[..., None]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)
+
+
+@journal.command()
+@click.argument("store", metavar="STORE")
+@click.argument("name", metavar="NAME")
+@click.option(
+    "--granularity",
+    default=EVERY_WRITE,
+    metavar="every-write|DURATION",
+    help="Keep every write (the default), or one point per DURATION, from 1s to 1d.",
+)
+@_group_option
+@_json_option
+def create(store: str, name: str, granularity: str, group: str | None, as_json: bool) -> None:
+    """Give a group of STORE the further data journal NAME, which receives once it is used. Durable when it returns."""
+    width = granularity_ns(granularity)
+    body: dict[str, object] = {"name": name, "granularity_ns": width}
+    made = change_group(
+        store, group, "journal.create", body, lambda writer: _fields(writer, writer.create_journal(name, width))
+    )
+    _print_one(made, as_json)
+
+
+@journal.command()
+@click.argument("store", metavar="STORE")
+@click.argument("name", metavar="NAME")
+@_group_option
+@_json_option
+def use(store: str, name: str, group: str | None, as_json: bool) -> None:
+    """Route what a group of STORE receives from now on to its data journal NAME.
+
+    The others stay able to receive: switching back and forth needs no pause. Durable when it returns.
+    """
+    used = change_group(
+        store, group, "journal.use", {"name": name}, lambda writer: _fields(writer, writer.use_journal(name))
+    )
+    _print_one(used, as_json)
+
+
+@journal.command("list")
+@click.argument("store", metavar="STORE")
+@_group_option
+@_json_option
+def list_(store: str, group: str | None, as_json: bool) -> None:
+    """List the data journals of STORE: how fine each is, and which one receives."""
+    listed = _listed_by_appliance(store, group) if store.startswith(UNIX_PREFIX) else _listed(store, group)
+    if as_json:
+        print_json(listed)
+        return
+    rows = [
+        [str(row["group"]), shown(str(row["name"])), str(row["granularity"]), "in use" if row["in_use"] else ""]
+        for row in listed
+    ]
+    print_table(["group", "journal", "granularity", ""], rows)
+
+
+def _listed(store: str, group: str | None) -> list[dict[str, object]]:
+    reader = StoreReader.open(store_path(store))
+    try:
+        names = reader.groups() if group is None else [group]
+        states = [(name, reader.group(name).state) for name in names]
+    finally:
+        reader.close()
+    return [{"group": name, **journal_fields(spec, state.journal)} for name, state in states for spec in state.journals]
+
+
+def _listed_by_appliance(address: str, group: str | None) -> list[dict[str, object]]:
+    reply = trio.run(partial(request, address, group, "journal.list"))
+    listed = reply.get("journals")
+    if not isinstance(listed, list) or not all(isinstance(row, dict) for row in listed):
+        raise ProtocolError(f"the appliance's reply to journal.list has no journals: {reply}")
+    return [{"group": reply.get("group"), **row} for row in listed]
+
+
+def _fields(writer: GroupWriter, spec: JournalSpec) -> dict[str, object]:
+    return {"group": writer.name, **journal_fields(spec, writer.state.journal)}
+
+
+def _print_one(fields: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        print_json(fields)
+        return
+    state = "  in use" if fields.get("in_use") else ""
+    click.echo(f"{shown(str(fields.get('name')))}  {fields.get('granularity')}{state}")
