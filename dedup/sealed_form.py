@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -45,6 +45,8 @@ from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES
 
 ZSTD_LEVEL: Final = 1
+CACHE_BYTES_MAX: Final = 32 << 20
+"""Decoded groups that a pool keeps: 256 of them, so that random reads within tens of MiB decode each once."""
 GROUP_BYTES_MAX: Final = SEALED_GROUP_BLOCKS * BLOCK_BYTES
 _WORTHWHILE: Final = 15 / 16
 """A group that does not get smaller than this part of itself is stored as it is: reading it costs no decoding."""
@@ -53,7 +55,7 @@ _WORTHWHILE: Final = 15 / 16
 class GroupCache:
     """Decoded groups, the least recently used dropped first. Shared by the readers of a pool and between threads."""
 
-    def __init__(self, bytes_max: int = 8 << 20) -> None:
+    def __init__(self, bytes_max: int = CACHE_BYTES_MAX) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
         self._groups: OrderedDict[tuple[int, int], bytes] = OrderedDict()
@@ -76,6 +78,17 @@ class GroupCache:
                 self._bytes -= len(self._groups.popitem(last=False)[1])
 
 
+_threads = threading.local()
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """This thread's own: one serves one thread at a time, and readers shall not wait for each other's groups."""
+    found: zstandard.ZstdDecompressor | None = getattr(_threads, "decompressor", None)
+    if found is None:
+        found = _threads.decompressor = zstandard.ZstdDecompressor()
+    return found
+
+
 class SealedForm:
     """An open sealed file. Owned by its `ContainerReader`, which closes the descriptor; safe between threads."""
 
@@ -88,8 +101,6 @@ class SealedForm:
         self._fd = fd
         self._cache = cache
         self._serial = next(self._serials)
-        self._decode_lock = threading.Lock()
-        self._decompressor = zstandard.ZstdDecompressor()
         header = unpack_sealed_header(page, path)
         table = storage.pread(fd, header.table_end - SEALED_TABLE_OFFSET, SEALED_TABLE_OFFSET)
         if checksum(table) != header.table_checksum:
@@ -139,15 +150,15 @@ class SealedForm:
     def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None:
         """Puts the slots' bytes into `out`. Damaged, WouldBlock."""
         index = self._index(slot, count)
+        number, start = divmod(index, SEALED_GROUP_BLOCKS)
+        last = (index + count - 1) // SEALED_GROUP_BLOCKS
         done = 0
-        while done < count:
-            number, start = divmod(index + done, SEALED_GROUP_BLOCKS)
+        for group in self._decoded(number, last, wait):
             take = min(count - done, SEALED_GROUP_BLOCKS - start)
-            group = self._group(number, wait)
-            out[done * BLOCK_BYTES : (done + take) * BLOCK_BYTES] = memoryview(group)[
-                start * BLOCK_BYTES : (start + take) * BLOCK_BYTES
-            ]
+            part = memoryview(group)[start * BLOCK_BYTES : (start + take) * BLOCK_BYTES]
+            out[done * BLOCK_BYTES : (done + take) * BLOCK_BYTES] = part
             done += take
+            start = 0
 
     def _index(self, slot: int, count: int) -> int:
         """Where the slot is in the table; the following ones come after it."""
@@ -159,33 +170,47 @@ class SealedForm:
             raise Damaged(f"{self._path}: offset {SEALED_TABLE_OFFSET}: slot {missing[0]} is not in the container")
         return index
 
-    def _group(self, number: int, wait: bool) -> bytes:
-        key = (self._serial, number)
-        group = self._cache.get(key)
-        if group is None:
-            group = self._read_group(number, wait)
-            self._cache.put(key, group)
-        return group
+    def _decoded(self, first: int, last: int, wait: bool) -> Iterator[bytes]:
+        """The groups first..last; those that are not in the cache and lie side by side are one read."""
+        found = [self._cache.get((self._serial, number)) for number in range(first, last + 1)]
+        number = first
+        while number <= last:
+            group = found[number - first]
+            if group is not None:
+                yield group
+                number += 1
+                continue
+            end = number
+            while end < last and found[end + 1 - first] is None:
+                end += 1
+            for group in self._read_groups(number, end, wait):
+                self._cache.put((self._serial, number), group)
+                yield group
+                number += 1
 
-    def _read_group(self, number: int, wait: bool) -> bytes:
-        offset, stored_bytes, blocks, coding, expected = self._groups[number]
-        stored = bytearray(stored_bytes)
-        if self._storage.pread_into(self._fd, [memoryview(stored)], offset, wait=wait) != stored_bytes:
-            raise Damaged(f"{self._path}: offset {offset}: the group is cut short")
-        if checksum(stored) != expected:
-            raise Damaged(f"{self._path}: offset {offset}: the group does not match its checksum")
-        length = blocks * BLOCK_BYTES
-        group = bytes(stored)
+    def _read_groups(self, first: int, last: int, wait: bool) -> Iterator[bytes]:
+        start = self._groups[first][0]
+        end = self._groups[last][0] + self._groups[last][1]
+        if not 0 <= end - start <= (last - first + 1) * GROUP_BYTES_MAX:
+            raise Damaged(f"{self._path}: offset {SEALED_TABLE_OFFSET}: the slot table says what cannot be")
+        stored = memoryview(bytearray(end - start))
+        have = self._storage.pread_into(self._fd, [stored], start, wait=wait)
+        for offset, stored_bytes, blocks, coding, expected in self._groups[first : last + 1]:
+            if not start <= offset <= offset + stored_bytes <= start + have:
+                raise Damaged(f"{self._path}: offset {offset}: the group is cut short")
+            coded = stored[offset - start : offset - start + stored_bytes]
+            if checksum(coded) != expected:
+                raise Damaged(f"{self._path}: offset {offset}: the group does not match its checksum")
+            yield self._decode(coded, offset, blocks * BLOCK_BYTES, coding)
+
+    def _decode(self, coded: memoryview, offset: int, length: int, coding: int) -> bytes:
         if coding == CODING_ZSTD:
             try:
-                # What a frame says of its length is what would be allocated for it.
-                said = zstandard.frame_content_size(stored)
-                if said != length:
-                    raise Damaged(f"{self._path}: offset {offset}: the group has {said} bytes, not {length}")
-                with self._decode_lock:
-                    group = self._decompressor.decompress(stored, max_output_size=length)
+                group = _decompressor().decompress(coded, max_output_size=length)
             except zstandard.ZstdError as error:
                 raise Damaged(f"{self._path}: offset {offset}: the group cannot be decoded: {error}") from error
+        else:
+            group = bytes(coded)
         if len(group) != length:
             raise Damaged(f"{self._path}: offset {offset}: the group has {len(group)} bytes, not {length}")
         return group
