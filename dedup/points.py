@@ -15,6 +15,7 @@ from dedup.types import Gap, JournalId, JournalSpec, Moment, Route, Seq, Snapsho
 if TYPE_CHECKING:
     from dedup.manifest import Manifest
     from dedup.reader import GroupReader
+    from dedup.stamps import Stamp, Stamps
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Stretch:
 def points_of(group: GroupReader) -> Points:
     """All of it, as of the group's last refresh."""
     gaps = group.gaps()
-    ranges = list(_ranges(group, gaps))
+    ranges = group.stamped(lambda stamps: list(_ranges(group, gaps, stamps)))
     return Points(
         group.name,
         group.moment(group.view(ranges[0].first)) if ranges else None,
@@ -71,7 +72,7 @@ def points_of(group: GroupReader) -> Points:
     )
 
 
-def _ranges(group: GroupReader, gaps: list[Gap]) -> Iterator[PointRange]:
+def _ranges(group: GroupReader, gaps: list[Gap], stamps: Stamps) -> Iterator[PointRange]:
     """From the base on, cut at gaps and where the granularity changes."""
     if not group.state.base:
         return
@@ -81,22 +82,20 @@ def _ranges(group: GroupReader, gaps: list[Gap]) -> Iterator[PointRange]:
     for first, last in zip(starts, ends, strict=True):
         at = bisect_left(found, first, key=lambda stretch: stretch.last)
         while first <= last:
-            yield from _range(group, first, min(last, found[at].last), found[at])
+            start, end = stamps.first(first), stamps.last(min(last, found[at].last))
+            if start is not None and start.seq <= end.seq:
+                yield _range(group, start, end, found[at])
             first = Seq(found[at].last + 1)
             at += 1
 
 
-def _range(group: GroupReader, first: Seq, last: Seq, stretch: Stretch) -> Iterator[PointRange]:
-    """The range of what can still be told apart in first..last, if anything."""
-    start, end = group.first_from(first), group.view(last)
-    if start is None or start.state.held > end.state.held:
-        return
+def _range(group: GroupReader, start: Stamp, end: Stamp, stretch: Stretch) -> PointRange:
     spec = group.state.journal_spec(stretch.journal)
-    yield PointRange(
-        start.state.held,
-        start.state.time,
-        end.state.held,
-        end.state.time,
+    return PointRange(
+        start.seq,
+        start.time,
+        end.seq,
+        end.time,
         granularity_text(stretch.granularity_ns),
         str(stretch.journal) if spec is None else spec.name,
     )

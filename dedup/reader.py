@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from dedup import layout, resolution
 from dedup.catalog import Catalog, Index, Txn
@@ -29,10 +30,13 @@ from dedup.marker import read_marker
 from dedup.metadata_journal import Logged
 from dedup.pins import Pinning, ReaderPins
 from dedup.points import Points, Stretch, points_of, routes_needed_since, stretches
+from dedup.stamps import Stamps
 from dedup.storage import Storage
 from dedup.synthesis import View, VolumePointers
 from dedup.types import BLOCK_BYTES, Gap, Moment, RunStart, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 from dedup.usage import StoreUsage, measure
+
+_T = TypeVar("_T")
 
 
 class StoreReader:
@@ -260,6 +264,10 @@ class GroupReader:
     def release(self, seq: Seq) -> None:
         """Ends one `hold`. Never waits."""
         self._views.release(seq)
+
+    def stamped(self, step: Callable[[Stamps], _T]) -> _T:
+        """As `GroupViews.stamped`."""
+        return self._views.stamped(step)
 
     def points(self) -> Points:
         """What can be restored now."""
