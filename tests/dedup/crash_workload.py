@@ -1,4 +1,4 @@
-"""What a store is put through while it is crashed, and what must be true of it after.
+"""What a store is put through while it is crashed.
 
 The work is a list of `SCENES`, each a function of a `Run`; a new part of the store gets its scene added here. A scene
 calls the store through the run, which keeps the models and notes before and after each call what the store owes.
@@ -6,9 +6,9 @@ calls the store through the run, which keeps the models and notes before and aft
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeVar
@@ -16,35 +16,24 @@ from typing import Final, TypeVar
 import pytest
 
 from dedup.consolidator import consolidate
-from dedup.damage import Report
-from dedup.errors import Damaged, NotAStore, StoreFull
+from dedup.errors import StoreFull
 from dedup.gc import collect
-from dedup.image import Image
 from dedup.layout import fingerprint
+from dedup.repair import repair
 from dedup.retention import Policy
 from dedup.sealed import seal
+from dedup.storage import Storage
 from dedup.store import Store
 from dedup.types import (
-    BLOCK_BYTES,
     Address,
-    Attributes,
-    Bookmark,
     ContainerId,
-    Epoch,
-    EpochStart,
-    ReconcileBegin,
-    ReconcileEnd,
     Record,
-    Seq,
     VolumeId,
 )
-from dedup.verify import verify
-from tests.dedup.model import Model
-from tests.dedup.test_store import check_moment
+from tests.dedup.crash_checks import GroupModel, Owed, Promise, opened
 
 _Result = TypeVar("_Result")
 
-LOST_TEXT: Final = "a lost block"
 SLOTS: Final = 12
 SEGMENT_BYTES: Final = 1500
 """Small enough that the workload fills several containers and segments."""
@@ -56,57 +45,6 @@ def small_files(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("dedup.metadata_journal.SEGMENT_BYTES_MAX", SEGMENT_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class Owed:
-    """What the store owes of one group: the seqs that it was given, has taken, and has called durable; the names that
-    it must have, and those that it is just making or forgetting."""
-
-    issued: int = 0
-    received: int = 0
-    durable: int = 0
-    names: frozenset[str] = frozenset()
-    unsettled: frozenset[str] = frozenset()
-    thinned: frozenset[int] = frozenset()
-    """Moments that a consolidation may have thinned out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Promise:
-    """What holds from some moment of a run on: whether there is a store, and what it owes of each group."""
-
-    created: bool = False
-    groups: tuple[tuple[str, Owed], ...] = ()
-
-
-class GroupModel(Model):
-    """With the records that the store's own model has no use for."""
-
-    def attributes(self, volume: VolumeId, mode: int) -> Attributes:
-        record = Attributes(*self._next(), volume, mode, 1, 2)
-        self._keep()
-        return record
-
-    def bookmark(self, name: str) -> Bookmark:
-        record = Bookmark(*self._next(), name)
-        self._keep()
-        return record
-
-    def start(self, epoch: int) -> EpochStart:
-        record = EpochStart(*self._next(), Epoch(epoch), clean=False)
-        self._keep()
-        return record
-
-    def outage(self, reason: str) -> ReconcileBegin:
-        record = ReconcileBegin(*self._next(), reason)
-        self._keep()
-        return record
-
-    def reconciled(self) -> ReconcileEnd:
-        record = ReconcileEnd(*self._next())
-        self._keep()
-        return record
-
-
 @dataclass
 class Run:
     """One run of the workload. `mark` is told each new promise, in the order of the calls that it made."""
@@ -116,6 +54,7 @@ class Run:
     models: dict[str, GroupModel] = field(default_factory=dict)
     owed: dict[str, Owed] = field(default_factory=dict)
     created: bool = False
+    damaged: bool = False
     seed: int = 0
     opened: Store | None = None
     make_room: Callable[[], None] | None = None
@@ -123,7 +62,7 @@ class Run:
 
     @property
     def promise(self) -> Promise:
-        return Promise(self.created, tuple(self.owed.items()))
+        return Promise(self.created, tuple(self.owed.items()), self.damaged)
 
     @property
     def store(self) -> Store:
@@ -140,7 +79,8 @@ class Run:
 
     def copy(self, path: Path) -> Run:
         """The same in another place, with no store open."""
-        return Run(path, lambda promise: None, deepcopy(self.models), dict(self.owed), self.created, self.seed)
+        models = {name: model.copy() for name, model in self.models.items()}
+        return Run(path, lambda promise: None, models, dict(self.owed), self.created, self.damaged, self.seed)
 
     def _owe(self, group: str, **changes: object) -> None:
         self.owed[group] = replace(self.owed[group], **changes)  # type: ignore[arg-type]
@@ -189,7 +129,8 @@ class Run:
 
     def recover(self) -> None:
         """After a crash: opens the store, and adds to what it holds. The models forget what it does not hold."""
-        store = self.opened = Store.open(self.path)
+        store = self.opened = opened(self.path, self.promise)
+        self.damaged = False
         for name in self.owed:
             group, model = store.group(name), self.models[name]
             held = group.held
@@ -240,6 +181,33 @@ class Run:
         self._owe(group, thinned=frozenset(thinned))
         self._ask(lambda: consolidate(writer, policy, writer.time))
         self.settle()
+
+    def use_journal(self, name: str, granularity_ns: int = -1, group: str = "g") -> None:
+        """What follows goes to that data journal, a new one if there is a granularity."""
+        writer = self.store.group(group)
+        if granularity_ns >= 0:
+            self._ask(lambda: writer.create_journal(name, granularity_ns))
+        self._ask(lambda: writer.use_journal(name))
+        self.settle()
+
+    def break_index(self) -> None:
+        """LMDB's file is overwritten, after a clean close."""
+        self.close()
+        self.damaged = True
+        self.mark(self.promise)
+        storage = Storage()
+        fd = storage.open(self.path / "index" / "data.mdb", os.O_RDWR)
+        try:
+            self._ask(lambda: storage.pwritev(fd, [b"broken" * 2000], 0))
+            storage.datasync(fd)
+        finally:
+            storage.close(fd)
+
+    def repair(self) -> None:
+        report = self._ask(lambda: repair(self.path))
+        assert report.ok and report.repairs
+        self.damaged = False
+        self.mark(self.promise)
 
     def settle(self) -> None:
         """Notes what the store calls durable by now."""
@@ -392,6 +360,21 @@ def names_of_points(run: Run) -> None:
     run.name("late")
 
 
+def two_journals(run: Run) -> None:
+    """One that keeps every write, and one that keeps a point a minute."""
+    model = run.model()
+    run.use_journal("minutes", 60 * 10**9)
+    for _ in range(2):
+        model.elapsed_ns += 40 * 10**9
+        run.ingest([model.write(A, 0, run.block()), model.flush(A), model.write(A, 5000, run.block())])
+    run.use_journal("fine")
+    run.ingest([model.write(A, 0, run.block())])
+    run.use_journal("minutes")
+    run.ingest([model.write(B2, 100, run.block())])
+    run.sync()
+    run.use_journal("fine")
+
+
 def thinning(run: Run) -> None:
     """Hours go by, and days: history is consolidated, and what was is consolidated again."""
     model = run.model()
@@ -434,6 +417,13 @@ def a_long_tail(run: Run) -> None:
     run.ingest([model.write(A, 0, run.block())])
 
 
+def a_broken_index(run: Run) -> None:
+    run.ingest([run.model().write(A, 4096, run.block())])
+    run.break_index()
+    run.repair()
+    run.open()
+
+
 def the_end(run: Run) -> None:
     run.ingest([run.model().write(A, 0, run.block())])
     run.close()
@@ -453,122 +443,11 @@ SCENES: Final[tuple[Scene, ...]] = (
     sealing,
     garbage,
     names_of_points,
+    two_journals,
     thinning,
     a_clean_end,
     an_outage,
     a_long_tail,
+    a_broken_index,
     the_end,
 )
-
-
-# -- what must be true after -------------------------------------------------------------------------------------------
-
-
-def check_after_crash(
-    path: Path,
-    promise: Promise,
-    models: dict[str, GroupModel],
-    *,
-    killed: bool,
-    moments: int = 1 << 30,
-    may_be_lost: bool = False,
-) -> None:
-    """The store at `path` opens, owes what was promised and pays it, goes on, and is whole when it is closed.
-
-    `killed`: what was received is owed too. `moments`: how many of each group's are compared, the last ones always.
-    `may_be_lost`: a block that could not be read when a part of it was written to is lost, and said to be.
-    """
-    check = _Moments(may_be_lost)
-    try:
-        store = Store.open(path)
-    except NotAStore:
-        assert not promise.created
-        return
-    going = {}
-    for name, owed in promise.groups:
-        group = store.group(name)
-        least = owed.received if killed else owed.durable
-        assert least <= group.held <= owed.issued, f"{name}: {least} <= held {group.held} <= {owed.issued}"
-        assert group.durable == group.held
-        model = models[name]
-        assert group.held == 0 or group.held in model.history, f"{name}: only a part of seq {group.held} is held"
-        kept = sorted(seq for seq in model.history if seq <= group.held)
-        for seq in _some_of(kept, moments):
-            check(store, name, model, seq, owed.thinned)
-        _check_names(store, name, owed, model)
-        going[name] = _go_on(store, name, model, group.held)
-    store.sync()
-    for name, model in going.items():
-        check(store, name, model, model.seq)
-    store.close()
-    report = verify(path, read_data=True)
-    assert report.ok or (may_be_lost and _only_lost(report)), report
-    store = Store.open(path)
-    for name, model in going.items():
-        assert store.group(name).held == model.seq
-        check(store, name, model, model.seq)
-    store.close()
-
-
-def _some_of(seqs: list[int], most: int) -> list[int]:
-    return seqs if len(seqs) <= most else seqs[:: -(-2 * len(seqs) // most)] + seqs[-most // 2 :]
-
-
-class _Moments:
-    """Compares moments with the model, block by block where one may be lost."""
-
-    def __init__(self, may_be_lost: bool) -> None:
-        self._may_be_lost = may_be_lost
-
-    def __call__(
-        self, store: Store, name: str, model: GroupModel, seq: int, thinned: frozenset[int] = frozenset()
-    ) -> None:
-        reader = store.group(name).reader()
-        found = reader.view(Seq(seq)).state.held
-        if seq in thinned and found != seq:
-            # Then the last moment before it that was kept stands for it.
-            assert found < seq and (not found or found in model.history)
-            return
-        assert found == seq
-        try:
-            check_moment(reader, model, seq)
-        except Damaged:
-            if not self._may_be_lost:
-                raise
-            for volume, data in model.history[seq][0].items():
-                image = reader.image(volume, Seq(seq))
-                for at in range(0, len(data), BLOCK_BYTES):
-                    self._check_block(image, at, data[at : at + BLOCK_BYTES])
-
-    def _check_block(self, image: Image, at: int, data: bytes) -> None:
-        try:
-            found = image.read(at, len(data))
-        except Damaged as damage:
-            assert LOST_TEXT in str(damage)
-        else:
-            assert found == data
-
-
-def _only_lost(report: Report) -> bool:
-    found = [damage.what for check in report.checks for damage in check.damage]
-    return all(LOST_TEXT in what for what in found)
-
-
-def _check_names(store: Store, name: str, owed: Owed, model: GroupModel) -> None:
-    found = {snapshot.name for snapshot in store.group(name).reader().snapshots() if snapshot.kind == "snapshot"}
-    assert owed.names <= found <= owed.names | owed.unsettled
-    store.group(name).reader().points()
-
-
-def _go_on(store: Store, name: str, model: GroupModel, held: Seq) -> GroupModel:
-    """A few more records of every way that a block can come; the model with them, as it was at `held` before."""
-    content, paths = model.history.get(held, ({}, {}))
-    going = GroupModel(held, next_volume=store.group(name).next_volume, content=dict(content), paths=dict(paths))
-    made = going.create("made-after.img", 5000)
-    records: list[Record] = [made, going.write(made.volume, 3000, b"after the crash" * 300)]
-    for volume, data in content.items():
-        records.append(going.write(volume, max(0, len(data) - 100), b"goes on" * 20))
-        if data:
-            records.append(going.write(volume, 4096, data[:4096].ljust(4096, b"\0")))
-    store.group(name).ingest(records)
-    return going

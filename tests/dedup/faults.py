@@ -79,6 +79,11 @@ class Call:
     name: str
     what: str
 
+    @property
+    def changes(self) -> bool:
+        """Whether it changes something, or makes it durable."""
+        return self.name in _CHANGING
+
     def faults(self) -> list[Fault]:
         """Everything that it can do wrong."""
         kinds = [FaultKind.IO_ERROR]

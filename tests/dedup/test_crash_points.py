@@ -1,7 +1,7 @@
 """A workload is crashed at every file operation it makes, and what a crash can leave there is opened again.
 
-`crash_workload` has the work and what must be true after; `crash_disk` what a crash can leave. Each run prints how
-many points and states it tried.
+`crash_workload` has the work, `crash_disk` what a crash can leave, `crash_checks` what must be true after. Each run
+prints how many points and states it tried.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.dedup.crash_checks import GroupModel, Promise, check_after_crash
 from tests.dedup.crash_disk import ALL, CORNERS, Disk, Image, some
 from tests.dedup.crash_storage import Event, Recorder, recording, unsynced
-from tests.dedup.crash_workload import SCENES, GroupModel, Promise, Run, check_after_crash, small_files
+from tests.dedup.crash_workload import SCENES, Run, small_files
 
 FAILURES_MAX = 20
 
