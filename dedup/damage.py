@@ -21,7 +21,8 @@ POINTERS: Final = "pointers-resolve"
 INDEX: Final = "index-equals-journal"
 CONTAINERS: Final = "containers"
 CATALOG: Final = "catalog"
-CHECKS: Final = (JOURNAL, MANIFEST, POINTERS, INDEX, CONTAINERS, CATALOG)
+POLICY: Final = "policy"
+CHECKS: Final = (JOURNAL, MANIFEST, POINTERS, INDEX, CONTAINERS, CATALOG, POLICY)
 """The names of the checks, in the order of the report; `verify` says what each is."""
 
 LATEST: Final = "latest"

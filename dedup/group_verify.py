@@ -84,6 +84,8 @@ class GroupVerifier:
         self._runs: list[RunStart] = []
         self._volumes: dict[VolumeId, VolumeState] = {}
         self._manifest = Manifest()
+        self._indexed = 0
+        """Number of the manifest that the index is of."""
         self._segments: list[SegmentFile] = []
         self._until = FIRST_POSITION
         self._last = Seq(0)
@@ -115,6 +117,7 @@ class GroupVerifier:
             self._names = catalog.snapshots(txn)
             self._gaps = catalog.gaps(txn)
             self._runs = catalog.runs(txn)
+            self._indexed = catalog.journal_number(txn)
             if anchor is not None:
                 self._volumes = catalog.volumes(txn, anchor.held)
         self._wanted = {snapshot.seq for snapshot in self._names.values()}
@@ -131,6 +134,9 @@ class GroupVerifier:
         except (Damaged, UnknownFormat) as error:
             check.add(Damage(str(error), layout.MANIFEST_NAME, self.name))
             self._journal_damage("the manifest does not say which segments there are", FIRST_POSITION)
+        if self._indexed > self._manifest.number:
+            what = f"the manifest is number {self._manifest.number}, the index is of number {self._indexed}"
+            check.add(Damage(f"{what}: an older copy?", layout.MANIFEST_NAME, self.name))
 
     def _size(self, segment: SegmentFile) -> int:
         try:
@@ -165,7 +171,7 @@ class GroupVerifier:
 
     def journal(self, advance: Advance) -> None:
         """Reads every entry, and gathers what the other checks need. Damage in a segment: goes on in the next."""
-        if self._compare is not None:
+        if self._compare is not None and self._indexed == self._manifest.number:
             head = HeadReplay(FIRST_LEAF, leaves_max=self._leaves_max)
             try:
                 self._replay = Replay(head, self._compare.anchors(), self._compare.at_anchor)
@@ -284,9 +290,13 @@ class GroupVerifier:
             return
         if compare is None or replay is None or anchor is None:
             return
+        if self._indexed < self._manifest.number:
+            return  # a consolidation was cut short: the next writer brings the index up to the manifest
         if not self.sound and replay.anchor is not None:
             self._add(INDEX, "could not be checked: the journal is damaged")
             return
+        if replay.anchor is not None:
+            replay.begin_segment(Seq(replay.state.held + 1))  # a last segment without an entry yet
         if replay.anchor is not None:
             compare.add(f"the checkpoint of seq {replay.anchor.held} lies at no entry's end: {replay.anchor.position}")
             return

@@ -20,8 +20,9 @@ from dedup.consolidator import remove_dead
 from dedup.errors import Damaged, NameRefused, StoreError, StoreFailed, UnknownName, Unreadable
 from dedup.granularity import check_granularity
 from dedup.group_state import BASE_NAME, GroupState
+from dedup.journal_reader import chain_of, segments
 from dedup.layout import SEGMENT_HEADER_BYTES
-from dedup.manifest import read_manifest
+from dedup.manifest import Manifest, read_manifest
 from dedup.metadata_journal import FIRST_POSITION, EntryKind, JournalPosition, JournalWriter, Logged, read
 from dedup.moment import check_name, default_name
 from dedup.overlay import Overlay
@@ -409,7 +410,19 @@ def _finish_consolidation(store: Store, catalog: Catalog, directory: Path) -> No
                 catalog.put_journal_number(txn, manifest.number)  # all of it will be replayed
             else:
                 reindex(store.storage, directory, catalog, txn, manifest)
+    _refuse_lost_beginning(store, directory, manifest)
     remove_dead(store.storage, directory, manifest)
+
+
+def _refuse_lost_beginning(store: Store, directory: Path, manifest: Manifest) -> None:
+    """Damaged when consolidated segments are there that a lost manifest named: they must not pass for dead ones."""
+    files = chain_of(manifest, segments(store.storage, directory))
+    begins = bool(files) and files[0].first == 1
+    if not begins and any(map(layout.consolidated_named, store.storage.listdir(directory))):
+        raise Damaged(
+            f"{directory / layout.MANIFEST_NAME}: offset 0: the journal's beginning is missing: a lost manifest? put "
+            "it back, or run `rewindfs verify --repair`"
+        )
 
 
 def _blocks_are_whole(store: Store, logged: Logged) -> bool:

@@ -21,7 +21,7 @@ from dedup.errors import Damaged
 from dedup.gaps import merged
 from dedup.group_state import Checkpoint, GroupState
 from dedup.head_replay import HeadReplay, LeafKey
-from dedup.layout import ANCHOR_KEY, LEAF_BLOCKS, POINTER_KEY, SLOT_BITS, SLOT_MASK
+from dedup.layout import ANCHOR_KEY, LEAF_BLOCKS, POINTER_KEY, SEGMENT_HEADER_BYTES, SLOT_BITS, SLOT_MASK
 from dedup.metadata_journal import JournalPosition, Logged
 from dedup.pointer_map import split_key
 from dedup.reachability import consecutive
@@ -69,6 +69,7 @@ class Replay:
 
     def take(self, logged: Logged, position: JournalPosition) -> None:
         """The next entry, which ends at `position`. Damaged when it contradicts what came before; IndexRefused."""
+        self.begin_segment(position.segment)
         if self.anchor is None:
             self.state.apply(logged)
             self.state.checkpointed()
@@ -79,6 +80,15 @@ class Replay:
         if position == self.anchor.position:
             self.drain()
             self._met(self.anchor)
+
+    def begin_segment(self, first: Seq) -> None:
+        """What follows lies in that segment: a checkpoint at its start is met, as one at the end of the one before."""
+        anchor = self.anchor
+        if anchor is None or anchor.held != self.state.held:
+            return
+        if (anchor.position.segment, anchor.position.offset) == (first, SEGMENT_HEADER_BYTES):
+            self.drain()
+            self._met(anchor)
 
     def _met(self, anchor: Checkpoint) -> None:
         with _index():

@@ -34,6 +34,8 @@ from dedup.manifest import Manifest, read_manifest
 from dedup.storage import Storage
 from dedup.types import ClockRun, JournalId, Seq, TimeNs
 
+_LAST_ENTRY_BYTES: Final = 1 << 16
+"""Where the last entry of a segment is looked for first: nearly all are far smaller."""
 CHUNK_BYTES: Final = 1 << 20
 """Read at a time; more only for one entry that is larger."""
 
@@ -154,6 +156,10 @@ def scan(
     for index, segment in enumerate(found):
         if limit is not None and segment.first > limit.segment:
             return
+        if previous is None and index > 0:
+            # The scan began at the end of a segment: its last seq says whether this one follows.
+            before = _SegmentScan(storage, directory, found[0], False, False)
+            previous = before.seq_before(start.offset)
         if previous is not None and segment.first - 1 != previous:
             raise Damaged(f"{segment.path(directory)}: offset 0: the segment before it ends at seq {previous}")
         is_last = index == len(found) - 1 and segment.generation == RAW_GENERATION
@@ -236,6 +242,28 @@ class _SegmentScan:
             yield from self._chunks(offset, previous, stop)
         finally:
             self._storage.close(self._fd)
+
+    def seq_before(self, offset: int) -> Seq:
+        """The seq of the entry that ends at `offset`. Damaged when none does."""
+        try:
+            self._fd = self._storage.open(self._path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise Damaged(f"{self._path}: offset {offset}: the segment is missing") from error
+        try:
+            header = unpack_segment_header(self._storage.pread(self._fd, SEGMENT_HEADER_BYTES, 0), self._path)
+            for reach in (_LAST_ENTRY_BYTES, ENTRY_BYTES_MAX):
+                base = max(SEGMENT_HEADER_BYTES, offset - reach)
+                tail = self._storage.pread(self._fd, offset - base, base)
+                words = np.frombuffer(tail, dtype="<u8", count=len(tail) // 8)
+                left = np.uint64(len(tail)) - np.arange(len(words), dtype=np.uint64) * np.uint64(8)
+                ends_here = (words[1:] & np.uint64(0xFFFFFFFF)) == left[:-1]
+                for index in np.flatnonzero(ends_here)[::-1].tolist():
+                    raw = memoryview(tail)[index * 8 :]
+                    if checksum(raw[CHECKSUM_BYTES:], header.seed) == int(words[index]):
+                        return Seq(int(words[index + 2]))
+        finally:
+            self._storage.close(self._fd)
+        raise self._damaged(offset, "no entry ends here")
 
     def _chunks(self, base: int, previous: Seq | None, stop: int | None) -> Iterator[Scanned]:
         want = CHUNK_BYTES

@@ -38,9 +38,12 @@ def restore_manifest(storage: Storage, directory: Path, quarantine: Quarantine) 
     """Makes a lost or damaged manifest anew, where the segments leave no doubt. What was done, None: nothing."""
     path = directory / MANIFEST_NAME
     try:
-        if read_manifest(storage, directory).rows or not _consolidated(storage, directory):
+        manifest: Manifest | None = read_manifest(storage, directory)
+        there = set(_consolidated(storage, directory))
+        named = {SegmentFile(row.first, row.generation) for row in manifest.rows} if manifest is not None else set()
+        if named <= there and (named or not there):
             return None
-        why = "consolidated segments are there, and no manifest names any"
+        why = "it names segments that are not there" if named else "segments are there that only a manifest can name"
     except (Damaged, UnknownFormat) as error:
         why = str(error)
     manifest = _manifest_of(storage, directory)

@@ -7,6 +7,7 @@
     index-equals-journal   the index opens, and every checkpoint in it (volumes, pointer maps; of the last one also
                            names, gaps, clock runs) equals a replay of the journal up to there
     containers             every container that is named opens: header, form, sealed table
+    policy                 the retention policy reads, where one was set
     catalog                snapshots and bookmarks name recovery points that are held; gaps are well-formed
 
 It runs beside a writer: what is appended after it began is left for the next time, a last entry that is not whole is
@@ -25,7 +26,7 @@ import numpy as np
 from dedup import layout
 from dedup.catalog import Index
 from dedup.container import ContainerPool, ContainerReader
-from dedup.damage import CATALOG, CHECKS, CONTAINERS, INDEX, JOURNAL, POINTERS, Check, Damage, Report, locate
+from dedup.damage import CATALOG, CHECKS, CONTAINERS, INDEX, JOURNAL, POINTERS, POLICY, Check, Damage, Report, locate
 from dedup.errors import Damaged, StoreError, UnknownFormat
 from dedup.group_verify import GroupVerifier
 from dedup.index_compare import IndexRefused
@@ -33,6 +34,7 @@ from dedup.marker import read_marker
 from dedup.pins import ReaderPins
 from dedup.reachability import Reachability
 from dedup.reader import StoreReader
+from dedup.retention import load_policy
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, LOST_CONTAINER, ContainerId
 
@@ -119,6 +121,7 @@ class Inspection:
                     ids = index.group_ids(txn)
             except (lmdb.Error, ValueError) as error:
                 self.checks[INDEX].add(Damage(f"the groups cannot be read: {error}", layout.INDEX_NAME))
+        self._check_policy()
         on_disk = self._storage.listdir(self.path / layout.GROUPS_NAME)
         for name in sorted({*ids, *on_disk}):
             group = GroupVerifier(self._storage, self.path, index, name, ids.get(name), self.checks, self.slots)
@@ -132,6 +135,14 @@ class Inspection:
         self._check_containers()
         if self.slots.bad_count:
             self._name_bad_blocks(index)
+
+    def _check_policy(self) -> None:
+        check = self.checks[POLICY]
+        check.items += 1
+        try:
+            load_policy(self._storage, self.path)
+        except (Damaged, UnknownFormat) as error:
+            check.add(Damage(str(error), layout.POLICY_NAME))
 
     def _guarded(self, group: GroupVerifier) -> None:
         """What the index itself refuses is damage of the check that met it."""
