@@ -57,6 +57,7 @@ class SpaceGate:
         self._asked = trio.Event()
         self._hurry = trio.Event()
         self._measured = trio.Event()
+        self._walking = False
         self._waiting = 0
         self._refused: int | None = None
         """What did not fit when the hard limit was met; None: it is not met."""
@@ -121,18 +122,18 @@ class SpaceGate:
         return space_document(self.policy, used, state)
 
     async def serve(self) -> None:
-        """Measures now and then, and when asked; until cancelled."""
-        while True:
-            with trio.move_on_after(self._interval()):
-                await self._asked.wait()
-            self._asked, self._hurry = trio.Event(), trio.Event()
-            begun = trio.current_time()
-            await self._measure()
-            spent = trio.current_time() - begun
-            if self._refused is not None and self.policy.at_limit is AtLimit.THIN:
-                await self._thin()
-            with trio.move_on_after((WALK_SHARE - 1) * spent):
-                await self._hurry.wait()
+        """Measures now and then, and when asked, and thins where that is the policy; until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._thin_when_full)
+            while True:
+                with trio.move_on_after(self._interval()):
+                    await self._asked.wait()
+                self._asked, self._hurry = trio.Event(), trio.Event()
+                begun = trio.current_time()
+                await self._measure()
+                spent = trio.current_time() - begun
+                with trio.move_on_after((WALK_SHARE - 1) * spent):
+                    await self._hurry.wait()
 
     def _interval(self) -> float:
         if self._refused is not None:
@@ -144,7 +145,9 @@ class SpaceGate:
         account = self._account
         if not self.open:
             mark = account.begin_walk()
+            self._walking = True
             used = await trio.to_thread.run_sync(self._measure_now, self._path)
+            self._walking = False
             account.measured(used, mark)
             self._judge_soft(used)
         if self._refused is not None and account.fits(self._refused) is Fit.YES:
@@ -181,14 +184,18 @@ class SpaceGate:
         hard = self.policy.hard_limit_bytes
         return f"{size_text(self._account.used or 0)} used of {'no limit' if hard is None else size_text(hard)}"
 
-    async def _thin(self) -> None:
-        """Halves the tiers until there is room to spare, so that it is not soon to be done again; gives up for a while
-        when halving them further is no use."""
-        if self.thinner is None or trio.current_time() < self._thin_after:
-            return
+    async def _thin_when_full(self) -> None:
+        while True:
+            await self._measured.wait()
+            is_wanted = self._refused is not None and self.policy.at_limit is AtLimit.THIN
+            if is_wanted and self.thinner is not None and trio.current_time() >= self._thin_after:
+                await self._thin(self.thinner)
+
+    async def _thin(self, thinner: Thinner) -> None:
+        """Thins by the policy as it is, then with its tiers halved again and again, until there is room to spare, not to
+        be back soon; gives up for a while when halving them further is no use."""
         policy, halvings = self.policy, 0
         while self.policy is policy and not self._account.has_spare:
-            halvings += 1
             faster = hastened(policy, halvings)
             if faster is None:
                 if self._refused is not None:
@@ -197,11 +204,19 @@ class SpaceGate:
                 return
             log.warning("thinning history with every tier at 1/%d, to make room: %s", 1 << halvings, self._used_text())
             try:
-                await self.thinner(faster)
+                await thinner(faster)
             except StoreFailed:
                 return  # the writer tells everyone
             except RewindError as error:
                 log.error("history could not be thinned: %s", error)
                 self._thin_after = trio.current_time() + THIN_AGAIN_SECONDS
                 return
-            await self._measure()
+            await self._measure_anew()
+            halvings += 1
+
+    async def _measure_anew(self) -> None:
+        """Returns after a walk that began after the call: an older one would have history thinned for nothing."""
+        if self._walking:
+            await self._measured.wait()
+        self.recheck()
+        await self._measured.wait()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -60,6 +62,7 @@ async def capped(disk: Disk, at_limit: AtLimit, *, soft: int | None = None) -> A
     store.path = disk.path
     with trio.fail_after(20):
         async with running(store) as world:
+            world.appliance.space.thinner = None  # a fake store has no history to thin
             yield world
 
 
@@ -234,8 +237,45 @@ async def test_thin_halves_the_tiers_until_there_is_room_to_spare(disk: Disk) ->
         await peer.hear_ack(3)
         await until(lambda: world.appliance.space._refused is None and len(asked) == 4)
         policy = world.appliance.space.policy
-        assert asked == [hastened(policy, halvings) for halvings in range(1, 5)]
+        assert asked == [hastened(policy, halvings) for halvings in range(4)]
         assert world.appliance.space.policy.at_limit is AtLimit.THIN
+
+
+async def test_a_walk_that_began_before_a_thinning_does_not_count(disk: Disk) -> None:
+    """What it saw is gone; to believe it would thin once more for nothing."""
+    save_policy(Storage(), disk.path, Policy(hard_limit_bytes=HARD, at_limit=AtLimit.THIN))
+    used, asked, walks = 60 * MIB, 0, 0
+    held = threading.Event()
+    held.set()
+
+    def measure(_: Path) -> int:
+        nonlocal walks
+        found = used
+        walks += 1
+        held.wait()
+        return found
+
+    async def thin(_: Policy) -> None:
+        nonlocal used, asked
+        before = walks
+        held.clear()
+        await until(lambda: walks > before)  # it sees what there was, and is slow
+        used = 10 * MIB
+        asked += 1
+
+    gate = SpaceGate(disk.path, Storage(), measure)
+    gate.thinner = thin
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(gate.serve)
+            nursery.start_soon(functools.partial(gate.admit, MIB, bare=False))
+            await until(lambda: asked == 1)
+            await trio.sleep(0.05)
+            held.set()
+            await until(lambda: gate._refused is None)
+            await trio.sleep(0.05)
+            nursery.cancel_scope.cancel()
+    assert asked == 1
 
 
 async def test_thin_says_so_when_it_is_no_use_and_waits(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
@@ -244,16 +284,16 @@ async def test_thin_says_so_when_it_is_no_use_and_waits(disk: Disk, caplog: pyte
 
         async def thin(policy: Policy) -> None:
             asked.append(policy)
-            if len(asked) == 20:
+            if len(asked) == 14:
                 raise StoreFull("not even for the manifest")
 
         peer = await blocked(world, disk)
         world.appliance.space.thinner = thin
         await until(lambda: any("cannot be thinned further" in said for said in at_limit(caplog)))
-        assert len(asked) == 12
+        assert len(asked) == 13
         assert world.store.group("g").held == 2
         await trio.sleep(0.1)
-        assert len(asked) == 12, "again and again, for nothing"
+        assert len(asked) == 13, "again and again, for nothing"
         await world.appliance.space.set_policy(world.appliance.space.policy)
         await until(lambda: any("not even for the manifest" in said for said in at_limit(caplog)))
         disk.use(0)
