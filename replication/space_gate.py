@@ -192,8 +192,8 @@ class SpaceGate:
                 await self._thin(self.thinner)
 
     async def _thin(self, thinner: Thinner) -> None:
-        """Thins by the policy as it is, then with its tiers halved again and again, until there is room to spare, not to
-        be back soon; gives up for a while when halving them further is no use."""
+        """Thins by the policy as it is, then with its tiers halved again and again, until there is room to spare, so as
+        not to be back soon; gives up for a while when halving them further is no use."""
         policy, halvings = self.policy, 0
         while self.policy is policy and not self._account.has_spare:
             faster = hastened(policy, halvings)
