@@ -206,6 +206,10 @@ class SealedForm:
     def _decode(self, coded: memoryview, offset: int, length: int, coding: int) -> bytes:
         if coding == CODING_ZSTD:
             try:
+                # What a frame says of its length is what would be allocated for it.
+                said = zstandard.frame_content_size(coded)
+                if said != length:
+                    raise Damaged(f"{self._path}: offset {offset}: the group has {said} bytes, not {length}")
                 group = _decompressor().decompress(coded, max_output_size=length)
             except zstandard.ZstdError as error:
                 raise Damaged(f"{self._path}: offset {offset}: the group cannot be decoded: {error}") from error
