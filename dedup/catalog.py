@@ -283,18 +283,22 @@ class Catalog:
 
     def names_count(self, txn: Txn, since: Mapping[str, Snapshot | None]) -> int:
         """How many names there are, after those made (or forgotten: None) since the checkpoint."""
+        made_since = {self._prefix + name.encode() for name in since}
         known = 0
         with txn.cursor(self._db["names"]) as cursor:
             if cursor.set_range(self._prefix):
                 for key in cursor.iternext(keys=True, values=False):
                     if not key.startswith(self._prefix):
                         break
-                    known += key[2:].decode() not in since
+                    known += key not in made_since
         return known + sum(made is not None for made in since.values())
 
-    def snapshots(self, txn: Txn) -> dict[str, Snapshot]:
+    def snapshots(self, txn: Txn, having: bytes = b"") -> dict[str, Snapshot]:
+        """Every name; or at least those whose value has these bytes: the others need not be decoded."""
         return {
-            _text(key[2:]): _decode(value, Snapshot) for key, value in self._under_prefix(txn, "names", self._prefix)
+            _text(key[2:]): _decode(value, Snapshot)
+            for key, value in self._under_prefix(txn, "names", self._prefix)
+            if having in value
         }
 
     def snapshot(self, txn: Txn, name: str) -> Snapshot | None:

@@ -68,7 +68,7 @@ def points_of(group: GroupReader) -> Points:
         tuple(ranges),
         tuple(gaps),
         group.state.flushes,
-        tuple(found for found in group.snapshots() if found.kind == "bookmark"),
+        tuple(group.bookmarks()),
     )
 
 

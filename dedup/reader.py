@@ -33,7 +33,7 @@ from dedup.points import Points, Stretch, points_of, routes_needed_since, stretc
 from dedup.stamps import Stamps
 from dedup.storage import Storage
 from dedup.synthesis import View, VolumePointers
-from dedup.types import BLOCK_BYTES, Gap, Moment, RunStart, Seq, Snapshot, TimeNs, VolumeId, VolumeState
+from dedup.types import BLOCK_BYTES, Gap, Moment, PointKind, RunStart, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 from dedup.usage import StoreUsage, measure
 
 _T = TypeVar("_T")
@@ -183,8 +183,17 @@ class GroupReader:
 
     def snapshots(self) -> list[Snapshot]:
         """All catalogued recovery points by seq: the base, bookmarks, snapshots."""
+        return self._named(b"")
+
+    def bookmarks(self) -> list[Snapshot]:
+        """The bookmarks by seq."""
+        kind = PointKind.BOOKMARK.value
+        return [found for found in self._named(kind.encode()) if found.kind == kind]
+
+    def _named(self, having: bytes) -> list[Snapshot]:
+        """At least those whose values have these bytes, by seq."""
         with self._store.index.read() as txn:
-            named = dict(self._catalog.snapshots(txn))
+            named = self._catalog.snapshots(txn, having)
         for name, snapshot in self.state.new_snapshots.items():
             if snapshot is None:
                 named.pop(name, None)
