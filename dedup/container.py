@@ -66,6 +66,9 @@ class RawContainerWriter:
         self.container = container
         self.journal = journal
         self.next_slot = 0
+        self._appended = 0
+        """Appends that are complete, and as many of them as were synced: one that is under way counts as neither."""
+        self._synced = 0
 
     @classmethod
     def create(
@@ -106,11 +109,15 @@ class RawContainerWriter:
         self._storage.pwritev(self._fd, blocks, RAW_SLOTS_OFFSET + first * BLOCK_BYTES)
         table = b"".join(fingerprints)
         self._storage.pwritev(self._fd, [table], RAW_TABLE_OFFSET + first * FINGERPRINT_BYTES)
+        self._appended += 1
         return first
 
     def sync(self) -> None:
-        """Everything appended before the call is DURABLE when it returns. StoreFailed."""
-        self._storage.datasync(self._fd)
+        """Everything appended before the call is DURABLE when it returns; costs nothing when it is. StoreFailed."""
+        appended = self._appended
+        if appended != self._synced:
+            self._storage.datasync(self._fd)
+            self._synced = appended
 
     def close(self) -> None:
         """Gives the descriptor back. Not a sync; must not run beside one."""

@@ -72,6 +72,9 @@ def test_sync_covers_every_container_since_the_last_and_closes_the_full_ones(few
     assert open_descriptors() == before + 1
     storage.synced.clear()
     journal.sync()
+    assert storage.synced == [], "nothing is new"
+    journal.append(*blocks_of(1, start=30))
+    journal.sync()
     assert storage.synced == [container_path(tmp_path, ContainerId(3))]
     journal.close()
     assert open_descriptors() == before
