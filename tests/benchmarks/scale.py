@@ -4,8 +4,9 @@
 
 `large` differs from `small` in the volume's size, the records and the snapshots; `many gone` in the volumes that came
 and went and in the gaps. `synthetic_store` says what is in them. Each row is measured in processes of its own: the time
-is the median of several calls, after one that is not counted; the memory is the highest RssAnon of the process, less
-what a process has that has only imported the package. Rows that stand for a whole list are linear in what they list.
+is the median of several calls, after one that is not counted; `× CPU` compares the work of the processor alone, which a
+busy machine or a slow disk does not change; the memory is the highest RssAnon of the process, less what one has that
+has only imported the package. Rows with something in the last column stand for all of that, and are linear in it.
 """
 
 from __future__ import annotations
@@ -44,24 +45,38 @@ CALLS: Final = 15
 SECONDS_MAX: Final = 900.0
 """After which a row is given up."""
 
-Timed = Iterator[float]
-"""Seconds of each call."""
+LONG_SECONDS: Final = 5.0
+"""A call that took so long is not made again."""
+
+Timed = Iterator[tuple[float, float]]
+"""Seconds of each call: that passed, and that processors worked."""
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(start: tuple[float, float]) -> tuple[float, float]:
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def _timed(call: Callable[[], object], calls: int = CALLS) -> Timed:
     for _ in range(calls):
-        start = time.perf_counter()
+        start = _now()
         call()
-        yield time.perf_counter() - start
+        seconds = _since(start)
+        yield seconds
+        if seconds[0] > LONG_SECONDS:
+            return
 
 
 def _open_writer(path: Path) -> Timed:
     from dedup.store import Store
 
     for _ in range(5):
-        start = time.perf_counter()
+        start = _now()
         store = Store.open(path)
-        yield time.perf_counter() - start
+        yield _since(start)
         store.close()
 
 
@@ -69,9 +84,9 @@ def _open_after_kill(path: Path) -> Timed:
     from dedup.store import Store
 
     # Each process opens once: the tail is gone then. `_measured` leaves a new one before the next.
-    start = time.perf_counter()
+    start = _now()
     store = Store.open(path)
-    yield time.perf_counter() - start
+    yield _since(start)
     store.close()
 
 
@@ -79,10 +94,10 @@ def _open_reader(path: Path) -> Timed:
     from dedup.reader import StoreReader
 
     for _ in range(5):
-        start = time.perf_counter()
+        start = _now()
         reader = StoreReader.open(path)
         reader.group(GROUP)
-        yield time.perf_counter() - start
+        yield _since(start)
         reader.close()
 
 
@@ -121,12 +136,12 @@ def _resolve(path: Path, text_of: Callable[[int], str]) -> Timed:
     done = 0
     while done < CALLS:
         text = text_of(next(seqs))
-        start = time.perf_counter()
+        start = _now()
         try:
             group.resolve(text)
         except MomentRefused:
             continue
-        yield time.perf_counter() - start
+        yield _since(start)
         done += 1
 
 
@@ -189,6 +204,8 @@ def _list_versions(path: Path) -> Timed:
 
 
 def _command(*args: str) -> Timed:
+    import dedup.cli  # noqa: F401 - what a command loads when it is first used
+    import replication.snapshot_cli  # noqa: F401
     from fusefs.cli import rewindfs
 
     def run() -> None:
@@ -254,13 +271,14 @@ ROWS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one operation on one store; None where it took longer than SECONDS_MAX."""
+    """Of one operation on one store: seconds that passed, of them processors worked; None: more than SECONDS_MAX."""
 
     seconds: float | None
+    worked: float | None
     anon_bytes: int
 
 
-def _child(index: int, path: Path) -> tuple[list[float] | None, int]:
+def _child(index: int, path: Path) -> tuple[list[tuple[float, float]] | None, int]:
     """Runs a row's measure in a process of its own: seconds of each call, and the highest RssAnon."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.benchmarks.scale", "--measure", str(index), "--stores", str(path)],
@@ -293,7 +311,7 @@ def _rss_anon(pid: int) -> int:
 
 def _measured(row: Row, path: Path) -> Cost:
     index = ROWS.index(row) if row in ROWS else -1
-    seconds: list[float] = []
+    seconds: list[tuple[float, float]] = []
     highest = 0
     for _ in range(4 if row is AFTER_KILL else 1):
         if row is AFTER_KILL:
@@ -302,16 +320,21 @@ def _measured(row: Row, path: Path) -> Cost:
         found, anon = _child(index, path)
         highest = max(highest, anon)
         if found is None:
-            return Cost(None, highest)
+            return Cost(None, None, highest)
         seconds += found
     counted = seconds[1:] if len(seconds) > 1 else seconds
-    return Cost(statistics.median(counted), highest)
+    passed, worked = (statistics.median(one[part] for one in counted) for part in (0, 1))
+    return Cost(passed, worked, highest)
 
 
 def _seconds_text(seconds: float | None) -> str:
     if seconds is None:
         return f"> {SECONDS_MAX:.0f} s"
     return f"{seconds * 1000:,.1f} ms" if seconds < 10 else f"{seconds:,.1f} s"
+
+
+def _ratio(one: float | None, other: float | None) -> str:
+    return f"{one / other:.1f}" if one and other else ""
 
 
 def _print(shapes: dict[str, Shape], costs: dict[str, dict[str, Cost]], idle: int) -> None:
@@ -326,6 +349,7 @@ def _print(shapes: dict[str, Shape], costs: dict[str, dict[str, Cost]], idle: in
         table.add_column(name, justify="right")
         if name != "small":
             table.add_column("×", justify="right")
+            table.add_column("× CPU", justify="right")
     for name in shapes:
         table.add_column(f"MiB {name}", justify="right")
     table.add_column("grows with")
@@ -334,12 +358,12 @@ def _print(shapes: dict[str, Shape], costs: dict[str, dict[str, Cost]], idle: in
         if found is None:
             continue
         cells = [row.title]
-        small = found["small"].seconds
+        small = found["small"]
         for name in shapes:
-            seconds = found[name].seconds
-            cells.append(_seconds_text(seconds))
+            cost = found[name]
+            cells.append(_seconds_text(cost.seconds))
             if name != "small":
-                cells.append(f"{seconds / small:.1f}" if seconds and small else "")
+                cells += [_ratio(cost.seconds, small.seconds), _ratio(cost.worked, small.worked)]
         cells += [f"{max(0, found[name].anon_bytes - idle) / (1 << 20):.0f}" for name in shapes]
         table.add_row(*cells, row.grows_with)
     Console(width=150).print(table)
