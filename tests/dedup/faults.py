@@ -88,11 +88,11 @@ class Call:
         """Everything that it can do wrong."""
         kinds = [FaultKind.IO_ERROR]
         if self.name in _MAKING:
-            kinds += [FaultKind.NO_SPACE, FaultKind.STAYS_FULL]
+            kinds.append(FaultKind.NO_SPACE)
         if self.name in _CHANGING:
             kinds.append(FaultKind.STAYS_BROKEN)
         if self.name == "pwritev":
-            kinds += [FaultKind.NO_SPACE_AFTER_PART, FaultKind.SHORT]
+            kinds += [FaultKind.NO_SPACE_AFTER_PART, FaultKind.STAYS_FULL, FaultKind.SHORT]
         if self.name in ("pread", "preadv"):
             kinds.append(FaultKind.SHORT)
         return [Fault(self, kind) for kind in kinds]

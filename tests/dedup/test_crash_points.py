@@ -192,7 +192,7 @@ def test_crashed_at_some_file_operations(
     recorded: Recording, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     tried = Tried(tmp_path, recorded.models, moments=8)
-    chosen = set(random.Random(3).sample(range(len(recorded.points)), 60))
+    chosen = set(random.Random(3).sample(range(len(recorded.points)), 36))
     with unsynced():
         crash(recorded, tried, chosen, randoms=1, corners=1)
     said(tried, recorded, record_property)
@@ -202,9 +202,9 @@ def test_power_cut_while_recovering_at_some(
     recorded: Recording, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     tried = Tried(tmp_path, recorded.models, moments=8)
-    chosen = set(random.Random(4).sample(range(len(recorded.points)), 5))
+    chosen = set(random.Random(4).sample(range(len(recorded.points)), 4))
     with unsynced():
-        crash_recovery(recorded, tried, chosen, tmp_path, every=7)
+        crash_recovery(recorded, tried, chosen, tmp_path, every=16)
     said(tried, recorded, record_property)
 
 
@@ -213,7 +213,7 @@ def test_power_cut_while_recovering(
     recorded: Recording, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     tried = Tried(tmp_path, recorded.models, moments=8)
-    chosen = set(range(0, len(recorded.points), 3))
+    chosen = set(range(0, len(recorded.points), 8))
     with unsynced():
         crash_recovery(recorded, tried, chosen, tmp_path, every=9)
     said(tried, recorded, record_property)
@@ -225,5 +225,5 @@ def test_crashed_at_every_file_operation(
 ) -> None:
     tried = Tried(tmp_path, recorded.models, moments=24)
     with unsynced():
-        crash(recorded, tried, set(range(len(recorded.points))), randoms=4, corners=len(CORNERS))
+        crash(recorded, tried, set(range(len(recorded.points))), randoms=2, corners=len(CORNERS))
     said(tried, recorded, record_property)

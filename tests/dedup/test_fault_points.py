@@ -176,7 +176,7 @@ def try_faults(directory: Path, share: float, record_property: Callable[[str, ob
 
 
 def test_some_calls_fail(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    try_faults(tmp_path, 0.02, record_property)
+    try_faults(tmp_path, 0.01, record_property)
 
 
 @pytest.mark.slow
