@@ -445,6 +445,8 @@ def _blocks_are_whole(store: Store, logged: Logged) -> bool:
 def _note_fingerprints(store: Store, logged: Logged) -> None:
     width = layout.FINGERPRINT_BYTES
     for extent in logged.extents:
+        if len(extent.addresses):
+            store.spent(layout.container_of(Address(int(extent.addresses.max()))))
         for index, address in enumerate(extent.addresses.tolist()):
             if address not in (HOLE, LOST):
                 store.fingerprints.note(extent.fingerprints[index * width : (index + 1) * width], Address(address))

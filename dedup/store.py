@@ -114,6 +114,10 @@ class Store:
             raise
         return store
 
+    def spent(self, container: ContainerId) -> None:
+        """An entry names it: its number is not given again, though its file and the index may be lost."""
+        self._next_container = max(self._next_container, container + 1)
+
     def _allocate(self) -> ContainerId:
         container = ContainerId(self._next_container)
         self._next_container += 1

@@ -119,8 +119,9 @@ class Inspection:
             try:
                 with index.read() as txn:
                     ids = index.group_ids(txn)
-            except (lmdb.Error, ValueError) as error:
-                self.checks[INDEX].add(Damage(f"the groups cannot be read: {error}", layout.INDEX_NAME))
+                index.watermark()
+            except (Damaged, lmdb.Error) as error:
+                self.checks[INDEX].add(Damage(str(error), layout.INDEX_NAME))
         self._check_policy()
         on_disk = self._storage.listdir(self.path / layout.GROUPS_NAME)
         for name in sorted({*ids, *on_disk}):

@@ -93,7 +93,7 @@ def build(path: Path) -> Built:
     group.ingest([model.write(A, block * BLOCK + 7, dice.randbytes(BLOCK)) for block in range(3, 6)])
     group.ingest([model.resize(A, 18 * BLOCK), model.flush(A)])
     twin = model.content[A][BLOCK : 2 * BLOCK]
-    store.ingest._same = lambda address, block: False  # type: ignore[method-assign]
+    store.ingest._same = lambda *_: False  # type: ignore[method-assign]
     group.ingest([model.write(A, 12 * BLOCK, twin)])  # stored a second time
     store.close()
     return Built(path, model)
@@ -181,7 +181,7 @@ def copied_block(built: Built) -> None:
 def base_gone(built: Built) -> None:
     """All that the base holds was stored again, and then the base's container was lost."""
     store = Store.open(built.path)
-    store.ingest._same = lambda address, block: False  # type: ignore[method-assign]
+    store.ingest._same = lambda *_: False  # type: ignore[method-assign]
     for seq in (5, built.model.seq):
         content = built.model.history[seq][0][A]
         records = [built.model.write(VolumeId(2), at, content[at : at + BLOCK]) for at in range(0, len(content), BLOCK)]
@@ -275,6 +275,16 @@ def test_a_container_that_is_gone_leaves_its_number_spent(built: Built) -> None:
     store.group("g").ingest([built.model.write(A, 17 * BLOCK, os.urandom(BLOCK))])
     store.close()
     assert before <= built.lost_blocks()
+
+
+def test_no_opening_gives_a_lost_container_s_number_again(built: Built) -> None:
+    built.container(3).unlink()
+    remove_index(built)
+    store = Store.open(built.path)
+    store.group("g").ingest([built.model.write(A, 17 * BLOCK, os.urandom(BLOCK))])
+    store.close()
+    assert not built.container(3).exists() and built.container(4).exists()
+    assert built.lost_blocks(), "and what can be read is right"
 
 
 def test_a_running_writer_is_not_disturbed(built: Built) -> None:
