@@ -26,6 +26,7 @@ from dedup.consolidator import Outcome
 from dedup.container_size import examine
 from dedup.errors import Damaged, RewindError, StoreError, StoreFailed, UnknownFormat
 from dedup.gc import Collected, Collection, Dead, Plan
+from dedup.pins import pinned
 from dedup.retention import Policy, load_policy
 from dedup.types import ContainerForm, ContainerId, TimeNs
 from dedup.worker import FindDead, Foresee, Foreseen, Found, Freed, Mark, Marked, Remove, Seal, WorkFailed
@@ -102,10 +103,16 @@ class Maintenance:
         policy = await trio.to_thread.run_sync(load_policy, self._store.storage, self._store.path)
         if (await self._thinning.round(policy)).pieces:
             self.garbage()
-        if trio.current_time() >= self._collect_at:
-            done = await self._collect(dry_run=False)
+        if trio.current_time() >= self._collect_at and not await trio.to_thread.run_sync(self._all_is_pinned):
+            # Should it fail, it is not tried again at once: it reads all there is.
             self._collected_at = trio.current_time()
-            self._collect_at = trio.current_time() + (0.0 if done.postponed else COLLECT_SECONDS)
+            self._collect_at = self._collected_at + COLLECT_SECONDS_MIN
+            done = await self._collect(dry_run=False)
+            self._collect_at = trio.current_time() + (COLLECT_SECONDS_MIN if done.postponed else COLLECT_SECONDS)
+
+    def _all_is_pinned(self) -> bool:
+        """Whether a reader pins everything, so that nothing could be swept."""
+        return pinned(self._store.storage, self._store.path).everything
 
     # -- sealing -----------------------------------------------------------------------------------------------------
 
