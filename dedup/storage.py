@@ -262,17 +262,6 @@ class Storage:
         status = self.stat(fd)
         return (found.st_ino, found.st_dev) == (status.st_ino, status.st_dev)
 
-    def is_named(self, fd: int, path: Path) -> bool:
-        """Whether the name stands for the open file, and not for another or none."""
-        try:
-            found = os.stat(path)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            _refused(error, path, "cannot be examined")
-        status = self.stat(fd)
-        return (found.st_ino, found.st_dev) == (status.st_ino, status.st_dev)
-
     def exists(self, path: Path) -> bool:
         """Whether the name is there, whatever it is."""
         return os.path.lexists(path)
