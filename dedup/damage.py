@@ -9,11 +9,11 @@ from typing import Final
 import numpy as np
 
 from dedup.catalog import Catalog, Index
-from dedup.layout import SLOT_BITS
-from dedup.pointer_map import Addresses
+from dedup.layout import POINTER_KEY, SLOT_BITS
+from dedup.pointer_map import Addresses, named_by
 from dedup.reader import GroupReader
 from dedup.synthesis import VolumePointers
-from dedup.types import BLOCK_BYTES, Seq, VolumeState
+from dedup.types import BLOCK_BYTES, Seq, VolumeId, VolumeState
 
 JOURNAL: Final = "journal"
 MANIFEST: Final = "manifest"
@@ -30,6 +30,7 @@ LATEST: Final = "latest"
 DAMAGE_MAX: Final = 1000
 """Damage that one check names; what is more is only counted."""
 _LEAVES_PER_REQUEST: Final = 256
+_VERSIONS_PER_REQUEST: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,26 +109,55 @@ class Located:
 def locate(index: Index, group: GroupReader, group_id: int, bad: Addresses) -> Iterator[Located]:
     """Where the `bad` addresses lie in each snapshot of the group and in its latest state. Damaged."""
     catalog = Catalog(index, group_id)
+    named = _leaves_naming(index, group_id, bad)
     for snapshot in group.snapshots():
-        for volume in group.volumes_at(Seq(snapshot.seq)).values():
+        view = group.view(Seq(snapshot.seq))
+        for volume in view.state.volumes.values():
             if snapshot.volume in (None, volume.volume):
-                pointers = VolumePointers(group.view(Seq(snapshot.seq)), catalog, volume.volume)
-                yield from _locate(index, pointers, snapshot.name, volume, bad)
+                leaves = {
+                    *named.get(volume.volume, ()),
+                    *(leaf for leaf, _, _ in view.state.overlay.leaves(volume.volume)),
+                }
+                pointers = VolumePointers(view, catalog, volume.volume)
+                yield from _locate(index, pointers, snapshot.name, volume, bad, sorted(leaves))
     yield from locate_head(index, group, catalog, bad)
+
+
+def _leaves_naming(index: Index, group_id: int, bad: Addresses) -> dict[VolumeId, set[int]]:
+    """The leaves of which any version names a `bad` address: one pass through all versions, not one per snapshot."""
+    found: dict[VolumeId, set[int]] = {}
+    start = POINTER_KEY.pack(group_id, 0, 0, 0)
+    prefix = start[:2]
+    while start:
+        keys: list[bytes] = []
+        named: list[Addresses] = []
+        with index.read() as txn, txn.cursor(index.db["pointers"]) as cursor:
+            more = cursor.set_range(start)
+            while more and cursor.key().startswith(prefix) and len(keys) < _VERSIONS_PER_REQUEST:
+                keys.append(cursor.key())
+                named.append(named_by(cursor.value()))
+                more = cursor.next()
+            start = cursor.key() if more and cursor.key().startswith(prefix) else b""
+        if keys:
+            owners = np.repeat(np.arange(len(keys)), [len(addresses) for addresses in named])
+            for owner in np.unique(owners[np.isin(np.concatenate(named), bad)]).tolist():
+                _, volume, leaf, _ = POINTER_KEY.unpack(keys[owner])
+                found.setdefault(VolumeId(volume), set()).add(leaf)
+    return found
 
 
 def locate_head(index: Index, group: GroupReader, catalog: Catalog, bad: Addresses) -> Iterator[Located]:
     """Where the `bad` addresses lie in the latest state. Damaged."""
     for volume in group.volumes_at(group.held).values():
         pointers = VolumePointers(group.view(group.held), catalog, volume.volume)
-        yield from _locate(index, pointers, LATEST, volume, bad)
+        with index.read() as txn:
+            leaves = pointers.written_leaves(txn)
+        yield from _locate(index, pointers, LATEST, volume, bad, leaves)
 
 
 def _locate(
-    index: Index, pointers: VolumePointers, name: str, volume: VolumeState, bad: Addresses
+    index: Index, pointers: VolumePointers, name: str, volume: VolumeState, bad: Addresses, leaves: list[int]
 ) -> Iterator[Located]:
-    with index.read() as txn:
-        leaves = pointers.written_leaves(txn)
     for at in range(0, len(leaves), _LEAVES_PER_REQUEST):
         with index.read() as txn:
             decoded = [(leaf, pointers.leaf(txn, leaf)) for leaf in leaves[at : at + _LEAVES_PER_REQUEST]]
