@@ -7,7 +7,8 @@ more memory or time than its input is worth (a length of 2^63 is just a number).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -108,3 +109,21 @@ class MemoryFiles(Storage):
 
     def exists(self, path: Path) -> bool:
         return path in self.files
+
+
+def with_largest_numbers(data: bytes) -> Iterator[bytes]:
+    """`data` with 4 or 8 of its bytes, at each place where a number may be, made as large as they can be."""
+    for width in (4, 8):
+        for number in ((1 << width * 8) - 1, (1 << (width * 8 - 1)) - 1):
+            for at in range(0, len(data) - width + 1, 4):
+                yield data[:at] + number.to_bytes(width, "little") + data[at + width :]
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that Python objects took while `work` ran."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -43,7 +43,16 @@ from dedup.retention import AtLimit, Policy, check_policy, load_policy, save_pol
 from dedup.sealed import seal
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId, Seq, TimeNs
-from tests.dedup.mutations import MemoryFiles, either, mutated, outcome, with_checksum, without_reserved
+from tests.dedup.mutations import (
+    MemoryFiles,
+    either,
+    mutated,
+    outcome,
+    peak_bytes,
+    with_checksum,
+    with_largest_numbers,
+    without_reserved,
+)
 
 PATH = Path("/store/FILE")
 DIRECTORY = Path("/store/containers")
@@ -213,6 +222,21 @@ def _zstd_bomb(length: int) -> bytes:
     """A frame that says it holds 2^60 bytes."""
     frame = b"\x28\xb5\x2f\xfd\xe0" + (1 << 60).to_bytes(8, "little") + b"\x01\x00\x00"
     return frame.ljust(length, b"\0")
+
+
+def test_no_number_of_a_sealed_table_is_believed(sealed: bytes) -> None:
+    header = layout.unpack_sealed_header(sealed, PATH)
+    rows = sealed[header.groups_offset : header.table_end]
+
+    def read_all() -> None:
+        for changed in with_largest_numbers(rows):
+            table = sealed[SEALED_TABLE_OFFSET : header.groups_offset] + changed
+            packed = layout.pack_sealed_header(SealedHeader(header.slots, header.groups, checksum(table)))
+            page = sealed[:SEALED_HEADER_OFFSET] + packed
+            content = page.ljust(SEALED_TABLE_OFFSET, b"\0") + table + sealed[header.table_end :]
+            assert _all_blocks(content).items() <= WRITTEN.items()
+
+    assert peak_bytes(read_all) < 8 << 20
 
 
 @pytest.mark.parametrize("length", [1 << 40, 1 << 60, (1 << 64) - 2])

@@ -59,7 +59,16 @@ from dedup.types import (
     VolumeId,
     VolumeState,
 )
-from tests.dedup.mutations import FEW, MemoryFiles, either, mutated, outcome, with_checksum
+from tests.dedup.mutations import (
+    FEW,
+    MemoryFiles,
+    either,
+    mutated,
+    outcome,
+    peak_bytes,
+    with_checksum,
+    with_largest_numbers,
+)
 
 DIRECTORY: Final = Path("/store/groups/g/journal")
 SEED: Final = 0x1234
@@ -257,6 +266,18 @@ def _check_indexed(index: Index, txn: object, state: GroupState, position: Journ
             assert np.array_equal(held[indexes], addresses)
 
 
+def test_no_number_is_believed_before_there_are_so_many_bytes() -> None:
+    def read_all() -> None:
+        for entry in ENCODED:
+            for changed in with_largest_numbers(entry):
+                outcome(lambda changed=changed: decode(changed[:8] + len(changed).to_bytes(4, "little") + changed[12:]))
+        for segment in with_largest_numbers(_segment(*ENCODED[:2])):
+            for _ in _read(segment):
+                pass
+
+    assert peak_bytes(read_all) < 4 << 20
+
+
 # ---- the manifest ----------------------------------------------------------------------------------------------------
 
 MANIFEST: Final = Manifest(
@@ -285,3 +306,11 @@ def test_manifests_behind_a_checksum(changed: bytes) -> None:
         assert unpack_manifest(pack_manifest(found), MANIFEST_PATH) == found
         files = {MANIFEST_PATH: changed, layout.segment_path(DIRECTORY, Seq(1)): _segment(*ENCODED)}
         outcome(lambda: list(read(MemoryFiles(files), DIRECTORY, FIRST_POSITION)))
+
+
+def test_no_number_of_a_manifest_is_believed() -> None:
+    def read_all() -> None:
+        for changed in with_largest_numbers(pack_manifest(MANIFEST)):
+            outcome(lambda changed=changed: unpack_manifest(with_checksum(changed), MANIFEST_PATH))
+
+    assert peak_bytes(read_all) < 1 << 20

@@ -15,13 +15,14 @@ import lmdb
 import pytest
 
 from dedup import layout, metadata_journal
+from dedup.errors import MomentRefused
 from dedup.metadata_journal import EntryKind, Logged, encode, kind_of
-from dedup.reader import StoreReader
+from dedup.reader import GroupReader, StoreReader
 from dedup.storage import Storage
 from dedup.types import ClockRun, Heartbeat, JournalId, Seq, TimeNs
 from dedup.verify import verify
 from tests.golden.archive import pack
-from tests.golden.expected import Expected, check_group
+from tests.golden.expected import Expected, Name, check_group
 from tests.golden.history import History
 
 SEGMENT_BYTES = 4096
@@ -56,6 +57,40 @@ def half_an_entry(store: Path, group: str, history: History) -> None:
     assert logged.kind is EntryKind.HEARTBEAT
     with open(path, "ab") as file:
         file.write(encode(logged, header.seed)[:40])
+
+
+def thinned(history: History, reader: GroupReader) -> None:
+    """Takes out of the history what a consolidation did: the points that are gone, and the base if it has moved.
+
+    Which points those are the store says; what they hold is the history's word. A seq that is gone means the point
+    before it.
+    """
+    kept = {seq for seq in history.moments if _is_kept(reader, seq)}
+    base = next(one.seq for one in reader.snapshots() if one.name == "base")
+    named = {name.seq for name in history.names.values() if name.name != "base"}
+    forgotten = {name.name for name in history.names.values()} - {one.name for one in reader.snapshots()}
+    assert not forgotten, forgotten
+    assert named <= kept and base in kept
+    history.names["base"] = Name("base", "base", base)
+    history.gaps = [gap for gap in history.gaps if gap.last is None or gap.last > base]
+    history.asked = []
+    before = None
+    for seq in sorted(history.moments):
+        if seq in kept:
+            before = seq
+        elif before is not None and not any(before < gap.first <= seq for gap in history.gaps):
+            history.ask(f"seq={seq}", before)
+    history.refuse(f"seq={base - 1}", "before the first recovery point")
+    history.ask("base", base)
+    history.ask("latest", max(kept))
+    history.moments = {seq: history.moments[seq] for seq in kept}
+
+
+def _is_kept(reader: GroupReader, seq: int) -> bool:
+    try:
+        return reader.resolve(f"seq={seq}").seq == seq
+    except MomentRefused:
+        return False
 
 
 def keep(store: Path, name: str, histories: dict[str, History], *, verify_wrongs: str | None = None) -> None:
