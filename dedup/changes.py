@@ -33,6 +33,17 @@ LEAVES_MAX: Final = 4096
 """Leaves kept for the next question: 16 MiB."""
 _ENTRIES_MIN: Final = 1024
 """Entries read, at least, before a look at every leaf of the group counts as cheaper."""
+_WITH_EXTENTS: Final = frozenset(
+    {
+        EntryKind.WRITE,
+        EntryKind.AGGREGATE,
+        EntryKind.RECONCILE,
+        EntryKind.CORRECT,
+        EntryKind.RESIZE,
+        EntryKind.CONSOLIDATED,
+        EntryKind.CONSOLIDATED_MORE,
+    }
+)
 _MAY_CUT: Final = frozenset({EntryKind.RESIZE, EntryKind.CORRECT, EntryKind.CONSOLIDATED})
 
 
@@ -90,7 +101,7 @@ class Changes:
         for scanned in scan(self._storage, self._directory, anchor.position):
             if scanned.seq > last:
                 break
-            if scanned.seq <= after or scanned.kind is EntryKind.HEARTBEAT:
+            if scanned.seq <= after or scanned.kind not in _WITH_EXTENTS:
                 continue
             left -= 1
             for extent in extents_of(scanned.raw):
