@@ -221,7 +221,7 @@ class Collector:
         self._index = index
         self._boundary = boundary
         self._breathe = breathe
-        self._live = SlotMarks()
+        self.live = SlotMarks()
 
     def mark(self) -> Plan:
         """Step 2. Damaged when a journal or the index cannot be read whole: nothing may be condemned then."""
@@ -233,7 +233,7 @@ class Collector:
     def mark_extents(self, extents: Iterable[LoggedExtent]) -> None:
         """These are live; for a look at what is not written so."""
         for extent in extents:
-            self._live.add(extent.addresses)
+            self.live.add(extent.addresses)
         self._breathe()
 
     def found(self) -> Plan:
@@ -244,7 +244,7 @@ class Collector:
         start = first_position(self._storage, directory)
         for count, scanned in enumerate(scan(self._storage, directory, start, limit=limit)):
             for extent in extents_of(scanned.raw):
-                self._live.add(extent.addresses)
+                self.live.add(extent.addresses)
             if count % _ENTRIES_PER_BREATH == 0:
                 self._breathe()
 
@@ -261,7 +261,7 @@ class Collector:
             for _ in range(_VERSIONS_PER_REQUEST):
                 if not more:
                     return None
-                self._live.add(named_by(cursor.value()))
+                self.live.add(named_by(cursor.value()))
                 more = cursor.next()
             return cursor.key() if more else None
 
@@ -279,7 +279,7 @@ class Collector:
                 log.error("not collected: %s", damage)
                 continue
             looked_at += 1
-            marked = len(self._live.slots(container))
+            marked = len(self.live.slots(container))
             held = size.slots
             if self._is_worthwhile(held, held - marked):
                 held = len(self._held(container))  # a raw one's size says only how many there may be
@@ -309,7 +309,7 @@ class Collector:
 
     def dead(self, container: ContainerId) -> Dead:
         """The slots that are filled and not marked. Damaged when a marked one is not there: that is for `verify`."""
-        live = self._live.slots(container)
+        live = self.live.slots(container)
         reader = ContainerReader.open(self._storage, self._containers, container)
         try:
             held = np.array(reader.slots(), dtype=np.int64)
@@ -333,7 +333,7 @@ class Collector:
         """
         before = examine(self._storage, self._containers, container).disk_bytes
         kept = np.setdiff1d(self._held(container), np.array(condemned, dtype=np.int64))
-        if len(np.setdiff1d(self._live.slots(container), kept)):
+        if len(np.setdiff1d(self.live.slots(container), kept)):
             raise ValueError(f"container {container}: a marked slot was condemned")
         if len(kept) or container == self._numbers()[-1]:
             seal(self._storage, self._containers, container, kept.tolist(), breathe=self._breathe)
