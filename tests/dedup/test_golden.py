@@ -11,14 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from dedup.consolidator import consolidate
+from dedup.gc import collect
 from dedup.group_writer import GroupWriter
 from dedup.reader import GroupReader, StoreReader
+from dedup.retention import Policy
 from dedup.store import Store
 from dedup.types import Create, Epoch, EpochStart, Extent, ReconcileEnd, Record, Seq, TimeNs, Write
 from dedup.verify import verify
 from tests.golden.archive import DIRECTORY, unpack
-from tests.golden.expected import Expected, check_group
+from tests.golden.expected import Expected, check_group, check_thinned
 
+SECOND = 10**9
 STORES = sorted(path.name.removesuffix(".tar.xz") for path in DIRECTORY.glob("*.tar.xz"))
 
 
@@ -67,7 +71,7 @@ def write_more(group: GroupWriter) -> bytes:
 
 
 def test_there_are_golden_stores() -> None:
-    assert {"v1-plain", "v1-groups"} <= set(STORES)
+    assert {"v1-plain", "v1-groups", "v1-kept"} <= set(STORES)
 
 
 def test_an_older_store_is_read_as_it_is(golden: tuple[Path, Expected]) -> None:
@@ -95,6 +99,29 @@ def test_an_older_store_is_recovered_and_written_to(golden: tuple[Path, Expected
         moment = reader.resolve("later")
         volume = reader.volumes_at(moment.seq)["written by a later version"]
         assert reader.image(volume.volume, moment.seq).read(0, volume.size) == written
+    reading.close()
+
+
+@pytest.mark.parametrize("name", ["v1-plain", "v1-kept"])
+def test_an_older_store_is_thinned_and_collected(name: str, tmp_path: Path) -> None:
+    path, expected = tmp_path / "store", Expected.load(name).groups["main"]
+    unpack(name, path)
+    store = Store.open(path)
+    group = store.group("main")
+    span = expected.covered_until - expected.moments[0].time
+    policy = Policy(*(span * part // 100 // SECOND * SECOND for part in (5, 20, 0, 0)))
+    assert consolidate(group, policy, TimeNs(expected.covered_until)).pieces > 0
+    collect(store)
+    kept = check_thinned(group.reader(), expected)
+    assert 10 < kept < len(expected.moments)
+    store.close()
+    check_sound(path)
+    shutil.rmtree(path / "index")
+    (path / "index").mkdir()
+    Store.open(path).close()
+    check_sound(path)
+    reading = StoreReader.open(path)
+    assert check_thinned(reading.group("main"), expected) == kept
     reading.close()
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
 
@@ -131,19 +132,51 @@ def check_group(reader: GroupReader, expected: ExpectedGroup, *, more: bool = Fa
             assert reader.resolve(asked.text).seq == asked.seq, asked.text
 
 
-def _check_moments(reader: GroupReader, expected: ExpectedGroup) -> None:
-    volumes: dict[str, Volume] = {}
+def check_thinned(reader: GroupReader, expected: ExpectedGroup) -> int:
+    """What is left of the group after a consolidation is what it was, named points all. How many points that are."""
+    reader.refresh()
     points = set()
+    for moment, volumes in _moments(expected):
+        try:
+            found = reader.resolve(f"seq={moment.seq}")
+        except MomentRefused as refused:
+            assert not points and "before the first" in str(refused), refused
+            continue
+        if found.seq == moment.seq:
+            _check_moment(reader, moment, volumes)
+            points.add(moment.seq)
+        else:
+            assert found.seq == max(points)
+    assert expected.moments[-1].seq in points
+    names = {one.name: one.seq for one in reader.snapshots()}
+    for name in expected.names:
+        assert name.name == "base" or (names[name.name] == name.seq and name.seq in points)
+    return len(points)
+
+
+def _moments(expected: ExpectedGroup) -> Iterator[tuple[ExpectedMoment, dict[str, Volume]]]:
+    """Each moment with all of its volumes."""
+    volumes: dict[str, Volume] = {}
     for moment in expected.moments:
         for path, volume in moment.volumes.items():
             if volume is None:
                 del volumes[path]
             else:
                 volumes[path] = volume
-        found = reader.resolve(f"seq={moment.seq}")
-        assert (found.seq, found.time, found.kind.value) == (moment.seq, moment.time, moment.kind)
-        states = reader.volumes_at(Seq(moment.seq))
-        assert {path: _described(reader, state, moment.seq) for path, state in states.items()} == volumes, moment.seq
+        yield moment, volumes
+
+
+def _check_moment(reader: GroupReader, moment: ExpectedMoment, volumes: dict[str, Volume]) -> None:
+    found = reader.resolve(f"seq={moment.seq}")
+    assert (found.seq, found.time, found.kind.value) == (moment.seq, moment.time, moment.kind)
+    states = reader.volumes_at(Seq(moment.seq))
+    assert {path: _described(reader, state, moment.seq) for path, state in states.items()} == volumes, moment.seq
+
+
+def _check_moments(reader: GroupReader, expected: ExpectedGroup) -> None:
+    points = set()
+    for moment, volumes in _moments(expected):
+        _check_moment(reader, moment, volumes)
         points.add(moment.seq)
     for gap in expected.gaps:
         for seq in range(gap.first, (gap.last or expected.held) + 1):
