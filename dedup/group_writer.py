@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -285,11 +286,11 @@ class GroupWriter:
         name: str | None = None,
         at: str = "latest",
         volume: str | None = None,
-        keep_until: TimeNs | None = None,
+        keep_ns: int = 0,
     ) -> Snapshot:
         """Keeps the recovery point `at` (TIME) under `name`; reads no source byte and writes no block (`no-copy`).
 
-        Retention forgets the name after `keep_until`; None: it is kept until it is deleted.
+        Retention forgets the name `keep_ns` from now; 0: it is kept until it is deleted.
 
         Journalled and durable when it returns. NameRefused, MomentRefused, BadTime, UnknownName.
         """
@@ -308,6 +309,7 @@ class GroupWriter:
         name = name or default_name(moment.time)
         if self.name_exists(name):
             raise NameRefused(f"group {self.name} already has a snapshot or bookmark {name!r}; choose another name")
+        keep_until = TimeNs(time.time_ns() + keep_ns) if keep_ns else None
         self._journal_store_entry(
             EntryKind.SNAPSHOT_CREATE,
             SnapshotCreate(self.held, self.time, self.run, name, moment.seq, moment.time, chosen, keep_until),

@@ -8,7 +8,7 @@ A body and a reply are JSON-like. Times are integers of nanoseconds, sizes bytes
                                                                  "space": {…}}
     sync             {}                                        → {}; all that was received before is durable
     checkpoint       {}                                        → {}
-    snapshot.create  {group?, name?, at?, volume?}             → {"group", "name", "seq", "time", "kind", "volume"}
+    snapshot.create  {group?, name?, at?, volume?, keep_ns?}   → {"group", "name", "seq", "time", "kind", "volume"}
     snapshot.delete  {group?, name}                            → {"group", "name"}
     journal.list     {group?}                                  → {"group", "journals": [{"name", "id", "granularity",
                                                                  "in_use"}]}
@@ -143,7 +143,7 @@ class Commands:
         volume = _text(body, "volume", "") or None
         if name is not None and not await self._writer.run(group.name_exists, name):
             self._check_reservation(group.name, name)
-        snapshot = await self._writer.run(group.create_snapshot, name, at, volume)
+        snapshot = await self._writer.run(group.create_snapshot, name, at, volume, _count(body, "keep_ns"))
         return {"group": group.name, **dataclasses.asdict(snapshot)}
 
     async def _snapshot_delete(self, caller: Caller, body: Body) -> Body:
@@ -236,6 +236,14 @@ class Commands:
     def _check_reservation(self, group: str, name: str) -> None:
         if self._reserved.get((group, name), 0.0) > trio.current_time():
             raise NameRefused(f"the name {name!r} is being given to a bookmark; choose another one")
+
+
+def _count(body: Body, key: str) -> int:
+    """A number that is not negative; 0 where there is none."""
+    value = body.get(key, 0)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise BadRequest(f"{key!r} of the request is no such number")
+    return value
 
 
 def _text(body: Body, key: str, default: str | None = None) -> str:

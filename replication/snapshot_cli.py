@@ -17,7 +17,7 @@ import trio
 from dedup.cli import store_path
 from dedup.errors import StoreBusy, UnknownName
 from dedup.group_writer import GroupWriter
-from dedup.moment import rfc3339
+from dedup.moment import duration_ns, rfc3339
 from dedup.reader import GroupReader, StoreReader
 from dedup.snapshot_map import snapshot_map
 from dedup.store import Store
@@ -45,16 +45,22 @@ def _json_option(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--at", "at", default="latest", metavar="TIME", help="The recovery point to keep; by default the latest.")
 @click.option("--name", metavar="NAME", help="By default the moment's time.")
 @click.option("--volume", metavar="VOLUME", help="Keep this one volume, not the whole group.")
+@click.option("--keep", metavar="DURATION", help="Retention forgets it after so long, e.g. 90d; by default never.")
 @_group_option
 @_json_option
-def create(store: str, at: str, name: str | None, volume: str | None, group: str | None, as_json: bool) -> None:
+def create(
+    store: str, at: str, name: str | None, volume: str | None, keep: str | None, group: str | None, as_json: bool
+) -> None:
     """Keep a recovery point of STORE as a snapshot. Copies nothing; durable when it returns."""
-    body: dict[str, object] = {"at": at, "name": name or "", "volume": volume or ""}
+    kept_ns = 0 if keep is None else duration_ns(keep)
+    body: dict[str, object] = {"at": at, "name": name or "", "volume": volume or "", "keep_ns": kept_ns}
     if name == "":
         raise click.UsageError("--name must not be empty")
+    if kept_ns is None or (keep is not None and not kept_ns):
+        raise click.UsageError(f"--keep {keep} is no duration; write it like 90d or 12h")
 
     def here(writer: GroupWriter) -> dict[str, object]:
-        made = writer.create_snapshot(name, at, volume)
+        made = writer.create_snapshot(name, at, volume, kept_ns)
         return {"group": writer.name, "name": made.name, "seq": made.seq, "time": made.time, "kind": made.kind}
 
     made = change_group(store, group, "snapshot.create", body, here)
