@@ -9,17 +9,18 @@ from __future__ import annotations
 import logging
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from dedup.storage import Storage
 from tests.dedup.crash_checks import GroupModel, Promise, check_after_crash
 from tests.dedup.crash_disk import ALL, CORNERS, Disk, Image, some
 from tests.dedup.crash_storage import Event, Recorder, recording, unsynced
-from tests.dedup.crash_workload import SCENES, Run, small_files
+from tests.dedup.crash_workload import SCENES, Run, Scene, small_files
 
 FAILURES_MAX = 20
 
@@ -67,27 +68,35 @@ def points_of(events: int, marks: list[tuple[int, Promise]]) -> tuple[Point, ...
     return tuple(points)
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recording:
-    """The whole workload."""
-    root = tmp_path_factory.mktemp("recorded")
+def record(root: Path, scenes: Sequence[Scene] = SCENES) -> Recording:
+    """The workload, played under `root`."""
     recorder = Recorder(root)
     marks: list[tuple[int, Promise]] = []
     with pytest.MonkeyPatch.context() as patch, recording(recorder):
         small_files(patch)
         run = Run(root / "store", lambda promise: marks.append((len(recorder.events), promise)))
-        for scene in SCENES:
+        for scene in scenes:
             scene(run)
+        run.kill()
     return Recording(tuple(recorder.events), points_of(len(recorder.events), marks), run.models)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    """The whole workload."""
+    return record(tmp_path_factory.mktemp("recorded"))
 
 
 class Tried:
     """Checks images, each once for the same promise, counts, and gathers what fails."""
 
-    def __init__(self, directory: Path, models: dict[str, GroupModel], moments: int) -> None:
+    def __init__(
+        self, directory: Path, models: dict[str, GroupModel], moments: int, failures_max: int = FAILURES_MAX
+    ) -> None:
         self._directory = directory
         self._models = models
         self._moments = moments
+        self._failures_max = failures_max
         self._seen: set[tuple[int, Promise, bool]] = set()
         self._failures: list[Exception] = []
         self.points = 0
@@ -111,7 +120,7 @@ class Tried:
         except Exception as error:  # noqa: BLE001 - gathered; `report` raises it
             error.add_note(f"crashed {what}")
             self._failures.append(error)
-            if len(self._failures) >= FAILURES_MAX:
+            if len(self._failures) >= self._failures_max:
                 self.report()
         finally:
             shutil.rmtree(target)
@@ -227,3 +236,39 @@ def test_crashed_at_every_file_operation(
     with unsynced():
         crash(recorded, tried, set(range(len(recorded.points))), randoms=2, corners=len(CORNERS))
     said(tried, recorded, record_property)
+
+
+@pytest.mark.parametrize(
+    ("method", "of"),
+    [
+        ("datasync", ".rwc"),
+        ("datasync", ".rwj"),
+        ("datasync", "STORE.tmp"),
+        ("sync_directory", "store"),
+        ("sync_directory", "index"),
+        ("sync_directory", "containers"),
+        ("sync_directory", "groups"),
+        ("sync_directory", "journal"),
+    ],
+)
+def test_a_sync_that_is_left_out_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, of: str
+) -> None:
+    """The proof of the proof: without any one kind of sync the same check fails."""
+    original = getattr(Storage, method)
+
+    def left_out(storage: Storage, where: int | Path) -> None:
+        path = storage.path_of(where) if isinstance(where, int) else where
+        if not path.name.endswith(of):
+            original(storage, where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, method, left_out)
+        (tmp_path / "recorded").mkdir()
+        recording_ = record(tmp_path / "recorded", SCENES[:4])
+    tried = Tried(tmp_path, recording_.models, moments=8, failures_max=1)
+    with unsynced(), pytest.raises(ExceptionGroup, match="1 failed"):
+        for point, disk, _ in recording_.disks():
+            if point.events % 3 == 0 or point.events < 40:
+                tried.check(disk.after(CORNERS[0]), point.promise, what(point, recording_), killed=False)
+                tried.check(disk.after(some(point.events)), point.promise, what(point, recording_), killed=False)
