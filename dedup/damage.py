@@ -135,7 +135,7 @@ def _leaves_naming(index: Index, group_id: int, bad: Addresses) -> dict[VolumeId
             more = cursor.set_range(start)
             while more and cursor.key().startswith(prefix) and len(keys) < _VERSIONS_PER_REQUEST:
                 keys.append(cursor.key())
-                named.append(named_by(cursor.value()))
+                named.append(named_by(cursor.value(), cursor.key()))
                 more = cursor.next()
             start = cursor.key() if more and cursor.key().startswith(prefix) else b""
         if keys:

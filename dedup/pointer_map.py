@@ -5,6 +5,7 @@ checkpoint that wrote it. The value is either the whole leaf, run-coded, or only
 version before it (at most DELTAS_MAX deltas lie on a whole leaf). A moment's pointer is found by one seek backward.
 
 Invariants:
+- a version says so when its bytes, or those of its key, are not what was written (`no-wrong-bytes`);
 - a version, once committed, is never changed (`pointers-resolve`), but goes with the checkpoint that wrote it when
   its stretch of history is consolidated: `forget` and `put` within one transaction;
 - the oldest version of a leaf is whole, so a walk backward always ends;
@@ -20,7 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dedup.errors import Damaged
-from dedup.layout import LEAF_BLOCKS, POINTER_DELTA, POINTER_KEY, POINTER_RUN_DTYPE, POINTER_WHOLE
+from dedup.layout import (
+    CHECKSUM_BYTES,
+    LEAF_BLOCKS,
+    POINTER_DELTA,
+    POINTER_KEY,
+    POINTER_RUN_DTYPE,
+    POINTER_WHOLE,
+    checksum,
+)
 from dedup.types import HOLE, Seq, VolumeId
 
 if TYPE_CHECKING:
@@ -33,6 +42,8 @@ DELTAS_MAX: Final = 8
 DELTA_POINTERS_MAX: Final = LEAF_BLOCKS // 4
 """Past this many changed pointers a whole leaf is about as small as the delta, and quicker to read."""
 SEQ_MAX: Final = Seq((1 << 64) - 1)
+_POINTER_BYTES: Final = POINTER_RUN_DTYPE.itemsize
+"""Of a run, and of a delta's pointer with its index: versions have 2 bytes and some of these, then the checksum."""
 _NO_HOLES: Final = np.uint64(0)
 
 
@@ -88,8 +99,30 @@ def _is_whole(value: bytes) -> bool:
     return value[0] == POINTER_WHOLE
 
 
-def named_by(value: bytes) -> Addresses:
-    """Every address that one version names itself, holes among them. Damaged."""
+def _checked(key: bytes, value: bytes) -> bytes:
+    """The value with the checksum over its key and itself that `_opened` looks at."""
+    return value + checksum(key + value).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def _opened(key: bytes, value: bytes) -> bytes:
+    """The value without its checksum. Damaged when that is another: the value changed, or belongs to another key.
+
+    The length says whether there is one: indexes of the first stores have none.
+    """
+    if (len(value) - 2) % _POINTER_BYTES != CHECKSUM_BYTES:
+        return value
+    body = value[:-CHECKSUM_BYTES]
+    if checksum(key + body) != int.from_bytes(value[-CHECKSUM_BYTES:], "little"):
+        raise Damaged("index: a pointer-map version has a bad checksum; rebuild with `rewindfs verify --repair`")
+    return body
+
+
+def named_by(value: bytes, key: bytes | None = None) -> Addresses:
+    """Every address that one version names itself, holes among them. Damaged; with its key, a changed one is, too."""
+    if key is not None:
+        value = _opened(key, value)
+    elif (len(value) - 2) % _POINTER_BYTES == CHECKSUM_BYTES:
+        value = value[:-CHECKSUM_BYTES]
     return decode_whole(value) if _is_whole(value) else _decode_delta(value)[1]
 
 
@@ -118,7 +151,7 @@ class PointerMap:
         deltas: list[tuple[npt.NDArray[np.uint16], Addresses]] = []
         found = self._seek_back(cursor, prefix, seq)
         while found:
-            value = cursor.value()
+            value = _opened(cursor.key(), cursor.value())
             if _is_whole(value):
                 addresses = decode_whole(value)
                 for indexes, changed in reversed(deltas):
@@ -158,7 +191,7 @@ class PointerMap:
             depth = DELTAS_MAX
             # A version of this very checkpoint (a cut, just before) cannot carry a delta: both have one key.
             if self._seek_back(cursor, prefix, seq) and not cursor.key().endswith(seq.to_bytes(8, "big")):
-                value = cursor.value()
+                value = _opened(cursor.key(), cursor.value())
                 depth = 0 if _is_whole(value) else value[1]
             if depth >= DELTAS_MAX or len(indexes) > DELTA_POINTERS_MAX:
                 whole = self._leaf(cursor, volume, leaf, seq)
@@ -168,7 +201,8 @@ class PointerMap:
                 encoded = encode_whole(whole)
             else:
                 encoded = encode_delta(indexes, addresses, depth + 1)
-            cursor.put(prefix + seq.to_bytes(8, "big"), encoded)
+            key = prefix + seq.to_bytes(8, "big")
+            cursor.put(key, _checked(key, encoded))
 
     def leaves(self, txn: lmdb.Transaction[bytes], volume: VolumeId, first: int = 0) -> Iterator[int]:
         """The numbers of all leaves of `volume`, from `first` on, that have any version, ascending."""
