@@ -312,16 +312,32 @@ def test_small_windows_find_the_same(built: Built) -> None:
 
 
 def test_a_replay_keeps_to_its_window() -> None:
-    replay = HeadReplay(leaves_max=2)
+    replay = HeadReplay(leaves_max=1)
     overlay = Overlay()
     for leaf in (5, 1, 3, 2):
         overlay.put(A, leaf * layout.LEAF_BLOCKS, np.array([leaf], dtype=np.uint64))
     replay.take(overlay)
-    assert list(replay.leaves()) == [(A, 1), (A, 2)] and replay.end == (A, 3)
-    cut = Overlay()
-    cut.cut(A, 2 * layout.LEAF_BLOCKS)
-    replay.take(cut)
-    assert not replay.leaf((A, 2)).any() and replay.leaf((A, 1))[0] == 1
+    assert list(replay.leaves()) == [(A, 1)] and replay.end == (A, 2) and replay.touched == {(A, 1)}
+
+
+def test_a_replay_packs_what_it_does_not_use() -> None:
+    dice = np.random.default_rng(3)
+    replay = HeadReplay(leaves_max=40)
+    blocks = np.zeros(400 * layout.LEAF_BLOCKS, dtype=np.uint64)
+    for _ in range(30):
+        overlay = Overlay()
+        if dice.random() < 0.2:
+            cut = int(dice.integers(len(blocks)))
+            overlay.cut(A, cut)
+            blocks[cut:] = 0
+        for place in dice.integers(len(blocks), size=20).tolist():
+            address = dice.integers(1, 1 << 40, size=1).astype(np.uint64)
+            overlay.put(A, place, address)
+            blocks[place] = address[0]
+        replay.take(overlay)
+    assert replay.end is None and len(list(replay.leaves())) > 40
+    for leaf in range(400):
+        assert np.array_equal(replay.leaf((A, leaf)), blocks[leaf * layout.LEAF_BLOCKS :][: layout.LEAF_BLOCKS])
 
 
 def test_consecutive() -> None:
