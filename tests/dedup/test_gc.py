@@ -651,7 +651,7 @@ def test_gc_machine() -> None:
 
 @pytest.mark.slow
 def test_gc_machine_long() -> None:
-    run_machine(1000)
+    run_machine(400)
 
 
 # -- the parts --------------------------------------------------------------------------------------------------------
