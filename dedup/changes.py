@@ -31,7 +31,7 @@ POINTERS_MAX: Final = 1 << 16
 """Pointers between two moments, past which the pointer maps are asked: some MB."""
 LEAVES_MAX: Final = 4096
 """Leaves kept for the next question: 16 MiB."""
-_ENTRIES_MIN: Final = 1024
+ENTRIES_MIN: Final = 4096
 """Entries read, at least, before a look at every leaf of the group counts as cheaper."""
 _WITH_EXTENTS: Final = frozenset(
     {
@@ -96,17 +96,19 @@ class Changes:
         if anchor is None:
             return None
         leaves = sum(volume.size // (LEAF_BLOCKS * BLOCK_BYTES) for volume in new.state.volumes.values())
-        left = max(_ENTRIES_MIN, leaves)
+        left = max(ENTRIES_MIN, leaves)
         written = _Written(after, last)
         for scanned in scan(self._storage, self._directory, anchor.position):
             if scanned.seq > last:
                 break
+            left -= 1
+            if left < 0:
+                return None
             if scanned.seq <= after or scanned.kind not in _WITH_EXTENTS:
                 continue
-            left -= 1
             for extent in extents_of(scanned.raw):
                 written.overlay.put(extent.volume, extent.offset // BLOCK_BYTES, extent.addresses)
-            if left < 0 or written.overlay.count > POINTERS_MAX:
+            if written.overlay.count > POINTERS_MAX:
                 return None
             if scanned.kind in _MAY_CUT:
                 match decode(scanned.raw).body:
