@@ -64,7 +64,9 @@ class Changes:
         self._storage = storage
         self._directory = directory
         self._catalog = catalog
-        self._written = _Written(Seq(0), Seq(0))
+        self._asked = Seq(0), Seq(0)
+        self._written: _Written | None = None
+        """The answer for the two seqs `_asked` last."""
         self._leaves: OrderedDict[tuple[VolumeId, int], Addresses] = OrderedDict()
         self._leaves_of: dict[VolumeId, Seq] = {}
         """The moment that a volume's leaves in `_leaves` are of."""
@@ -89,9 +91,13 @@ class Changes:
 
     def _between(self, txn: Txn, old: View, new: View) -> _Written | None:
         """What the entries between two views say; None where that is no short way to know it."""
-        after, last = old.state.held, new.state.held
-        if (self._written.after, self._written.last) == (after, last):
-            return self._written
+        asked = old.state.held, new.state.held
+        if asked != self._asked:
+            self._written = self._read(txn, *asked, new)
+            self._asked = asked
+        return self._written
+
+    def _read(self, txn: Txn, after: Seq, last: Seq, new: View) -> _Written | None:
         anchor = self._catalog.anchor(txn, after)
         if anchor is None:
             return None
@@ -118,7 +124,6 @@ class Changes:
                         written.cut.add(corrected.volume)
                     case Consolidated(cuts=cuts):
                         written.cut.update(volume for volume, _ in cuts)
-        self._written = written
         return written
 
     def _counted(self, txn: Txn, old: VolumePointers, written: _Written) -> int:
