@@ -13,7 +13,7 @@ Invariants:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -177,7 +177,7 @@ class GroupHistory:
                 body = decode(scanned.raw).body
                 if isinstance(body, Consolidated):
                     journal, flushed = body.journal, body.point is not PointKind.CRASH
-            held = None if _inside(scanned, gaps) else self._point(scanned, journal, flushed)
+            held = None if _inside(scanned.seq, gaps) else self._point(scanned, journal, flushed)
         if held is not None:
             yield held
 
@@ -189,8 +189,8 @@ class GroupHistory:
 _FLUSHED: Final = frozenset({EntryKind.FLUSH, EntryKind.BOOKMARK})
 
 
-def _inside(scanned: Scanned, gaps: Sequence[Gap]) -> bool:
-    return any(gap.first <= scanned.seq and (gap.last is None or scanned.seq <= gap.last) for gap in gaps)
+def _inside(seq: Seq, gaps: Sequence[Gap]) -> bool:
+    return any(gap.first <= seq and (gap.last is None or seq <= gap.last) for gap in gaps)
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
@@ -203,9 +203,12 @@ def plan(
     segments = history.segments({} if known is None else known)
     due = [_due_window(one, policy, now) for one in segments]
     expired = next((index for index, window in enumerate(due) if window != FOREVER), len(due))
+    gaps = history.gaps()
+    while expired and _inside(segments[expired - 1].last, gaps):
+        expired -= 1  # the base is a recovery point: the gap waits for what comes behind it
     named = {snapshot.seq for name, snapshot in history.names().items() if name != BASE_NAME}
     pieces = list(_expired_pieces(segments[:expired], named))
-    pieces += _thinned_pieces(segments[expired:], due[expired:])
+    pieces += _thinned_pieces(segments[expired:], [window if window != FOREVER else 0 for window in due[expired:]])
     return pieces
 
 
@@ -261,12 +264,7 @@ def folding(
     history: GroupHistory, piece: Piece, policy: Policy, now: TimeNs
 ) -> tuple[Fold, Callable[[KeptPoint], Label]]:
     """The fold of a piece, and the labels of its rows; nothing is written yet. Damaged."""
-    names = history.names()
-    if piece.window_ns == FOREVER:
-        names.pop(BASE_NAME, None)
-    named = {snapshot.seq for snapshot in names.values()}
-    points = history.points(piece.stretch, history.gaps())
-    keep = set(kept(_restorable(points, history), policy, now, named))
+    keep = _kept(history, piece, policy, now)
     state = history.state_before(piece.stretch.segments[0])
     fold = Fold(history.storage, history.directory, piece.stretch, state, keep)
 
@@ -279,9 +277,17 @@ def folding(
     return fold, label
 
 
-def _restorable(points: Iterable[Point], history: GroupHistory) -> Iterator[Point]:
-    """Those from the base on: what is before it is no recovery point."""
-    return (point for point in points if point.seq >= history.base)
+def _kept(history: GroupHistory, piece: Piece, policy: Policy, now: TimeNs) -> set[Seq]:
+    """The recovery points of the piece that stay. What is before the base is none."""
+    names = history.names()
+    if piece.window_ns == FOREVER:
+        # Its end is a point, and the only one that has no name: another would be merged away the next time.
+        named = {snapshot.seq for name, snapshot in names.items() if name != BASE_NAME}
+        inside = {seq for seq in named if piece.stretch.after < seq <= piece.stretch.last}
+        return {seq for seq in {*inside, piece.stretch.last} if seq >= history.base}
+    named = {snapshot.seq for snapshot in names.values()}
+    points = history.points(piece.stretch, history.gaps())
+    return set(kept((point for point in points if point.seq >= history.base), policy, now, named))
 
 
 def fold_piece(

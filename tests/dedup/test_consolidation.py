@@ -391,6 +391,7 @@ def test_the_plan_is_done_after_it_was_done(world: World) -> None:
 def test_what_has_expired_joins_the_base_now_and_then(world: World) -> None:
     for _ in range(12):
         world.write(30, 2 * HOUR_NS)
+        world.group.ingest([world.model.flush(world.volume), *[world.model.heartbeat() for _ in range(3)]])
         world.passes(DAY_NS)
         world.consolidate()
     for _ in range(8):
@@ -402,6 +403,33 @@ def test_what_has_expired_joins_the_base_now_and_then(world: World) -> None:
     expired = [row for row in rows if world.group.time - row.newest > 32 * DAY_NS]
     grown = sum(row.bytes for row in expired[1:])
     assert grown * 4 < rows[0].bytes, "never more than a fourth of the base waits"
+    world.check()
+
+
+def test_the_base_is_a_point_though_history_expires_in_a_gap(world: World) -> None:
+    world.write(5)
+    world.group.ingest([world.model.flush(world.volume)])
+    world.write(5)
+    world.group.complete_segment()
+    before = world.model.seq
+    refused = world.model.write(world.volume, 0, b"refused")
+    world.group.ingest([refused])
+    world.group.complete_segment()
+    world.group.ingest([world.model.correct(world.volume, refused.seq, 32 * 4096, 0, b"truth")])
+    world.write(3)
+    world.passes(100 * DAY_NS)
+    world.write(3)
+    # Only what lies before the gap has expired, or ends in it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dedup.consolidation._due_window", lambda one, *_: FOREVER if one.last <= refused.seq else 0)
+        assert world.consolidate().pieces == 1
+        assert world.consolidate().pieces == 0
+    assert world.group.state.base == before
+    assert before in world.kept()
+    world.check()
+    world.consolidate()
+    assert refused.seq not in world.kept()
+    assert world.consolidate().pieces == 0, "what is done is not done again"
     world.check()
 
 
