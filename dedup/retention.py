@@ -129,16 +129,24 @@ def policy_fields(policy: Policy) -> dict[str, object]:
     return found
 
 
-def hastened(policy: Policy, halvings: int) -> Policy | None:
-    """The policy with every tier halved so many times; None when the finest would reach back less than a second."""
+def hastened(policy: Policy, halvings: int, stood_still_ns: int = 0) -> Policy | None:
+    """The policy with every tier halved so many times; None when the finest would reach back less than a second.
+
+    History ages by the times of its own records, which stand still while writes wait: `stood_still_ns` is taken from
+    each tier, and may leave it less than nothing. Such a policy is for the plan only, never saved.
+    """
     if policy.tiers[0][1] >> halvings < _SECOND:
         return None
+
+    def reach(full: int) -> int:
+        return ((full >> halvings) - stood_still_ns or -1) if full else 0  # 0 means that there is no such tier
+
     return replace(
         policy,
-        every_write_ns=policy.every_write_ns >> halvings,
-        minutes_ns=policy.minutes_ns >> halvings,
-        hours_ns=policy.hours_ns >> halvings,
-        days_ns=policy.days_ns >> halvings,
+        every_write_ns=reach(policy.every_write_ns),
+        minutes_ns=reach(policy.minutes_ns),
+        hours_ns=reach(policy.hours_ns),
+        days_ns=reach(policy.days_ns),
     )
 
 

@@ -34,8 +34,10 @@ WALK_SECONDS: Final = 30.0
 FULL_SECONDS: Final = 1.0
 """Between two walks at the hard limit: room may come from anywhere."""
 WALK_SHARE: Final = 10
-THIN_AGAIN_SECONDS: Final = 600.0
-"""After all halvings made no room: how long until history has aged enough to try them again."""
+THIN_AGAIN_SECONDS_MIN: Final = 1.0
+THIN_AGAIN_SECONDS_MAX: Final = 600.0
+THIN_AGAIN_SHARE: Final = 8
+"""After all halvings made no room they are tried again when history has aged by such a share of its finest tier."""
 
 
 class SpaceGate:
@@ -61,6 +63,7 @@ class SpaceGate:
         self._waiting = 0
         self._refused: int | None = None
         """What did not fit when the hard limit was met; None: it is not met."""
+        self._refused_at = 0.0
         self._soft_said = False
         self._thin_after = 0.0
         if not self.open:
@@ -165,7 +168,7 @@ class SpaceGate:
 
     def _meet_limit(self, growth: int) -> None:
         if self._refused is None:
-            self._refused = growth
+            self._refused, self._refused_at = growth, trio.current_time()
             log.error("%s", self._limit_text())
             self._asked.set()
 
@@ -196,11 +199,12 @@ class SpaceGate:
         not to be back soon; gives up for a while when halving them further is no use."""
         policy, halvings = self.policy, 0
         while self.policy is policy and not self._account.has_spare:
-            faster = hastened(policy, halvings)
+            waited_ns = int((trio.current_time() - self._refused_at) * 1e9) if self._refused is not None else 0
+            faster = hastened(policy, halvings, waited_ns)
             if faster is None:
                 if self._refused is not None:
                     log.critical("history cannot be thinned further, the store is still full: %s", self._used_text())
-                self._thin_after = trio.current_time() + THIN_AGAIN_SECONDS
+                self._thin_later(policy)
                 return
             log.warning("thinning history with every tier at 1/%d, to make room: %s", 1 << halvings, self._used_text())
             try:
@@ -209,10 +213,14 @@ class SpaceGate:
                 return  # the writer tells everyone
             except RewindError as error:
                 log.error("history could not be thinned: %s", error)
-                self._thin_after = trio.current_time() + THIN_AGAIN_SECONDS
+                self._thin_later(policy)
                 return
             await self._measure_anew()
             halvings += 1
+
+    def _thin_later(self, policy: Policy) -> None:
+        aged = policy.tiers[0][1] / 1e9 / THIN_AGAIN_SHARE
+        self._thin_after = trio.current_time() + min(THIN_AGAIN_SECONDS_MAX, max(THIN_AGAIN_SECONDS_MIN, aged))
 
     async def _measure_anew(self) -> None:
         """Returns after a walk that began after the call: an older one would have history thinned for nothing."""

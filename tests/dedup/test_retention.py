@@ -212,6 +212,20 @@ def test_hastened_policies_reach_less_far_back_and_come_to_an_end(policy: Policy
         assert all(less < more for (_, less), (_, more) in zip(faster.tiers, policy.tiers, strict=True))
 
 
+@given(policies(), st.integers(0, 40), st.integers(1, 10**15))
+def test_a_clock_that_stood_still_is_made_up_for(policy: Policy, halvings: int, stood_still: int) -> None:
+    """As if the time had passed."""
+    faster, later = hastened(policy, halvings), hastened(policy, halvings, stood_still)
+    if faster is None or later is None:
+        assert faster is later
+        return
+    assert [window for window, _ in later.tiers] == [window for window, _ in faster.tiers]
+    for age in (0, SECOND, HOUR_NS, 5 * DAY_NS):
+        passed = TimeNs(NOW + age + stood_still)
+        if stood_still not in {reach for _, reach in faster.tiers}:
+            assert segment_window(later, TimeNs(NOW + age), NOW, 0) == segment_window(faster, passed, NOW, 0)
+
+
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 TINY = Policy(2 * MINUTE_NS, HOUR_NS, 5 * HOUR_NS, 4 * DAY_NS)

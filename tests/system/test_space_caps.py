@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dedup.space import used_bytes
-from tests.system.harness import World, wait_for_end
+from tests.system.harness import World, image_bytes, wait_for_end
 
 HARD = 64 << 20
 CHUNK = 256 << 10
@@ -174,4 +174,31 @@ def test_unmounted_at_the_limit(world: World, volume: Path) -> None:
     world.rewindfs("retention", "set", world.store, "--hard-limit", "none")
     world.wait_for_state("protected")
     world.check_equal()
+    check_whole(world)
+
+
+@pytest.mark.slow
+def test_thin(world: World, volume: Path) -> None:
+    """One region is written again and again, several stores full of it: history makes room for it, and nothing else is
+    lost: not what is there now, nor what has a name."""
+    world.mount("sync", "--outage-after", "1s")
+    hard, region = 4 * HARD, 16 << 20  # several containers: the one in use cannot be collected
+    tiers = ("--every-write", "4s", "--minutes", "0", "--hours", "0", "--days", "0")
+    world.rewindfs("retention", "set", world.store, "--hard-limit", str(hard), "--at-limit", "thin", *tiers)
+    dice = random.Random(6)
+    with opened(world.mnt / "data.img") as fd, ThreadPoolExecutor(1) as pool:
+        fill(fd, dice, region)
+        world.ask("bookmark", name="named")
+        named = volume.read_bytes()
+        try:
+            for _ in range(30):
+                pool.submit(fill, fd, dice, region).result(120)
+                assert used_bytes(world.store) <= hard
+        finally:
+            world.rewindfs("retention", "set", world.store, "--hard-limit", "none")
+    world.check_equal()
+    assert world.gaps() == []
+    with world.reader() as group:
+        assert image_bytes(group, "data.img", group.resolve("named").seq) == named
+    assert "thinning history" in world.logs()
     check_whole(world)
