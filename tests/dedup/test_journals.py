@@ -523,6 +523,14 @@ class JournalMachine(StoreMachine):
         return ROUTED[[name for after, name in self.switches if after < seq][-1]]
 
     @rule()
+    def windows_close(self) -> None:
+        """What there is is complete, and the time of its windows passes; mostly not that of the finest tier."""
+        self.store.group("g").complete_segment()
+        self.model.elapsed_ns += 6 * MINUTE
+        self.store.group("g").ingest([self.model.heartbeat()])
+        self.consolidate()
+
+    @rule()
     def consolidate(self) -> None:
         group = self.store.group("g")
         now, policy = group.time, Policy()
@@ -538,7 +546,8 @@ class JournalMachine(StoreMachine):
             assert seq < self.model.seq, "the last point is kept"
             assert seq not in self.named.values(), "a named point is kept"
             width, time = self.width_at(seq), self.model.times[seq]
-            if now - time <= policy.every_write_ns:
+            is_point = seq in points and seq >= group.state.base
+            if is_point and now - time <= policy.every_write_ns:
                 assert width, f"seq {seq} is of the every-write journal, and not old enough"
                 assert time // width * width + width <= now, f"the window of seq {seq} is open"
                 assert seq not in promised, f"seq {seq} is what its window keeps"
