@@ -209,7 +209,9 @@ class Maintenance:
                 done = await self._sweep(worker, collection, marked.plan)
         finally:
             collection.end()
-        log.info("collected: %d bytes freed; %s", done.freed_bytes, done.plan)
+        plan = done.plan
+        log.info("collected: %d containers, %d blocks dead, %d bytes freed",
+                 plan.containers, plan.dead_blocks, done.freed_bytes)  # fmt: skip
         return done
 
     async def _sweep(self, worker: WorkerProcess, collection: Collection, plan: Plan) -> Collected:
