@@ -1,7 +1,8 @@
 """Decoders of the index's values: LMDB keeps them without a checksum, so each may say anything.
 
-A value that another could have written is taken for what it says (`verify` holds it against the journal); all others
-are refused. Whatever it is, reading a moment over it gives an image or an error of the store's.
+A pointer map's version has its own, and is never believed when it was changed. Of the others, what a checkpoint could
+have written is taken for what it says (`verify` holds it against the journal); all else is refused. Whatever it is,
+reading a moment over it gives an image or an error of the store's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from dedup.catalog import Catalog, Index
 from dedup.errors import StoreError
 from dedup.layout import LEAF_BLOCKS
-from dedup.pointer_map import SEQ_MAX, decode_whole, encode_delta, encode_whole, named_by
+from dedup.pointer_map import SEQ_MAX, decode_whole, encode_delta, encode_whole, named_by, split_key
 from dedup.reader import StoreReader
 from dedup.store import Store
 from dedup.types import Seq, TimeNs, VolumeId
@@ -154,6 +155,24 @@ def test_values(reader: StoreReader, database: str, data: st.DataObject) -> None
 def test_moments_over_a_changed_value(reader: StoreReader, data: st.DataObject) -> None:
     with changed(reader.index, data, data.draw(st.sampled_from(DATABASES[:-2]))):
         _read_moments(reader)
+
+
+@given(data=st.data())
+def test_a_changed_pointer_is_never_believed(reader: StoreReader, data: st.DataObject) -> None:
+    pointers, db = Catalog(reader.index, 1).pointers, reader.index.db["pointers"]
+    txn = reader.index.env.begin(write=True)
+    try:
+        with txn.cursor(db) as cursor:
+            versions = list(cursor)
+        asked = [split_key(key)[1:] for key, _ in versions]
+        written = [pointers.leaf(txn, *where) for where in asked]
+        key, value = data.draw(st.sampled_from(versions))
+        txn.put(key, data.draw(mutated(value, same_length=True)), db=db)
+        for where, was in zip(asked, written, strict=True):
+            found = outcome(lambda where=where: pointers.leaf(txn, *where))
+            assert found is None or np.array_equal(found, was)
+    finally:
+        txn.abort()
 
 
 # ---- pointer maps ----------------------------------------------------------------------------------------------------
