@@ -15,10 +15,11 @@ PACKAGE = Path(dedup.__file__).parent
 MODULES = sorted(PACKAGE.glob("*.py"))
 ELSEWHERE = {
     "catalog.py": {"os.statvfs", "lmdb.open"},
-    "index_file.py": {"os.stat", "os.truncate", "env.stat"},
+    "index_file.py": {"os.stat", "os.truncate"},
     "marker.py": {"os.stat", "nearest.exists", "open"},
 }
 """LMDB's own file, and where the store lies: what it is mounted on."""
+LMDB = {"env", "txn"}
 SYSTEM = {"os", "os.path", "shutil", "io", "fcntl", "mmap", "tempfile"}
 NO_FILES = re.compile(r"os\.(_exit|fsdecode|fsencode|fspath|getpid|major|minor|nice|strerror|urandom)")
 """Functions of `os` that touch no file."""
@@ -36,7 +37,7 @@ def file_calls(source: str) -> Iterator[str]:
             owner, _, method = name.rpartition(".")
             of_the_system = name == "open" or (owner in SYSTEM and not NO_FILES.fullmatch(name))
             of_a_path = OF_PATHS.fullmatch(method) and owner[:1].islower() and not owner.endswith("storage")
-            if of_the_system or (of_a_path and owner not in SYSTEM):
+            if of_the_system or (of_a_path and owner not in SYSTEM and owner not in LMDB):
                 yield name
 
 
