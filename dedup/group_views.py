@@ -12,6 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from dedup.catalog import Catalog, Index, Txn
 from dedup.errors import Damaged, MomentGone, StoreBusy
 from dedup.group_state import Checkpoint, GroupState
 from dedup.journal_reader import JournalPosition, Scanned, SegmentFile, chain, first_position, scan
-from dedup.manifest import read_manifest
+from dedup.manifest import read_number
 from dedup.metadata_journal import Logged, read
 from dedup.pins import ReaderPins
 from dedup.pointer_map import SEQ_MAX
@@ -67,6 +68,10 @@ class GroupViews:
         self._indexed = 0
         self._manifest = 0
         self._state = GroupState()
+        self._chain: tuple[int, list[SegmentFile]] | None = None
+        """The journal's files as they were listed under a manifest of that number, and those that came behind."""
+        self._listed = False
+        """Whether that was within the attempt that is made now."""
         self._views: OrderedDict[Seq, DatedView] = OrderedDict()
         self._held: dict[Seq, int] = {}
         """Moments held, and the manifest's number when that began."""
@@ -98,32 +103,61 @@ class GroupViews:
                 anchor = self._anchor(txn, SEQ_MAX, manifest)
                 state, position = start_of(self._storage, self._directory, self._catalog, txn, anchor)
                 self._state, self._position, self._latest = state, position, latest
-        for logged, position in read(self._storage, self._directory, self._position):
-            self._state.apply(logged)
-            self._position = position
+        while True:
+            # A file is complete when the next one is there. Looked at before it is read: its end is read then, too.
+            held, is_complete = self._state.held, self._next_file() is not None
+            files = self._files_from(self._position)
+            for logged, position in read(self._storage, self._directory, self._position, files=files):
+                self._state.apply(logged)
+                self._position = position
+            following = self._next_file()
+            if following is None:
+                return
+            if is_complete and self._state.held == held:
+                self._files().append(following)
+                self._position = following.start
 
     def _settled(self, step: Callable[[int], _T]) -> _T:
         """What the step gives, once no history is rewritten under it; it is told the manifest's number."""
         for _ in range(ATTEMPTS_MAX):
-            manifest = self._manifest_number()
+            self._listed = False
+            manifest = read_number(self._storage, self._directory)
             try:
                 return step(manifest)
             except Damaged:
-                if self._manifest_number() == manifest:
+                # A writer that recovers may have removed a last file that was empty: listed anew, it is not missing.
+                was_listed, self._chain, self._position = self._listed, None, None
+                if was_listed and read_number(self._storage, self._directory) == manifest:
                     raise
         raise StoreBusy(f"group {self._name}: its history is being thinned out faster than it is read; try again")
 
-    def _manifest_number(self) -> int:
-        return read_manifest(self._storage, self._directory).number
+    def _files_from(self, start: JournalPosition) -> list[SegmentFile]:
+        """The journal's files now, from there on."""
+        files = self._files()
+        return files[bisect_left(files, start.segment, key=lambda file: file.first) :]
+
+    def _files(self) -> list[SegmentFile]:
+        """From the first one on. Listed when there is another manifest; what comes behind, `_catch_up` adds."""
+        number = read_number(self._storage, self._directory)
+        if self._chain is None or self._chain[0] != number:
+            self._chain = number, chain(self._storage, self._directory)
+            self._listed = True
+        return self._chain[1]
+
+    def _next_file(self) -> SegmentFile | None:
+        """The file behind the one that the head is in, if it is there and not known yet."""
+        files, following = self._files(), SegmentFile(Seq(self._state.held + 1))
+        known = bool(files) and files[-1] == following
+        return None if known or not self._storage.exists(following.path(self._directory)) else following
 
     def _anchor(self, txn: Txn, seq: Seq, manifest: int) -> Checkpoint | None:
         """The last checkpoint at or before `seq` from which the journal can be read on."""
         anchor = self._catalog.anchor(txn, seq)
         if anchor is None or self._catalog.journal_number(txn) == manifest:
             return anchor
-        segments = set(chain(self._storage, self._directory))
+        files = set(self._files())
         while anchor is not None:
-            if SegmentFile(anchor.position.segment, anchor.position.generation) in segments:
+            if SegmentFile(anchor.position.segment, anchor.position.generation) in files:
                 return anchor
             anchor = self._catalog.anchor(txn, Seq(anchor.held - 1)) if anchor.held else None
         return None
@@ -159,7 +193,8 @@ class GroupViews:
             anchor = self._anchor(txn, after, manifest)
             state, start = start_of(self._storage, self._directory, self._catalog, txn, anchor)
             if anchor is None or anchor.held != upto:
-                for logged, _ in read(self._storage, self._directory, start):
+                files = self._files_from(start)
+                for logged, _ in read(self._storage, self._directory, start, files=files):
                     if stop(logged):
                         break
                     state.apply(logged)
@@ -186,7 +221,7 @@ class GroupViews:
 
         def entries_after(anchor: Checkpoint | None) -> Iterator[Scanned]:
             start = first_position(self._storage, self._directory) if anchor is None else anchor.position
-            return scan(self._storage, self._directory, start)
+            return scan(self._storage, self._directory, start, files=self._files_from(start))
 
         return Stamps(anchor_at, entries_after, self._state.held)
 

@@ -89,13 +89,7 @@ def pack_manifest(manifest: Manifest) -> bytes:
 
 def unpack_manifest(data: bytes, path: Path) -> Manifest:
     """Inverse of `pack_manifest`. Damaged, UnknownFormat; `path` is for their messages."""
-    if len(data) < MANIFEST_HEADER.size + CHECKSUM_BYTES:
-        raise Damaged(f"{path}: offset {len(data)}: the manifest is cut short")
-    magic, version, _, rows, number = MANIFEST_HEADER.struct.unpack_from(data)
-    if magic != MANIFEST_MAGIC:
-        raise Damaged(f"{path}: offset 0: not a manifest")
-    if version != FORMAT_VERSION:
-        raise UnknownFormat(f"{path}: format version {version} is not known here (this is version {FORMAT_VERSION})")
+    rows, number = _header(data, path)
     body, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
     if len(body) != MANIFEST_HEADER.size + rows * MANIFEST_ROW.size or checksum(body) != stored:
         raise Damaged(f"{path}: offset 0: the manifest does not match its checksum")
@@ -103,6 +97,18 @@ def unpack_manifest(data: bytes, path: Path) -> Manifest:
     if (fault := _fault(manifest)) is not None:
         raise Damaged(f"{path}: offset 0: {fault}")
     return manifest
+
+
+def _header(data: bytes, path: Path) -> tuple[int, int]:
+    """How many rows, and the number."""
+    if len(data) < MANIFEST_HEADER.size:
+        raise Damaged(f"{path}: offset {len(data)}: the manifest is cut short")
+    magic, version, _, rows, number = MANIFEST_HEADER.struct.unpack_from(data)
+    if magic != MANIFEST_MAGIC:
+        raise Damaged(f"{path}: offset 0: not a manifest")
+    if version != FORMAT_VERSION:
+        raise UnknownFormat(f"{path}: format version {version} is not known here (this is version {FORMAT_VERSION})")
+    return rows, number
 
 
 def _rows(body: bytes) -> Iterable[SegmentRow]:
@@ -143,6 +149,23 @@ def read_manifest(storage: Storage, directory: Path) -> Manifest:
             _known.clear()
         known = _known[path] = digest, unpack_manifest(data, path)
     return known[1]
+
+
+def read_number(storage: Storage, directory: Path) -> int:
+    """The number of the journal's manifest, 0 without one, at a price that does not depend on its rows.
+
+    Tells whether it was replaced, no more: nothing else of it is looked at. Damaged, UnknownFormat.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        fd = storage.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return 0
+    try:
+        header = storage.pread(fd, MANIFEST_HEADER.size, 0)
+    finally:
+        storage.close(fd)
+    return _header(header, path)[1]
 
 
 def write_manifest(storage: Storage, directory: Path, manifest: Manifest) -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from dedup import consolidator
+from dedup import consolidator, group_views
 from dedup.catalog import Catalog
 from dedup.consolidator import Outcome
 from dedup.errors import Damaged, MomentGone, MomentRefused
@@ -200,10 +200,27 @@ def test_a_segment_that_is_missing_is_damage(world: World) -> None:
     world.close()
 
 
+def test_a_last_segment_without_entries_may_go_again(world: World) -> None:
+    """As a writer does that recovers, to go on in the one before."""
+    world.history(1)
+    directory = world.path / "groups/g/journal"
+    segments = sorted(directory.glob("*.rwj"))
+    assert segments[-1].name == f"{world.model.seq + 1:020d}.rwj"
+    world.reader.refresh()
+    segments[-1].rename(directory / "hidden")
+    world.reader.refresh()
+    assert world.reader.held == world.model.seq and world.check(world.reader, 20) == 20
+    (directory / "hidden").rename(segments[-1])
+    world.write(3)
+    world.reader.refresh()
+    assert world.reader.held == world.model.seq
+    world.close()
+
+
 def test_a_history_that_is_rewritten_endlessly_is_given_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.history(2)
     numbers = iter(range(1, 1000))
-    monkeypatch.setattr(world.reader._views, "_manifest_number", lambda: next(numbers))
+    monkeypatch.setattr(group_views, "read_number", lambda *_: next(numbers))
 
     def torn(number: int) -> None:
         raise Damaged("the segment is missing")
