@@ -395,4 +395,4 @@ def test_reader_machine() -> None:
 
 @pytest.mark.slow
 def test_reader_machine_at_length() -> None:
-    run_state_machine_as_test(ReaderMachine, settings=settings(max_examples=300, stateful_step_count=40, **_SETTINGS))
+    run_state_machine_as_test(ReaderMachine, settings=settings(max_examples=150, stateful_step_count=40, **_SETTINGS))
