@@ -362,8 +362,9 @@ SEGMENT_HEADER: Final = Fields(
     ("checksum", "Q"),
 )
 SEGMENT_HEADER_BYTES: Final = SEGMENT_HEADER.size
-SEGMENT_BYTES_MAX: Final = 64 << 20
-"""A segment that has reached this takes no further entry."""
+SEGMENT_BYTES_MAX: Final = 8 << 20
+"""A segment that has reached this takes no further entry: 80,000 writes, which one commit of a consolidation has to
+index."""
 
 ENTRY_HEADER: Final = Fields(
     "entry header",

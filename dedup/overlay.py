@@ -93,6 +93,10 @@ class Overlay:
             leaf = int(leaf_of[start])
             yield leaf, (numbers[start:end] - leaf * LEAF_BLOCKS).astype(np.uint16), addresses[start:end]
 
+    def leaf_numbers(self, volume: VolumeId) -> set[int]:
+        """The leaves that `leaves` gives."""
+        return {block // LEAF_BLOCKS for block in self.blocks.get(volume, ())}
+
     @property
     def volumes(self) -> set[VolumeId]:
         """Volumes with anything to say."""

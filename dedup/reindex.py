@@ -23,7 +23,7 @@ from dedup.metadata_journal import EntryKind
 from dedup.overlay import Overlay
 from dedup.storage import Storage
 from dedup.synthesis import state_before
-from dedup.types import BLOCK_BYTES, Consolidated, Seq, VolumeId
+from dedup.types import Seq, VolumeId
 
 ANCHOR_POINTERS: Final = 16_384
 """Pointers between two anchors: what a moment's synthesis replays at most."""
@@ -84,33 +84,17 @@ class _Stretch:
         self._after = Seq(rows[0].first - 1)
         self._last = rows[-1].last
         self._segment = SegmentFile(rows[0].first, rows[0].generation)
+        self._forgotten: set[LeafKey] = set()
+        """Leaves whose old versions of this stretch are dropped."""
         self._end = JournalPosition(rows[-1].first, rows[-1].bytes, rows[-1].generation)
 
     def run(self) -> None:
-        touched = self._touched()
-        for volume, leaf in touched:
-            self._catalog.pointers.forget(self._txn, volume, leaf, self._after, self._last)
         self._catalog.forget_anchors(self._txn, self._after, self._last)
         if not self._after:
             self._catalog.forget_gaps(self._txn, self._last)
         self._anchors()
-        for volume, leaf in touched:
+        for volume, leaf in self._forgotten:
             self._catalog.pointers.settle(self._txn, volume, leaf, self._last)
-
-    def _touched(self) -> list[LeafKey]:
-        """Every leaf that the stretch may have a version of: what its entries name, and what they cut off."""
-        touched: set[LeafKey] = set()
-        for logged, _ in read(self._storage, self._directory, self._segment.start, limit=self._end, files=self._files):
-            for extent in logged.extents:
-                first = extent.offset // BLOCK_BYTES
-                last = first + len(extent.addresses) - 1
-                touched.update((extent.volume, leaf) for leaf in range(first // LEAF_BLOCKS, last // LEAF_BLOCKS + 1))
-            if isinstance(logged.body, Consolidated):
-                gone = {state.volume: 0 for state in logged.body.volumes if state.retired}
-                for volume, block in {**dict(logged.body.cuts), **gone}.items():
-                    leaves = self._catalog.pointers.leaves(self._txn, volume, block // LEAF_BLOCKS)
-                    touched.update((volume, leaf) for leaf in leaves)
-        return sorted(touched)
 
     def _anchors(self) -> None:
         """Replays the stretch, with an anchor now and then, and one at its end."""
@@ -124,11 +108,27 @@ class _Stretch:
             state.apply(logged)
             position = after
             if logged.kind in _BULKY and state.overlay.count >= _FLUSH_POINTERS:
+                self._forget(state)
                 self._catalog.put_pointers(self._txn, state.overlay, state.held)
                 state.overlay = Overlay()
         self._put(state, self._end)
 
+    def _forget(self, state: GroupState) -> None:
+        """Drops the stretch's old versions of each leaf before anything new is said of it, or read from it.
+
+        Those of a leaf that nothing is said of stay: what they say was right at their seq, and still is.
+        """
+        pointers = self._catalog.pointers
+        leaves = {(volume, leaf) for volume in state.overlay.volumes for leaf in state.overlay.leaf_numbers(volume)}
+        cut = dict(state.overlay.cuts) | {one.volume: 0 for one in state.new_volumes.values() if one.retired}
+        for volume, block in cut.items():
+            leaves.update((volume, leaf) for leaf in pointers.leaves(self._txn, volume, block // LEAF_BLOCKS))
+        for volume, leaf in sorted(leaves - self._forgotten):
+            pointers.forget(self._txn, volume, leaf, self._after, self._last)
+        self._forgotten |= leaves
+
     def _put(self, state: GroupState, position: JournalPosition) -> None:
+        self._forget(state)
         self._catalog.put_anchor(self._txn, state, position)
         state.checkpointed()
 
