@@ -165,7 +165,7 @@ class Index:
         return Watermark(ContainerId(1), {}) if value is None else _decode(value, Watermark)
 
     def put_watermark(self, txn: Txn, watermark: Watermark) -> None:
-        txn.put(_WATERMARK, msgspec.msgpack.encode(watermark), db=self.db["store"])
+        txn.put(_WATERMARK, _encode(watermark), db=self.db["store"])
 
     def add_group(self, txn: Txn, name: str) -> int:
         """Gives `name` the next free id."""
@@ -179,7 +179,17 @@ def _free_bytes(path: str) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def _encode(value: object) -> bytes:
+    """A value with its checksum behind it: LMDB does not notice a byte that changed."""
+    packed = msgspec.msgpack.encode(value)
+    return packed + layout.checksum(packed).to_bytes(layout.CHECKSUM_BYTES, "little")
+
+
 def _decode(value: bytes, kind: type[_Value]) -> _Value:
+    body, stored = value[: -layout.CHECKSUM_BYTES], value[-layout.CHECKSUM_BYTES :]
+    if layout.checksum(body) == int.from_bytes(stored, "little"):
+        value = body
+    # Else it is one of the first stores, which had no checksums, and decodes whole; or it does not.
     try:
         decoded = msgspec.msgpack.decode(value, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -320,7 +330,7 @@ class Catalog:
             txn.delete(ANCHOR_KEY.pack(self.group_id, other.first), db=self._db["gaps"])
             gap = joined(gap, other)
             assert gap.last is not None
-        txn.put(ANCHOR_KEY.pack(self.group_id, gap.first), msgspec.msgpack.encode(gap), db=self._db["gaps"])
+        txn.put(ANCHOR_KEY.pack(self.group_id, gap.first), _encode(gap), db=self._db["gaps"])
 
     def runs(self, txn: Txn) -> list[RunStart]:
         return [_decode(value, RunStart) for _, value in self._under_prefix(txn, "runs", self._prefix)]
@@ -342,14 +352,14 @@ class Catalog:
             if snapshot is None:
                 txn.delete(key, db=self._db["names"])
             else:
-                txn.put(key, msgspec.msgpack.encode(snapshot), db=self._db["names"])
+                txn.put(key, _encode(snapshot), db=self._db["names"])
 
     def put_anchor(self, txn: Txn, state: GroupState, position: JournalPosition) -> None:
         """The same without the names: of a checkpoint in the past, after which names may have come and gone."""
         seq = state.held
         self.put_pointers(txn, state.overlay, seq)
         for volume_state in state.new_volumes.values():
-            encoded = msgspec.msgpack.encode(volume_state)
+            encoded = _encode(volume_state)
             txn.put(VOLUME_KEY.pack(self.group_id, volume_state.volume, seq), encoded, db=self._db["volumes"])
         for path in map(str.encode, state.new_paths):
             # Paths are longer than an LMDB key may be.
@@ -358,11 +368,11 @@ class Catalog:
             self._put_gap(txn, gap)
         for run in state.new_runs:
             key = self._prefix + run.run.to_bytes(4, "big")
-            txn.put(key, msgspec.msgpack.encode(run), db=self._db["runs"])
+            txn.put(key, _encode(run), db=self._db["runs"])
         for route in state.new_routes:
             key = _ROUTE + ANCHOR_KEY.pack(self.group_id, route.after)
             txn.put(key, route.journal.to_bytes(2, "big"), db=self._db["store"])
-        anchor = msgspec.msgpack.encode(state.checkpoint(position))
+        anchor = _encode(state.checkpoint(position))
         txn.put(ANCHOR_KEY.pack(self.group_id, seq), anchor, db=self._db["anchors"])
         txn.put(TIME_KEY.pack(self.group_id, state.run, state.time, seq), b"", db=self._db["times"])
 
@@ -411,7 +421,7 @@ class Catalog:
         if value is not None:
             anchor = _decode(value, Checkpoint)
             if anchor.position.segment == position.segment:
-                txn.put(key, msgspec.msgpack.encode(replace(anchor, position=position)), db=self._db["anchors"])
+                txn.put(key, _encode(replace(anchor, position=position)), db=self._db["anchors"])
 
     def forget_gaps(self, txn: Txn, last: Seq) -> None:
         """Drops the gaps that end at or before `last`: before the first recovery point there are none."""

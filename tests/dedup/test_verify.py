@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dedup import layout
-from dedup.catalog import Index
+from dedup.catalog import Index, _decode, _encode
 from dedup.damage import CHECKS, Check, Report
 from dedup.errors import NotAStore
 from dedup.group_verify import GroupVerifier
@@ -22,7 +22,7 @@ from dedup.reachability import Reachability, consecutive
 from dedup.sealed import seal
 from dedup.storage import Storage
 from dedup.store import Store
-from dedup.types import Bookmark, ClockRun, ContainerId, Seq, VolumeId
+from dedup.types import Bookmark, ClockRun, ContainerId, Seq, Snapshot, VolumeId
 from dedup.verify import verify
 from tests.dedup.model import Model
 
@@ -259,7 +259,8 @@ def test_a_name_of_no_record(built: Built) -> None:
         key = layout.GROUP_KEY.pack(1) + b"early"
         value = txn.get(key, db=index.db["names"])
         assert value is not None
-        txn.put(key, value.replace(b"\x0a", b"\x7f", 1), db=index.db["names"])
+        wrong = replace(_decode(value, Snapshot), seq=Seq(127))
+        txn.put(key, _encode(wrong), db=index.db["names"])
     index.close()
     report = verify(built.path)
     assert "catalog" in failed(report)
