@@ -139,14 +139,14 @@ def hastened(policy: Policy, halvings: int, stood_still_ns: int = 0) -> Policy |
         return None
 
     def reach(full: int) -> int:
-        return ((full >> halvings) - stood_still_ns or -1) if full else 0  # 0 means that there is no such tier
+        return (full >> halvings) - stood_still_ns or -1  # 0 means that there is no such tier
 
     return replace(
         policy,
-        every_write_ns=reach(policy.every_write_ns),
-        minutes_ns=reach(policy.minutes_ns),
-        hours_ns=reach(policy.hours_ns),
-        days_ns=reach(policy.days_ns),
+        every_write_ns=reach(policy.every_write_ns) if policy.every_write_ns or stood_still_ns else 0,
+        minutes_ns=reach(policy.minutes_ns) if policy.minutes_ns else 0,
+        hours_ns=reach(policy.hours_ns) if policy.hours_ns else 0,
+        days_ns=reach(policy.days_ns) if policy.days_ns else 0,
     )
 
 

@@ -219,7 +219,7 @@ def test_a_clock_that_stood_still_is_made_up_for(policy: Policy, halvings: int, 
     if faster is None or later is None:
         assert faster is later
         return
-    assert [window for window, _ in later.tiers] == [window for window, _ in faster.tiers]
+    assert [window for window, _ in later.tiers if window] == [window for window, _ in faster.tiers if window]
     for age in (0, SECOND, HOUR_NS, 5 * DAY_NS):
         passed = TimeNs(NOW + age + stood_still)
         if stood_still not in {reach for _, reach in faster.tiers}:
