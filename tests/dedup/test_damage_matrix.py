@@ -310,7 +310,9 @@ def judge(sample: Sample, kind: str, what: str, outcome: Outcome) -> str:
     """The class of the outcome; an AssertionError for one that may not be."""
     where = f"{kind}, {what}: "
     assert not outcome.fault, where + outcome.fault
-    for read in (outcome.before, outcome.after):
+    # LMDB's own pages and keys have no checksum: what is hidden there `verify` alone finds, and a repair undoes.
+    hidden = kind == "index" and outcome.verified is False
+    for read in (outcome.after,) if hidden else (outcome.before, outcome.after):
         if isinstance(read, dict):
             wrong = [one for one in read.values() if one.startswith("WRONG")]
             assert not wrong, where + wrong[0]
