@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dedup import layout
@@ -231,6 +231,8 @@ def test_a_clock_that_stood_still_is_made_up_for(policy: Policy, halvings: int, 
 TINY = Policy(2 * MINUTE_NS, HOUR_NS, 5 * HOUR_NS, 4 * DAY_NS)
 """Reaches short enough that few points meet all tiers."""
 GRANULARITIES = (0, 0, 0, 10 * SECOND, MINUTE_NS, 90 * SECOND, 7 * MINUTE_NS, 2 * HOUR_NS)
+HALF = settings(max_examples=settings().max_examples // 2)
+"""Histories take a while to make up."""
 STEPS = st.sampled_from([0, 1, SECOND, 13 * SECOND, 40 * SECOND, 7 * MINUTE_NS, 50 * MINUTE_NS, 9 * HOUR_NS])
 
 
@@ -264,12 +266,14 @@ def plan(points: list[Point], policy: Policy, now: int, named: set[Seq]) -> list
     return [point for point in points if point.seq in seqs]
 
 
+@HALF
 @given(histories(), policies() | st.just(TINY), NAMED, AGES)
 def test_what_was_kept_is_kept_again(points: list[Point], policy: Policy, named: set[Seq], age: int) -> None:
     once = plan(points, policy, NOW + age, named)
     assert plan(once, policy, NOW + age, named) == once
 
 
+@HALF
 @given(histories(), policies() | st.just(TINY), NAMED, AGES, st.integers(0, 3 * DAY_NS))
 def test_later_a_subset_is_kept(points: list[Point], policy: Policy, named: set[Seq], age: int, more: int) -> None:
     """And the same one, whether or not a thinning came before."""
@@ -279,6 +283,7 @@ def test_later_a_subset_is_kept(points: list[Point], policy: Policy, named: set[
     assert plan(now, policy, NOW + age + more, named) == later
 
 
+@HALF
 @given(histories(), policies() | st.just(TINY), NAMED, AGES)
 def test_named_points_and_the_last_of_all_are_kept(
     points: list[Point], policy: Policy, named: set[Seq], age: int
@@ -288,6 +293,7 @@ def test_named_points_and_the_last_of_all_are_kept(
     assert [point for point in points if point.seq in named] == [point for point in found if point.seq in named]
 
 
+@HALF
 @given(histories(), policies() | st.just(TINY), NAMED, AGES)
 def test_every_moment_within_the_tiers_has_a_point_within_its_window(
     points: list[Point], policy: Policy, named: set[Seq], age: int
@@ -309,6 +315,7 @@ def test_every_moment_within_the_tiers_has_a_point_within_its_window(
         assert any(begin <= one.time < end and one.run == point.run for one in found)
 
 
+@HALF
 @given(histories(), policies() | st.just(TINY), NAMED, AGES)
 def test_a_flushed_point_stays_where_its_bucket_had_one(
     points: list[Point], policy: Policy, named: set[Seq], age: int
@@ -323,6 +330,7 @@ def test_a_flushed_point_stays_where_its_bucket_had_one(
             assert any(begin <= one.time < end and one.run == point.run and one.flushed for one in found)
 
 
+@HALF
 @given(histories(), policies() | st.just(TINY), AGES)
 def test_what_closes_a_window_stays_within_the_tiers(points: list[Point], policy: Policy, age: int) -> None:
     found = plan(points, policy, NOW + age, set())
