@@ -241,6 +241,8 @@ def write_rows(
             rows.append(builder.finish(current.window_ns, current.journal))
     except BaseException:
         for unfinished in made:
+            unfinished.close()
+        for unfinished in made:
             unfinished.discard()
         raise
     return rows

@@ -103,9 +103,12 @@ class GroupWriter:
         _finish_consolidation(store, catalog, directory)
         state, position = cls._recover(store, catalog, name)
         journal = JournalWriter.open(store.storage, directory, position)
-        group = cls(store, name, catalog, state, journal, state.held)
-        journal.sync()
-        return group
+        try:
+            journal.sync()
+        except BaseException:
+            journal.close()
+            raise
+        return cls(store, name, catalog, state, journal, state.held)
 
     @classmethod
     def _recover(cls, store: Store, catalog: Catalog, name: str) -> tuple[GroupState, JournalPosition | None]:

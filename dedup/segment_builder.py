@@ -71,8 +71,7 @@ class SegmentBuilder:
         """Its row, once it is durable and reads back as what was appended. Damaged, StoreFull, StoreFailed."""
         self._write()
         self._storage.datasync(self._fd)
-        self._storage.close(self._fd)
-        self._fd = -1
+        self.close()
         self._storage.sync_directory(self._directory)
         end = JournalPosition(self._segment.first, self._written, self._segment.generation)
         found = xxhash.xxh3_128()
@@ -83,9 +82,13 @@ class SegmentBuilder:
         segment = self._segment
         return SegmentRow(segment.first, self._last, segment.generation, window_ns, self._newest, end.offset, journal)
 
-    def discard(self) -> None:
-        """Removes what there is of the file."""
+    def close(self) -> None:
+        """Gives the descriptor back, if `finish` did not."""
         if self._fd >= 0:
             self._storage.close(self._fd)
             self._fd = -1
+
+    def discard(self) -> None:
+        """Removes what there is of the file."""
+        self.close()
         self._storage.unlink(self._path)

@@ -114,6 +114,10 @@ class Recorder:
         self._note(written(f"write {self._named(fd)} at {offset}", file, offset, b"".join(map(bytes, buffers))[:count]))
         return count
 
+    def open_files(self) -> list[str]:
+        """What is open now; a store that was closed has nothing."""
+        return [self._named(fd) for fd in (*self._files, *self._directories)]
+
     def _named(self, fd: int) -> str:
         return os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), self._root)
 

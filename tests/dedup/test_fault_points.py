@@ -120,6 +120,7 @@ class Tried:
                 refusal = error
             run.kill()
             assert failing.hit
+            assert not recorder.open_files()
             failing.heal()
             # What a writer has not synced when it stops, it takes back: it will be sent again.
             self._check(recorder, run, killed=not isinstance(refusal, StoreFailed), kept=ALL)
