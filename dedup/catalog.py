@@ -55,6 +55,7 @@ READERS_MAX: Final = 1024
 _REBUILD: Final = "make it anew: `rewindfs verify --repair`"
 _CRAMPED_BYTES: Final = 64 << 20
 """With less room than this, a checkpoint may well have met the end of the disk."""
+_CHECKED: Final = b"\xc1"
 _WATERMARK: Final = b"watermark"
 _MANIFEST: Final = b"manifest"
 _ROUTE: Final = b"route"
@@ -180,15 +181,17 @@ def _free_bytes(path: str) -> int:
 
 
 def _encode(value: object) -> bytes:
-    """A value with its checksum behind it: LMDB does not notice a byte that changed."""
-    packed = msgspec.msgpack.encode(value)
+    """A value between a byte that no msgpack begins with and its checksum: LMDB does not notice a byte that changed."""
+    packed = _CHECKED + msgspec.msgpack.encode(value)
     return packed + layout.checksum(packed).to_bytes(layout.CHECKSUM_BYTES, "little")
 
 
 def _decode(value: bytes, kind: type[_Value]) -> _Value:
-    body, stored = value[: -layout.CHECKSUM_BYTES], value[-layout.CHECKSUM_BYTES :]
-    if layout.checksum(body) == int.from_bytes(stored, "little"):
-        value = body
+    if value[:1] == _CHECKED:
+        body, stored = value[: -layout.CHECKSUM_BYTES], value[-layout.CHECKSUM_BYTES :]
+        if layout.checksum(body) != int.from_bytes(stored, "little"):
+            raise Damaged(f"index: a {kind.__name__} does not match its checksum; rebuild the index")
+        value = body[1:]
     # Else it is one of the first stores, which had no checksums, and decodes whole; or it does not.
     try:
         decoded = msgspec.msgpack.decode(value, type=kind)

@@ -1,8 +1,8 @@
-"""Decoders of the index's values: LMDB keeps them without a checksum, so each may say anything.
+"""Decoders of the index's values, which LMDB keeps without a checksum of its own: each may say anything.
 
-A pointer map's version has its own, and is never believed when it was changed. Of the others, what a checkpoint could
-have written is taken for what it says (`verify` holds it against the journal); all else is refused. Whatever it is,
-reading a moment over it gives an image or an error of the store's.
+A value that was changed is not believed. Those of the first stores had no checksums, and groups, paths and keys have
+none: of these, what a checkpoint could have written is taken for what it says (`verify` holds it against the journal),
+all else is refused. Whatever it is, reading a moment over it gives an image or an error of the store's.
 """
 
 from __future__ import annotations
@@ -13,18 +13,34 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dedup.catalog import Catalog, Index
+from dedup import catalog
+from dedup.catalog import Catalog, Index, Watermark
 from dedup.errors import StoreError
+from dedup.group_state import Checkpoint
 from dedup.layout import LEAF_BLOCKS
+from dedup.metadata_journal import JournalPosition
 from dedup.pointer_map import SEQ_MAX, decode_whole, encode_delta, encode_whole, named_by, split_key
 from dedup.reader import StoreReader
 from dedup.store import Store
-from dedup.types import Seq, TimeNs, VolumeId
+from dedup.types import (
+    ClockRun,
+    ContainerId,
+    Epoch,
+    Gap,
+    PointKind,
+    RunStart,
+    Seq,
+    Snapshot,
+    TimeNs,
+    VolumeId,
+    VolumeState,
+)
 from tests.dedup.model import Model
 from tests.dedup.mutations import FEW, either, mutated, outcome
 
@@ -90,28 +106,26 @@ def changed(index: Index, data: st.DataObject, database: str) -> Iterator[None]:
 
 def _decode_all(index: Index) -> None:
     """Everything that reads a value, each alone."""
-    catalog = Catalog(index, 1)
+    group = Catalog(index, 1)
     with index.read() as txn:
-        runs = outcome(lambda: catalog.runs(txn)) or []
+        runs = outcome(lambda: group.runs(txn)) or []
         reads: list[Callable[[], object]] = [
             lambda: index.group_ids(txn),
             index.watermark,
-            lambda: catalog.paths(txn),
-            lambda: catalog.snapshots(txn),
-            lambda: catalog.snapshot(txn, "early"),
-            lambda: catalog.gaps(txn),
-            lambda: catalog.routes(txn),
-            lambda: catalog.journal_number(txn),
-            *[lambda run=run: catalog.anchor_by_time(txn, run, TimeNs(1 << 62)) for run in runs],
+            lambda: group.paths(txn),
+            lambda: group.snapshots(txn),
+            lambda: group.snapshot(txn, "early"),
+            lambda: group.gaps(txn),
+            lambda: group.routes(txn),
+            lambda: group.journal_number(txn),
+            *[lambda run=run: group.anchor_by_time(txn, run, TimeNs(1 << 62)) for run in runs],
         ]
         for seq in (Seq(5), Seq(20), SEQ_MAX):
-            reads += [lambda seq=seq: catalog.volumes(txn, seq), lambda seq=seq: catalog.anchor(txn, seq)]
-            reads += [lambda seq=seq: catalog.gap_from(txn, seq)]
+            reads += [lambda seq=seq: group.volumes(txn, seq), lambda seq=seq: group.anchor(txn, seq)]
+            reads += [lambda seq=seq: group.gap_from(txn, seq)]
             for volume in (A, VolumeId(2)):
-                for leaf in outcome(lambda volume=volume: list(catalog.pointers.leaves(txn, volume))) or []:
-                    reads.append(
-                        lambda volume=volume, leaf=leaf, seq=seq: catalog.pointers.leaf(txn, volume, leaf, seq)
-                    )
+                for leaf in outcome(lambda volume=volume: list(group.pointers.leaves(txn, volume))) or []:
+                    reads.append(lambda volume=volume, leaf=leaf, seq=seq: group.pointers.leaf(txn, volume, leaf, seq))
         for read in reads:
             outcome(read)
 
@@ -155,6 +169,32 @@ def test_values(reader: StoreReader, database: str, data: st.DataObject) -> None
 def test_moments_over_a_changed_value(reader: StoreReader, data: st.DataObject) -> None:
     with changed(reader.index, data, data.draw(st.sampled_from(DATABASES[:-2]))):
         _read_moments(reader)
+
+
+_GAP: Final = Gap(Seq(5), Seq(9), TimeNs(1), TimeNs(2), "outage")
+VALUES: Final = (
+    Checkpoint(
+        *(Seq(9), TimeNs(8), ClockRun(1), Epoch(2), Seq(3), VolumeId(4), PointKind.FLUSH, Seq(6), 7, _GAP),
+        JournalPosition(Seq(1), 48),
+        1 << 40,
+    ),
+    VolumeState(VolumeId(1), "größe.img", 1 << 40, 0o644, 0, 0),
+    Snapshot("before the upgrade", Seq(9), TimeNs(8), "snapshot"),
+    _GAP,
+    RunStart(ClockRun(1), Seq(5), TimeNs(6), TimeNs(7)),
+    Watermark(ContainerId(9), {ContainerId(7): 100}),
+)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+@FEW
+@given(data=st.data())
+def test_a_changed_value_is_never_believed(value: object, data: st.DataObject) -> None:
+    encoded = catalog._encode(value)
+    changed = data.draw(mutated(encoded, same_length=True))
+    found = outcome(lambda: catalog._decode(changed, type(value)))
+    assert found == value if changed == encoded else found is None
+    assert catalog._decode(msgspec.msgpack.encode(value), type(value)) == value  # as the first stores have it
 
 
 @given(data=st.data())
