@@ -56,6 +56,8 @@ def consolidate_here(store: Store) -> dict[str, object]:
     with worker_lock(store.storage, store.path):
         for group in store.groups:
             outcome += consolidate(group, policy, now)
+    if outcome.pieces:
+        store.complete_containers()
     return consolidated_fields(outcome, collect(store))
 
 

@@ -211,6 +211,11 @@ class Store:
             group.checkpointed()
         self._checkpointed_at = time.monotonic()
 
+    def complete_containers(self) -> None:
+        """What is stored next begins new containers, so that those so far can be sealed and collected."""
+        for journal in self._data_journals.values():
+            journal.rotate()
+
     def settle(self) -> Watermark:
         """A checkpoint whose watermark is of this very moment. No ingest meanwhile.
 

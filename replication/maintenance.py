@@ -172,6 +172,8 @@ class Maintenance:
             if policy is None:
                 policy = await trio.to_thread.run_sync(load_policy, self._store.storage, self._store.path)
             outcome = await self._thinning.all(policy)
+            if outcome.pieces:
+                await self._writer.run(self._store.complete_containers)
             return outcome, await self._collect(dry_run=False)
 
     async def foresee(self) -> Preview:

@@ -93,7 +93,9 @@ class FakeGroup:
         data = bytes(self.content[volume][offset : offset + blocks * BLOCK_BYTES]).ljust(blocks * BLOCK_BYTES, b"\0")
         return [digest(data[at : at + BLOCK_BYTES]) for at in range(0, len(data), BLOCK_BYTES)]
 
-    def create_snapshot(self, name: str | None, at: str = "latest", volume: str | None = None) -> Snapshot:
+    def create_snapshot(
+        self, name: str | None, at: str = "latest", volume: str | None = None, keep_ns: int = 0
+    ) -> Snapshot:
         name = name or "default"
         if name in self.names:
             raise NameRefused(f"the name {name!r}\nexists")
