@@ -136,7 +136,7 @@ def _print_points(found: Points) -> None:
     rows: list[tuple[Seq, list[str]]] = []
     for one in found.ranges:
         ends = [f"{one.first}..{one.last}", rfc3339(one.first_time), rfc3339(one.last_time)]
-        rows.append((one.first, ["points", *ends, one.granularity]))
+        rows.append((one.first, ["points", *ends, f"{one.granularity}, in {one.journal}"]))
     for gap in found.gaps:
         last, until = ("", "") if gap.last is None or gap.to_time is None else (str(gap.last), rfc3339(gap.to_time))
         rows.append((gap.first, ["gap", f"{gap.first}..{last}", rfc3339(gap.from_time), until, gap.reason]))
