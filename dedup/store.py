@@ -63,11 +63,14 @@ class Store:
         self._lock_fd = lock_fd
         self._failed: str | None = None
         self._sync_lock = threading.Lock()
+        if not storage.exists(path / layout.INDEX_NAME):
+            storage.mkdir(path / layout.INDEX_NAME)  # a repair was cut short after it gave the index up
         self.index = Index(path / layout.INDEX_NAME, writer=True)
         containers = path / layout.CONTAINERS_NAME
         try:
             # LMDB syncs its file, not the name: without the index recovery could not tell what was durable.
             storage.sync_directory(path / layout.INDEX_NAME)
+            storage.sync_directory(path)
             found = max((layout.container_named(name) or 0 for name in storage.listdir(containers)), default=0)
             self.watermark = self.index.watermark()
         except BaseException:

@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 import pytest
 
 from dedup.consolidator import consolidate
-from dedup.errors import StoreFull
+from dedup.errors import Damaged, StoreFull
 from dedup.gc import collect
 from dedup.layout import fingerprint
 from dedup.repair import repair
@@ -205,7 +205,9 @@ class Run:
 
     def repair(self) -> None:
         report = self._ask(lambda: repair(self.path))
-        assert report.ok and report.repairs
+        if not report.ok:
+            raise Damaged("the repair says that the store is still damaged")
+        assert report.repairs
         self.damaged = False
         self.mark(self.promise)
 
