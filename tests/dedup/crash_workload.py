@@ -207,7 +207,6 @@ class Run:
         report = self._ask(lambda: repair(self.path))
         if not report.ok:
             raise Damaged("the repair says that the store is still damaged")
-        assert report.repairs
         self.damaged = False
         self.mark(self.promise)
 
