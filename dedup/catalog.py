@@ -165,6 +165,11 @@ class Index:
             value = txn.get(_WATERMARK, db=self.db["store"])
         return Watermark(ContainerId(1), {}) if value is None else _decode(value, Watermark)
 
+    def has_watermark(self) -> bool:
+        """Whether there was a checkpoint since the index was made: not in the middle of making it anew."""
+        with self.read() as txn:
+            return txn.get(_WATERMARK, db=self.db["store"]) is not None
+
     def put_watermark(self, txn: Txn, watermark: Watermark) -> None:
         txn.put(_WATERMARK, _encode(watermark), db=self.db["store"])
 

@@ -81,6 +81,8 @@ class Folded:
     rows: tuple[SegmentRow, ...]
     base: tuple[Seq, TimeNs] | None = None
     """The new base snapshot, where everything before it goes."""
+    named: tuple[Seq, ...] = ()
+    """The moments of the piece that had a name when it was folded."""
 
 
 class GroupHistory:
@@ -108,6 +110,10 @@ class GroupHistory:
         named: dict[str, Snapshot | None] = dict(self._catalog.snapshots(self._txn))
         named.update(self._head.new_snapshots)
         return {name: snapshot for name, snapshot in named.items() if snapshot is not None}
+
+    def named_in(self, stretch: Stretch) -> set[Seq]:
+        """The moments of the stretch that have a name."""
+        return {one.seq for one in self.names().values() if stretch.after < one.seq <= stretch.last}
 
     def gaps(self) -> list[Gap]:
         """Every gap, an open one too."""
@@ -300,7 +306,8 @@ def fold_piece(
     oldest = rows[0]
     advances = piece.window_ns == FOREVER and not piece.stretch.after and oldest.last in fold.keep
     is_new = advances and oldest.last > history.base
-    return Folded(piece, number, tuple(rows), (oldest.last, oldest.newest) if is_new else None)
+    base = (oldest.last, oldest.newest) if is_new else None
+    return Folded(piece, number, tuple(rows), base, tuple(sorted(history.named_in(piece.stretch))))
 
 
 def raw_between(history: GroupHistory, known: dict[SegmentFile, SegmentAges], piece: Piece) -> list[SegmentAges]:

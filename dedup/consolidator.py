@@ -65,22 +65,25 @@ def forget_names(group: GroupWriter, now: TimeNs) -> None:
 def commit_piece(group: GroupWriter, folded: Folded, raw: Sequence[SegmentAges]) -> bool:
     """Puts a folded piece in the place of what it was made of; durable when it returns. `raw`: see `replaced`.
 
-    False, and nothing changed, when a reader needs a moment in it. Damaged, StoreFull: nothing changed either.
+    False, and nothing changed, when a reader needs a moment in it, or one got a name after it was folded. Damaged,
+    StoreFull: nothing changed either.
     StoreFailed: the store has to be opened anew, which finishes it or finds nothing of it.
     """
     store, directory = group.store, group.directory
     store.refuse_if_failed()
     with store.index.read() as txn:
         anchor = group.catalog.anchor(txn, SEQ_MAX)
-    if anchor is None or anchor.held < folded.piece.stretch.last:
-        store.checkpoint()  # what gets an anchor must be durable, with its blocks
+    last = folded.piece.stretch.last
+    if anchor is None or anchor.held < last or group.durable_position.segment <= last:
+        # What gets an anchor must be durable, with its blocks; and a sync that fails cuts no file that is gone.
+        store.checkpoint()
     before = read_manifest(store.storage, directory)
     try:
         manifest = replaced(before, folded, raw)
         barrier = PinBarrier(store.storage, store.path)
         try:
             with barrier.shut() as pinned:
-                if pinned is None or _in_use(group, folded.piece, pinned):
+                if pinned is None or _named_since(group, folded) or _in_use(group, folded.piece, pinned):
                     manifest = before
                 else:
                     _commit(group, folded, manifest)
@@ -112,14 +115,24 @@ def _commit(group: GroupWriter, folded: Folded, manifest: Manifest) -> None:
         raise
 
 
+def _named_since(group: GroupWriter, folded: Folded) -> bool:
+    """Whether a moment of the piece has a name now that it had not when the piece was folded without it."""
+    with group.store.index.read() as txn:
+        history = GroupHistory(group.store.storage, group.directory, group.catalog, txn, group.state)
+        return not history.named_in(folded.piece.stretch) <= {*folded.named, folded.piece.stretch.last}
+
+
 def _in_use(group: GroupWriter, piece: Piece, pinned: Pinned) -> bool:
-    """Whether a reader needs anything of the piece: a moment in it, or one that is replayed from a checkpoint in it."""
+    """Whether a reader needs anything of the piece: a moment in it, or one that is replayed from a checkpoint in it.
+
+    Not from one at the moment itself: that may be younger than the pin, and the reader's view older.
+    """
     if pinned.everything:
         return True
     with group.store.index.read() as txn:
         for name, seq in pinned.moments:
             if name == group.name and seq > piece.stretch.after:
-                anchor = group.catalog.anchor(txn, seq)
+                anchor = group.catalog.anchor(txn, Seq(max(0, seq - 1)))
                 if anchor is None or anchor.held <= piece.stretch.last:
                     return True
     return False

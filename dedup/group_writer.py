@@ -118,23 +118,25 @@ class GroupWriter:
         with store.index.read() as txn:
             anchor = catalog.anchor(txn, SEQ_MAX)
             state, position = start_of(store.storage, directory, catalog, txn, anchor)
+        # An anchor of records without a watermark is the progress of a rebuild that was cut off.
+        rebuilds = anchor is None or (anchor.held > 0 and not store.index.has_watermark())
         replayed = 0
-        for logged, after in read(store.storage, directory, position, torn=anchor is not None):
+        for logged, after in read(store.storage, directory, position, torn=not rebuilds):
             # Without an index (a rebuild) nothing tells what was durable, and a block that rotted since is no reason to
             # cut history off there.
-            if anchor is not None and not _blocks_are_whole(store, logged):
+            if not rebuilds and not _blocks_are_whole(store, logged):
                 log.warning(
                     "group %s: the journal is cut at seq %d: its blocks did not reach the disk", name, logged.seq
                 )
                 break
             more = logged.kind is EntryKind.CONSOLIDATED_MORE
-            if anchor is None and not more and state.overlay.count >= _REBUILD_POINTERS:
+            if rebuilds and not more and state.overlay.count >= _REBUILD_POINTERS:
                 _store_progress(store, catalog, state, position)
             state.apply(logged)
             _note_fingerprints(store, logged)
             position = after
             replayed += 1
-            if anchor is None and more and state.overlay.count >= _REBUILD_POINTERS:
+            if rebuilds and more and state.overlay.count >= _REBUILD_POINTERS:
                 _store_pointers(store, catalog, state)
         if position.generation != layout.RAW_GENERATION:
             # All of it is consolidated: the next entry goes to the raw segment behind.
@@ -154,6 +156,11 @@ class GroupWriter:
     def durable(self) -> Seq:
         """The last seq that is synced (DURABLE)."""
         return self._durable
+
+    @property
+    def durable_position(self) -> JournalPosition:
+        """The end of what is synced: to where a sync that fails cuts the journal."""
+        return self._durable_position
 
     @property
     def epoch(self) -> Epoch:

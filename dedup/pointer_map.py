@@ -240,12 +240,15 @@ class PointerMap:
         with txn.cursor(self._db) as cursor:
             if self._seek_back(cursor, prefix, last) or not cursor.set_range(prefix):
                 return
-            key, value = cursor.key(), cursor.value()
-            if key.startswith(prefix) and not _is_whole(value):
+            key = cursor.key()
+            if not key.startswith(prefix):
+                return
+            value = _opened(key, cursor.value())
+            if not _is_whole(value):
                 whole = np.zeros(LEAF_BLOCKS, dtype=np.uint64)
                 indexes, changed = _decode_delta(value)
                 whole[indexes] = changed
-                cursor.put(key, encode_whole(whole))
+                cursor.put(key, _checked(key, encode_whole(whole)))
 
     def clear_from(self, txn: lmdb.Transaction[bytes], volume: VolumeId, block: int, seq: Seq) -> None:
         """From `block` on, everything is a hole as of checkpoint `seq` (the volume was cut there)."""

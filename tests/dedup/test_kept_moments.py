@@ -1,0 +1,153 @@
+"""What must not disappear: moments named or held while a piece is thinned, history behind an index made anew."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from dedup import group_writer
+from dedup.consolidation import Folded, GroupHistory, SegmentAges, fold_piece, plan, raw_between
+from dedup.consolidator import commit_piece
+from dedup.errors import Damaged, StoreFailed
+from dedup.journal_reader import first_position
+from dedup.layout import RAW_SLOTS_OFFSET, container_of, container_path, slot_of
+from dedup.metadata_journal import read
+from dedup.pins import ReaderPins
+from dedup.reader import StoreReader
+from dedup.retention import HOUR_NS, Policy
+from dedup.storage import Storage
+from dedup.store import Store
+from dedup.types import Address, Seq
+from tests.dedup.test_consolidation import SECOND, World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path / "store")
+    yield made
+    made.store.abandon()
+
+
+def fold_first(world: World) -> tuple[Folded, list[SegmentAges]]:
+    """What a child folds, and the writer has yet to commit."""
+    group = world.group
+    with world.store.index.read() as txn:
+        history = GroupHistory(world.store.storage, group.directory, group.catalog, txn, group.state)
+        piece = plan(history, Policy(), group.time)[0]
+        return fold_piece(history, piece, Policy(), group.time), raw_between(history, {}, piece)
+
+
+def test_a_moment_that_is_named_after_the_fold_stays(world: World) -> None:
+    seqs = world.write(70, 7 * SECOND)
+    world.passes(3 * HOUR_NS)
+    folded, raw = fold_first(world)
+    for seq in seqs[5:14]:
+        world.group.create_snapshot(f"of-{seq}", f"seq={seq}")
+    assert not commit_piece(world.group, folded, raw)
+    for seq in seqs[5:14]:
+        assert world.group.reader().resolve(f"of-{seq}").seq == seq
+    folded, raw = fold_first(world)
+    assert commit_piece(world.group, folded, raw)
+    assert {*seqs[5:14]} <= {*world.kept()}
+    world.check()
+
+
+def test_a_moment_held_before_its_own_checkpoint_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.write(30)
+    world.store.checkpoint()
+    world.write(10)
+    world.group.complete_segment()
+    world.write(3)
+    storage = Storage()
+    pins = ReaderPins.open(world.path, storage)
+    reader = StoreReader(world.path, storage, world.store.index, world.store.pool, pins).group()
+    seq = Seq(world.model.seq)
+    reader.hold(seq)
+    image = reader.image(world.volume, seq)
+    world.store.checkpoint()  # its view goes on from the one before
+    world.passes(3 * HOUR_NS)
+    monkeypatch.setattr("dedup.consolidation.PIECE_BYTES_MAX", 1)
+    world.consolidate()
+    assert image.read(0, image.size) == world.model.history[seq][0][world.volume]
+    reader.release(seq)
+    assert world.consolidate().pieces
+    pins.close()
+    world.check()
+
+
+def test_a_leaf_that_was_cut_away_and_written_again_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.write(5)
+    world.store.checkpoint()
+    world.group.ingest([world.model.resize(world.volume, 0)])
+    world.store.checkpoint()
+    world.passes(10 * SECOND)
+    world.group.ingest([world.model.resize(world.volume, 32 * 4096), world.model.write(world.volume, 0, b"x" * 4096)])
+    world.store.checkpoint()
+    world.passes(3 * HOUR_NS)
+    monkeypatch.setattr("dedup.consolidation.PIECE_BYTES_MAX", 1)
+    assert world.consolidate().pieces
+    world.kept()
+    world.check()
+
+
+def test_a_sync_that_fails_after_the_last_durable_segment_was_thinned(world: World) -> None:
+    world.write(20, 7 * SECOND)
+    world.store.checkpoint()
+    world.passes(3 * HOUR_NS)
+    assert world.consolidate().pieces
+    held = world.group.held
+    world.write(3)
+
+    def fails(fd: int) -> NoReturn:
+        raise StoreFailed("sync failed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.store.storage, "datasync", fails)
+        with pytest.raises(StoreFailed):
+            world.store.sync()
+    world.reopen()
+    assert world.group.durable <= world.group.held <= held, "what nobody was told of as durable is gone"
+
+
+def test_a_rebuild_that_is_killed_cuts_nothing_off(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(Exception):
+        pass
+
+    world.write(30)
+    world.group.complete_segment()
+    seqs = world.write(60)
+    held = world.group.held
+    world.store.close()
+    progress = 0
+
+    def stored(*args: object) -> None:
+        nonlocal progress
+        real(*args)  # type: ignore[arg-type]
+        progress += 1
+        if progress == 2:
+            raise Killed
+
+    real = group_writer._store_progress
+    monkeypatch.setattr(group_writer, "_REBUILD_POINTERS", 10)
+    shutil.rmtree(world.path / "index")
+    (world.path / "index").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(group_writer, "_store_progress", stored)
+        with pytest.raises(Killed):
+            Store.open(world.path)
+    storage, directory = Storage(), world.path / "groups" / "g" / "journal"
+    history = [logged for logged, _ in read(storage, directory, first_position(storage, directory))]
+    (extent,) = next(logged for logged in history if logged.seq == seqs[30]).extents
+    where = Address(int(extent.addresses[0]))
+    path = container_path(world.path / "containers", container_of(where))
+    content = bytearray(path.read_bytes())
+    content[RAW_SLOTS_OFFSET + slot_of(where) * 4096] ^= 1
+    path.write_bytes(content)
+    world.store = Store.open(world.path)
+    assert world.group.held == held
+    with pytest.raises(Damaged):
+        world.store.pool.read_block(where)
