@@ -594,4 +594,4 @@ def test_journal_machine() -> None:
 
 @pytest.mark.slow
 def test_journal_machine_at_length() -> None:
-    run_machine(400, 50)
+    run_machine(120, 40)
