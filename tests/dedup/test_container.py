@@ -15,7 +15,7 @@ from dedup.container import ContainerPool, ContainerReader, RawContainerWriter
 from dedup.errors import Damaged, StoreError, StoreFailed, StoreFull, WouldBlock
 from dedup.layout import RAW_SLOTS_OFFSET, RAW_TABLE_OFFSET, address, container_path, fingerprint
 from dedup.storage import Storage
-from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId
+from dedup.types import BLOCK_BYTES, LOST, ContainerForm, ContainerId, JournalId
 from tests.dedup.faults import FaultyStorage, open_descriptors
 
 ONE = ContainerId(1)
@@ -294,9 +294,11 @@ def test_pool_does_not_wait_when_told_not_to(tmp_path: Path) -> None:
 def test_an_address_that_names_nothing_is_damage(tmp_path: Path) -> None:
     pool, _ = make_pool(tmp_path, 1)
     out = memoryview(bytearray(2 * BLOCK_BYTES))
-    for wanted in ([1, 2], [0, 1], [address(ONE, 39), address(ONE, 40)], [address(ContainerId(9), 0), 0]):
+    for wanted in ([address(ONE, 39), address(ONE, 40)], [address(ContainerId(9), 0), 0]):
         with pytest.raises(Damaged, match=r"\.rwc: offset"):
             pool.read_addresses(np.array(wanted, dtype=np.uint64), out)
     with pytest.raises(Damaged, match="past the file's end"):
         pool.read_block(address(ONE, layout.SLOTS_MAX))
+    with pytest.raises(Damaged, match="a lost block"):
+        pool.read_block(LOST)
     pool.close()
