@@ -256,6 +256,12 @@ class Catalog:
         found = self._last_at_or_before(txn, "anchors", self._prefix, ANCHOR_KEY.pack(self.group_id, seq))
         return None if found is None else _decode(found[1], Checkpoint)
 
+    def anchor_after(self, txn: Txn, seq: Seq) -> Checkpoint | None:
+        """The first checkpoint behind `seq`."""
+        with txn.cursor(self._db["anchors"]) as cursor:
+            found = cursor.set_range(ANCHOR_KEY.pack(self.group_id, seq + 1)) and cursor.key().startswith(self._prefix)
+            return _decode(cursor.value(), Checkpoint) if found else None
+
     def anchor_by_time(self, txn: Txn, run: RunStart, time: TimeNs) -> Checkpoint | None:
         """The last checkpoint of clock run `run` whose last record is at or before `time`."""
         prefix = TIME_KEY.pack(self.group_id, run.run, 0, 0)[:6]

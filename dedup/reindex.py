@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from dedup.catalog import Catalog, Txn
 from dedup.errors import Damaged
 from dedup.group_state import GroupState
@@ -89,15 +91,18 @@ class _Stretch:
         self._end = JournalPosition(rows[-1].first, rows[-1].bytes, rows[-1].generation)
 
     def run(self) -> None:
+        old = self._catalog.anchor(self._txn, self._last)
         self._catalog.forget_anchors(self._txn, self._after, self._last)
         if not self._after:
             self._catalog.forget_gaps(self._txn, self._last)
-        self._anchors()
+        state = self._anchors()
+        if old is None or old.held != self._last:
+            self._mend_next(state)
         for volume, leaf in self._forgotten:
             self._catalog.pointers.settle(self._txn, volume, leaf, self._last)
 
-    def _anchors(self) -> None:
-        """Replays the stretch, with an anchor now and then, and one at its end."""
+    def _anchors(self) -> GroupState:
+        """Replays the stretch, with an anchor now and then, and one at its end. The state there."""
         state = state_before(self._storage, self._directory, self._catalog, self._txn, self._segment, self._files)
         self._catalog.move_anchor(self._txn, self._after, self._segment.start)
         position = self._segment.start
@@ -112,6 +117,28 @@ class _Stretch:
                 self._catalog.put_pointers(self._txn, state.overlay, state.held)
                 state.overlay = Overlay()
         self._put(state, self._end)
+        return state
+
+    def _mend_next(self, state: GroupState) -> None:
+        """Where there was no anchor at the stretch's end, the one behind it began within the stretch: what was written
+        in it and cut away behind it was nothing to that one. Now it is seen at the end, and has to be cut off there."""
+        behind = self._catalog.anchor_after(self._txn, self._last)
+        if behind is None:
+            return
+        for logged, _ in read(self._storage, self._directory, self._end, files=self._files):
+            if logged.seq > behind.held:
+                break
+            state.apply(logged)
+        pointers = self._catalog.pointers
+        for volume, block in state.overlay.cuts.items():
+            for leaf in list(pointers.leaves(self._txn, volume, block // LEAF_BLOCKS)):
+                said = pointers.leaf(self._txn, volume, leaf, behind.held)
+                if said is not None:
+                    right = said.copy()
+                    state.overlay.cover(volume, leaf * LEAF_BLOCKS, right)
+                    wrong = np.flatnonzero(right != said).astype(np.uint16)
+                    if len(wrong):
+                        pointers.put(self._txn, volume, leaf, behind.held, wrong, right[wrong])
 
     def _forget(self, state: GroupState) -> None:
         """Drops the stretch's old versions of each leaf before anything new is said of it, or read from it.

@@ -94,6 +94,21 @@ def test_a_leaf_that_was_cut_away_and_written_again_later(world: World, monkeypa
     world.check()
 
 
+def test_what_is_cut_away_behind_the_border_stays_away(world: World) -> None:
+    world.write(5)
+    world.store.checkpoint()
+    data = b"x" * 4096
+    world.group.ingest([world.model.write(world.volume, 600 * 4096, data), world.model.heartbeat()])
+    world.passes(3 * HOUR_NS)
+    world.group.ingest([world.model.resize(world.volume, 4096), world.model.write(world.volume, 1300 * 4096, data)])
+    world.store.checkpoint()  # of what lies on both sides of the border
+    assert world.consolidate().pieces
+    world.kept()
+    assert world.group.head_block(world.volume, 1300) == data
+    assert world.group.head_address(world.volume, 600) == 0
+    world.check()
+
+
 def test_a_sync_that_fails_after_the_last_durable_segment_was_thinned(world: World) -> None:
     world.write(20, 7 * SECOND)
     world.store.checkpoint()
