@@ -19,7 +19,7 @@ from dedup.terminal import print_json, print_table, shown
 from dedup.types import JournalSpec
 from replication.control import UNIX_PREFIX, request
 from replication.errors import ProtocolError
-from replication.snapshot_cli import change_group
+from replication.store_command import on_group
 
 
 @click.group()
@@ -50,7 +50,7 @@ def create(store: str, name: str, granularity: str, group: str | None, as_json: 
     """Give a group of STORE the further data journal NAME, which receives once it is used. Durable when it returns."""
     width = granularity_ns(granularity)
     body: dict[str, object] = {"name": name, "granularity_ns": width}
-    made = change_group(
+    made = on_group(
         store, group, "journal.create", body, lambda writer: _fields(writer, writer.create_journal(name, width))
     )
     _print_one(made, as_json)
@@ -66,7 +66,7 @@ def use(store: str, name: str, group: str | None, as_json: bool) -> None:
 
     The others stay able to receive: switching back and forth needs no pause. Durable when it returns.
     """
-    used = change_group(
+    used = on_group(
         store, group, "journal.use", {"name": name}, lambda writer: _fields(writer, writer.use_journal(name))
     )
     _print_one(used, as_json)

@@ -5,45 +5,17 @@ Goes through the store's second appliance where one runs, and takes the store's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
-import trio
 
 from dedup.consolidation_report import consolidate_here, foresee_here
-from dedup.errors import StoreBusy
 from dedup.gc import collect, collected_fields
-from dedup.store import Store
 from dedup.terminal import print_json, shown, size_text
-from replication.control import UNIX_PREFIX, NoAppliance, request
+from replication.store_command import on_store
 
 LONG_SECONDS: Final = 7 * 24 * 3600.0
 """How long the appliance may take: as long as the history of a large store."""
-
-
-def keep(
-    address: str, command: str, body: dict[str, object], here: Callable[[Store], dict[str, object]]
-) -> dict[str, Any]:
-    """Asks the appliance at `address`; with none running, does it `here`. StoreBusy when one just starts or leaves."""
-    try:
-        return trio.run(partial(request, address, None, command, body, timeout=LONG_SECONDS))
-    except NoAppliance:
-        if address.startswith(UNIX_PREFIX):
-            raise
-    try:
-        store = Store.open(Path(address))
-    except StoreBusy as error:
-        raise StoreBusy(f"{error}, and it does not answer: an appliance that starts or ends? try again") from error
-    try:
-        result = here(store)
-    except BaseException:
-        store.abandon()
-        raise
-    store.close()
-    return result
 
 
 @click.command()
@@ -55,7 +27,13 @@ def consolidate(store: str, dry_run: bool, as_json: bool) -> None:
 
     An appliance does so by itself as history grows older. Safe to interrupt.
     """
-    document = keep(store, "consolidate", {"dry_run": dry_run}, foresee_here if dry_run else consolidate_here)
+    document = on_store(
+        store,
+        "consolidate",
+        {"dry_run": dry_run},
+        foresee_here if dry_run else consolidate_here,
+        timeout=LONG_SECONDS,
+    )
     if as_json:
         print_json(document)
         return
@@ -77,11 +55,12 @@ def consolidate(store: str, dry_run: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def gc(store: str, dry_run: bool, as_json: bool) -> None:
     """Free what no recovery point of STORE needs any more, in use or not. Safe to interrupt."""
-    document = keep(
+    document = on_store(
         store,
         "gc",
         {"dry_run": dry_run},
         lambda opened: collected_fields(collect(opened, dry_run=dry_run), dry_run=dry_run),
+        timeout=LONG_SECONDS,
     )
     if as_json:
         print_json(document)

@@ -8,23 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 
 import click
-import trio
 
 from dedup.cli import store_path
-from dedup.errors import StoreBusy, UnknownName
+from dedup.errors import UnknownName
 from dedup.group_writer import GroupWriter
 from dedup.moment import duration_ns, rfc3339
 from dedup.reader import GroupReader, StoreReader
 from dedup.snapshot_map import snapshot_map
-from dedup.store import Store
 from dedup.terminal import print_json, print_json_list, print_table, shown, size_text
 from dedup.types import Moment, Snapshot, TimeNs, VolumeId, VolumeState
-from replication.control import UNIX_PREFIX, NoAppliance, request
 from replication.errors import ProtocolError
+from replication.store_command import on_group
 
 
 @click.group()
@@ -63,7 +59,7 @@ def create(
         made = writer.create_snapshot(name, at, volume, kept_ns)
         return {"group": writer.name, "name": made.name, "seq": made.seq, "time": made.time, "kind": made.kind}
 
-    made = change_group(store, group, "snapshot.create", body, here)
+    made = on_group(store, group, "snapshot.create", body, here)
     time = made.get("time")
     if not isinstance(time, int):
         raise ProtocolError(f"the appliance's reply to snapshot.create has no time: {made}")
@@ -87,51 +83,12 @@ def create(
 @_group_option
 def delete(store: str, name: str, group: str | None) -> None:
     """Forget the snapshot or bookmark NAME; the recovery point itself stays as long as its data journal keeps it."""
-    change_group(store, group, "snapshot.delete", {"name": name}, lambda writer: _delete(writer, name))
+    on_group(store, group, "snapshot.delete", {"name": name}, lambda writer: _delete(writer, name))
 
 
 def _delete(writer: GroupWriter, name: str) -> dict[str, object]:
     writer.delete_snapshot(name)
     return {}
-
-
-def change_group(
-    address: str,
-    group: str | None,
-    command: str,
-    body: dict[str, object],
-    here: Callable[[GroupWriter], dict[str, object]],
-) -> dict[str, object]:
-    """Asks the appliance; with none running, does it `here`. StoreBusy when one is just starting or leaving."""
-    try:
-        return trio.run(partial(request, address, group, command, body))
-    except NoAppliance:
-        if address.startswith(UNIX_PREFIX):
-            raise
-    try:
-        store = Store.open(Path(address))
-    except StoreBusy as error:
-        raise StoreBusy(f"{error}, and it does not answer: an appliance that starts or ends? try again") from error
-    try:
-        result = here(_group_of(store, group))
-    except BaseException:
-        store.abandon()
-        raise
-    store.close()
-    return result
-
-
-def _group_of(store: Store, name: str | None) -> GroupWriter:
-    """The group of that name, or the only one; never makes one."""
-    known = {group.name: group for group in store.groups}
-    if name is None and len(known) == 1:
-        return next(iter(known.values()))
-    if name in known:
-        return known[name]
-    listed = ", ".join(sorted(known)) or "none"
-    if name is not None:
-        raise UnknownName(f"no group {name!r} in {store.path}; it holds: {listed}")
-    raise UnknownName(f"name a group with --group; {store.path} holds: {listed}")
 
 
 @snapshot.command("list")
