@@ -158,6 +158,7 @@ class Commands:
     async def _retention_set(self, caller: Caller, body: Body) -> Body:
         policy = changed_policy(self._space.policy, body)
         await self._space.set_policy(policy)
+        self._maintenance.reconsider()
         return policy_fields(policy)
 
     async def _journal_list(self, caller: Caller, body: Body) -> Body:

@@ -72,6 +72,10 @@ class Maintenance:
         """Something was dropped: it is collected soon, but not again and again."""
         self._collect_at = min(self._collect_at, self._collected_at + COLLECT_SECONDS_MIN)
 
+    def reconsider(self) -> None:
+        """The policy is another one: what the background does by the old one is cut off."""
+        self._background.cancel()
+
     async def serve(self) -> None:
         """Rounds until cancelled, or until the store has failed."""
         self._collect_at = min(self._collect_at, trio.current_time() + COLLECT_SECONDS)

@@ -66,6 +66,7 @@ class SpaceGate:
         self._refused_at = 0.0
         self._soft_said = False
         self._thin_after = 0.0
+        self._thinning = trio.CancelScope()
         if not self.open:
             self._asked.set()
 
@@ -80,9 +81,13 @@ class SpaceGate:
         return policy.hard_limit_bytes is None and policy.soft_limit_bytes is None
 
     async def set_policy(self, policy: Policy) -> None:
-        """Durable when it returns, and in force. BadPolicy, StoreFull, StoreFailed: the old one stays."""
+        """Durable when it returns, and in force: no history goes by the old one any more, to make room.
+
+        BadPolicy, StoreFull, StoreFailed: the old one stays.
+        """
         await trio.to_thread.run_sync(save_policy, self._storage, self._path, policy)
         self._account.policy = policy
+        self._thinning.cancel()
         self._thin_after = 0.0
         log.info("the retention policy is now %s", policy)
         self.recheck()
@@ -208,12 +213,15 @@ class SpaceGate:
                 return
             log.warning("thinning history with every tier at 1/%d, to make room: %s", 1 << halvings, self._used_text())
             try:
-                await thinner(faster)
+                with trio.CancelScope() as self._thinning:
+                    await thinner(faster)
             except StoreFailed:
                 return  # the writer tells everyone
             except RewindError as error:
                 log.error("history could not be thinned: %s", error)
                 self._thin_later(policy)
+                return
+            if self._thinning.cancelled_caught:
                 return
             await self._measure_anew()
             halvings += 1

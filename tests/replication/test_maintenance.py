@@ -13,9 +13,11 @@ import pytest
 import trio
 
 from dedup import layout
+from dedup.consolidator import Outcome
 from dedup.container import ContainerReader
 from dedup.errors import Damaged, StoreError, StoreFull
 from dedup.pins import ReaderPins
+from dedup.retention import Policy
 from dedup.storage import Storage
 from dedup.store import Store
 from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, VolumeId
@@ -27,6 +29,7 @@ from replication.maintenance import Maintenance
 from replication.messages import Role
 from replication.second_appliance import SecondAppliance
 from replication.store_writer import StoreWriter
+from replication.thinning import Thinning
 from replication.worker_process import WorkerLost, WorkerProcess, working
 from tests.dedup.model import Model
 from tests.dedup.test_gc import LeakyStorage
@@ -180,6 +183,23 @@ async def test_a_command_comes_before_the_background(built: Built, monkeypatch: 
     async with running(built, background=True) as maintenance:
         await begun.wait()
         assert (await maintenance.collect()).freed_bytes > 0
+
+
+async def test_a_new_policy_ends_what_is_done_by_the_old_one(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = trio.Event(), trio.Event()
+
+    async def thin_for_ever(self: Thinning, policy: Policy) -> Outcome:
+        begun.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(Thinning, "round", thin_for_ever)
+    async with running(built, background=True) as maintenance:
+        await begun.wait()
+        maintenance.reconsider()
+        await ended.wait()
 
 
 async def test_a_reader_that_pins_everything_postpones_the_sweep(built: Built) -> None:

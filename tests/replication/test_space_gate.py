@@ -279,6 +279,25 @@ async def test_a_walk_that_began_before_a_thinning_does_not_count(disk: Disk) ->
     assert asked == 1
 
 
+async def test_a_new_policy_ends_the_thinning_by_the_old_one(disk: Disk) -> None:
+    async with capped(disk, AtLimit.THIN) as world:
+        begun, ended = trio.Event(), trio.Event()
+
+        async def thin(policy: Policy) -> None:
+            begun.set()
+            try:
+                await trio.sleep_forever()
+            finally:
+                ended.set()
+
+        peer = await blocked(world, disk)
+        world.appliance.space.thinner = thin
+        await begun.wait()
+        await world.appliance.space.set_policy(Policy())
+        await ended.wait()
+        await peer.hear_ack(3)
+
+
 async def test_thin_says_so_when_it_is_no_use_and_waits(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
     async with capped(disk, AtLimit.THIN) as world:
         asked: list[Policy] = []
