@@ -73,9 +73,9 @@ def commit_piece(group: GroupWriter, folded: Folded, raw: Sequence[SegmentAges])
     store.refuse_if_failed()
     with store.index.read() as txn:
         anchor = group.catalog.anchor(txn, SEQ_MAX)
-    last = folded.piece.stretch.last
-    if anchor is None or anchor.held < last or group.durable_position.segment <= last:
-        # What gets an anchor must be durable, with its blocks; and a sync that fails cuts no file that is gone.
+    if anchor is None or anchor.held <= folded.piece.stretch.last:
+        # What gets an anchor must be durable, with its blocks, and the names made right behind its end in the index;
+        # and a sync that fails cuts no file that is gone.
         store.checkpoint()
     before = read_manifest(store.storage, directory)
     try:

@@ -158,11 +158,6 @@ class GroupWriter:
         return self._durable
 
     @property
-    def durable_position(self) -> JournalPosition:
-        """The end of what is synced: to where a sync that fails cuts the journal."""
-        return self._durable_position
-
-    @property
     def epoch(self) -> Epoch:
         return self.state.epoch
 
@@ -421,7 +416,7 @@ def _finish_consolidation(store: Store, catalog: Catalog, directory: Path) -> No
             if lost:
                 catalog.put_journal_number(txn, manifest.number)  # all of it will be replayed
             else:
-                reindex(store.storage, directory, catalog, txn, manifest)
+                reindex(store.storage, directory, catalog, txn, manifest, names=True)
     _refuse_lost_beginning(store, directory, manifest)
     remove_dead(store.storage, directory, manifest)
 

@@ -23,6 +23,7 @@ from dedup.layout import LEAF_BLOCKS, MANIFEST_NAME
 from dedup.manifest import Manifest, SegmentRow
 from dedup.metadata_journal import EntryKind
 from dedup.overlay import Overlay
+from dedup.pointer_map import SEQ_MAX
 from dedup.storage import Storage
 from dedup.synthesis import state_before
 from dedup.types import Seq, VolumeId
@@ -36,8 +37,13 @@ _FLUSH_POINTERS: Final = 1 << 18
 LeafKey = tuple[VolumeId, int]
 
 
-def reindex(storage: Storage, directory: Path, catalog: Catalog, txn: Txn, manifest: Manifest) -> None:
+def reindex(
+    storage: Storage, directory: Path, catalog: Catalog, txn: Txn, manifest: Manifest, *, names: bool = False
+) -> None:
     """Brings the group's index up to `manifest`, which is the journal's now or becomes it. The caller commits, synced.
+
+    With `names` the index may be older than the end of the new segments, and gets the names that it lacks, too; the
+    caller replays what follows, in which some of them may be forgotten again.
 
     Damaged when the new segments cannot be read, or the index is of a later manifest: then nothing may be committed.
     """
@@ -48,8 +54,10 @@ def reindex(storage: Storage, directory: Path, catalog: Catalog, txn: Txn, manif
             f"{indexed}: an older copy? put the latest one back, or run `rewindfs verify --repair`"
         )
     files = chain_of(manifest, segments(storage, directory))
+    newest = catalog.anchor(txn, SEQ_MAX) if names else None
+    names_from = SEQ_MAX if newest is None else newest.held
     for rows in _stretches(manifest, indexed):
-        _Stretch(storage, directory, catalog, txn, rows, files).run()
+        _Stretch(storage, directory, catalog, txn, rows, files, names_from).run()
     catalog.put_journal_number(txn, manifest.number)
 
 
@@ -77,7 +85,10 @@ class _Stretch:
         txn: Txn,
         rows: Sequence[SegmentRow],
         files: Sequence[SegmentFile],
+        names_from: Seq,
     ) -> None:
+        """`names_from`: checkpoints from that seq on are put with their names."""
+        self._names_from = names_from
         self._storage = storage
         self._directory = directory
         self._catalog = catalog
@@ -156,7 +167,8 @@ class _Stretch:
 
     def _put(self, state: GroupState, position: JournalPosition) -> None:
         self._forget(state)
-        self._catalog.put_anchor(self._txn, state, position)
+        put = self._catalog.put if state.held >= self._names_from else self._catalog.put_anchor
+        put(self._txn, state, position)
         state.checkpointed()
 
 

@@ -166,3 +166,40 @@ def test_a_rebuild_that_is_killed_cuts_nothing_off(world: World, monkeypatch: py
     assert world.group.held == held
     with pytest.raises(Damaged):
         world.store.pool.read_block(where)
+
+
+def test_a_name_made_at_the_end_of_a_piece_stays(world: World) -> None:
+    world.write(20, 7 * SECOND)
+    world.group.create_snapshot("last")
+    seq = world.model.seq
+    world.passes(3 * HOUR_NS)
+    world.store.sync()
+    assert world.consolidate().pieces
+    assert world.group.reader().resolve("last").seq == seq
+    world.reopen()
+    assert world.group.reader().resolve("last").seq == seq
+    world.check()
+
+
+def test_an_older_index_gets_the_names_that_it_lacks(world: World) -> None:
+    world.write(20, 7 * SECOND)
+    world.store.checkpoint()
+    world.store.abandon()
+    shutil.copytree(world.path / "index", world.path.parent / "older")
+    world.store = Store.open(world.path)
+    world.group.create_snapshot("first")
+    first = world.model.seq
+    world.write(20, 7 * SECOND)
+    world.group.create_snapshot("gone")
+    world.group.create_snapshot("second", f"seq={first + 5}")
+    world.group.delete_snapshot("gone")
+    world.passes(3 * HOUR_NS)
+    assert world.consolidate().pieces
+    world.store.abandon()
+    shutil.rmtree(world.path / "index")
+    shutil.move(world.path.parent / "older", world.path / "index")
+    world.store = Store.open(world.path)
+    reader = world.group.reader()
+    assert {name: reader.resolve(name).seq for name in ("first", "second")} == {"first": first, "second": first + 5}
+    assert not world.group.name_exists("gone")
+    world.check()
