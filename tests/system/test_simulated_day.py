@@ -17,6 +17,7 @@ import zstandard
 
 from dedup.container_size import examine
 from dedup.gc import Collection, Collector
+from dedup.journal_reader import first_position, scan
 from dedup.layout import CONTAINERS_NAME, SLOT_BITS
 from dedup.manifest import read_manifest
 from dedup.retention import HOUR_NS, MINUTE_NS, Policy
@@ -154,17 +155,18 @@ def seal_all(store: Store) -> None:
 
 def check_points(store: Store, day: Day) -> None:
     """Every write of the last two hours is a point, each minute of the day before has one; what they hold is right."""
-    reader = store.group("g").reader()
-    kept = []
-    for seq, at in day.points[2:]:
-        if reader.view(Seq(seq)).state.held == seq:
-            kept.append((seq, at))
-        else:
-            assert day.time - at > Policy().every_write_ns
+    group = store.group("g")
+    start = first_position(store.storage, group.directory)
+    entries = scan(store.storage, group.directory, start)
+    held = {scanned.seq for scanned in entries if scanned.kind.consumes_seq}
+    kept = [(seq, at) for seq, at in day.points[2:] if seq in held]
+    assert all(seq in held for seq, at in day.points[2:] if day.time - at <= Policy().every_write_ns)
+    reader = group.reader()
     minutes = {at // MINUTE_NS for _, at in kept}
     assert minutes >= {at // MINUTE_NS for _, at in day.points[2:]}
     dice = random.Random(3)
     for seq, _ in dice.sample(kept, 200):
+        assert reader.view(Seq(seq)).state.held == seq
         image = reader.image(A, Seq(seq))
         for block in dice.sample(range(BLOCKS), 40):
             assert image.read(block * BLOCK_BYTES, BLOCK_BYTES) == day.at(seq, block), f"block {block} at {seq}"
