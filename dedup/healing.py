@@ -27,6 +27,7 @@ from dedup.container import ContainerPool, ContainerReader
 from dedup.damage import locate_head
 from dedup.errors import Damaged, StoreFull, UnknownFormat
 from dedup.layout import (
+    CONTAINER_PAGE_BYTES,
     FINGERPRINT_BYTES,
     RAW_SLOTS_OFFSET,
     RAW_TABLE_OFFSET,
@@ -35,6 +36,7 @@ from dedup.layout import (
     container_path,
     fingerprint,
     slot_of,
+    unpack_container_header,
 )
 from dedup.pointer_map import Addresses
 from dedup.quarantine import Quarantine
@@ -132,9 +134,15 @@ class Healer:
                 return True
         finally:
             reader.close()
-        fd = self._storage.open(container_path(self._directory, container), os.O_RDWR)
+        path = container_path(self._directory, container)
+        fd = self._storage.open(path, os.O_RDWR)
         try:
             # Once more through this descriptor: the file may have been sealed meanwhile.
+            if (
+                unpack_container_header(self._storage.pread(fd, CONTAINER_PAGE_BYTES, 0), path).form
+                != ContainerForm.RAW
+            ):
+                return False
             if self._storage.pread(fd, FINGERPRINT_BYTES, RAW_TABLE_OFFSET + slot * FINGERPRINT_BYTES) != mark:
                 return False
             self._storage.pwritev(fd, [block], RAW_SLOTS_OFFSET + slot * len(block))

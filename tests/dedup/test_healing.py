@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dedup.container import ContainerPool, RawContainerWriter
 from dedup.errors import Damaged
-from dedup.healing import head_ranges
+from dedup.healing import Healer, head_ranges
 from dedup.layout import address, container_path, fingerprint
 from dedup.sealed import seal
 from dedup.storage import Storage
 from dedup.store import Store
-from dedup.types import LOST, ContainerId, Seq, VolumeId
+from dedup.types import FINE_JOURNAL, LOST, ContainerId, Seq, VolumeId
 from dedup.verify import verify
 from tests.dedup.model import Model
 from tests.dedup.test_repair import flip, slot_at
@@ -121,3 +123,24 @@ def test_a_block_lost_under_a_partial_write_is_asked_for(opened: tuple[Store, Mo
     image = reader.image(A, Seq(model.seq))
     assert image.read(9 * BLOCK, BLOCK) == model.content[A][9 * BLOCK : 10 * BLOCK]
     store.close()
+
+
+def test_a_container_that_is_sealed_at_that_instant_is_left(tmp_path: Path) -> None:
+    """A sealed one's table can have the fingerprint where the raw one's has it: here all of them lie there."""
+
+    class Sealing(Storage):
+        def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
+            if flags & os.O_RDWR and path.suffix == ".rwc":
+                seal(Storage(), tmp_path, ContainerId(1), range(4, 36))
+            return super().open(path, flags, mode)
+
+    blocks = [random.Random(slot).randbytes(BLOCK) for slot in range(36)]
+    writer = RawContainerWriter.create(Storage(), tmp_path, ContainerId(1), FINE_JOURNAL)
+    writer.append(blocks, [fingerprint(block) for block in blocks])
+    writer.close()
+    storage = Sealing()
+    healer = Healer(storage, tmp_path, tmp_path, ContainerPool(storage, tmp_path))
+    healer.heal(address(ContainerId(1), 9), fingerprint(blocks[9]), blocks[9])
+    healed = container_path(tmp_path, ContainerId(1)).read_bytes()
+    seal(Storage(), tmp_path, ContainerId(1), None)
+    assert container_path(tmp_path, ContainerId(1)).read_bytes() == healed
