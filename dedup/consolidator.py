@@ -54,11 +54,11 @@ class Outcome:
 
 
 def forget_names(group: GroupWriter, now: TimeNs) -> None:
-    """Forgets the snapshots whose time is up. StoreFull, StoreFailed."""
+    """Forgets the snapshots whose time is up by both clocks, this host's and the agent's. StoreFull, StoreFailed."""
     with group.store.index.read() as txn:
         names = GroupHistory(group.store.storage, group.directory, group.catalog, txn, group.state).names()
     for name, snapshot in names.items():
-        if snapshot.keep_until is not None and snapshot.keep_until <= now and name != BASE_NAME:
+        if snapshot.keep_until is not None and snapshot.keep_until <= min(now, group.time) and name != BASE_NAME:
             group.delete_snapshot(name)
 
 

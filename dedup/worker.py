@@ -219,6 +219,7 @@ class Worker:
 
     def _thin(self, request: Thin) -> Thinned:
         known = {one.segment: one for one in request.known}
+        self._store.group(request.group).refresh()
         with self._store.index.read() as txn:
             history = self._history(request.group, txn)
             now = history.now(request.now)
@@ -231,14 +232,18 @@ class Worker:
     def _foresee(self, boundary: Boundary, policy: Policy, now: TimeNs) -> Preview:
         store = self._store
         collector = Collector(store.storage, store.path, store.index, boundary, self._pace.breathe)
+        for name in boundary.positions:
+            store.group(name).refresh()
         with store.index.read() as txn:
             histories = [(self._history(name, txn), end) for name, end in boundary.positions.items()]
             return preview(histories, collector, policy, now)
 
     def _history(self, name: str, txn: Txn) -> GroupHistory:
-        """The group as it is; only the writer changes history, and it waits for the reply."""
+        """The group as it was when it was refreshed, before `txn`: what the index says since only adds to it.
+
+        Only the writer changes history, and it waits for the reply.
+        """
         group = self._store.group(name)
-        group.refresh()
         directory = self._store.path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
         catalog = Catalog(self._store.index, self._store.index.group_ids(txn)[name])
         return GroupHistory(self._store.storage, directory, catalog, txn, group.state)
