@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import stat
 import sys
 from pathlib import Path
@@ -55,6 +56,8 @@ class OneFile(pyfuse3.Operations):
 def main() -> None:
     mountpoint, log_file, behaviour = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     log = logging.getLogger("test")
+    # Ignored where the tests were started in the background of a shell without job control.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     async def body(ready: Ready) -> None:
         if behaviour == "refuse":
