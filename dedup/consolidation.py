@@ -79,10 +79,17 @@ class Folded:
     piece: Piece
     number: int
     rows: tuple[SegmentRow, ...]
+    raw: tuple[SegmentAges, ...] = ()
+    """The raw segments between the manifest's last row and the piece, which the next manifest names as they are."""
     base: tuple[Seq, TimeNs] | None = None
     """The new base snapshot, where everything before it goes."""
     named: tuple[Seq, ...] = ()
     """The moments of the piece that had a name when it was folded."""
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes of journal that it saves."""
+        return max(0, self.piece.bytes - sum(row.bytes for row in self.rows))
 
 
 class GroupHistory:
@@ -296,10 +303,39 @@ def _kept(history: GroupHistory, piece: Piece, policy: Policy, now: TimeNs) -> s
     return set(kept((point for point in points if point.seq >= history.base), policy, now, named))
 
 
-def fold_piece(
-    history: GroupHistory, piece: Piece, policy: Policy, now: TimeNs, *, breathe: Callable[[], None] = lambda: None
+def fold_next(
+    history: GroupHistory,
+    policy: Policy,
+    now: TimeNs,
+    known: dict[SegmentFile, SegmentAges],
+    skip: Collection[Seq] = (),
+    *,
+    breathe: Callable[[], None] = lambda: None,
+) -> Folded | None:
+    """Folds the first piece that is due, by this host's clock `now`, but those that end at a seq in `skip`. None: there
+    is none.
+
+    Writes the files that may replace it; durable and read back, named by nothing. `known`: see
+    `GroupHistory.segments`. Damaged, StoreFull, …
+    """
+    age = history.now(now)
+    due = (piece for piece in plan(history, policy, age, known) if piece.stretch.last not in skip)
+    piece = next(due, None)
+    if piece is None:
+        return None
+    first = piece.stretch.segments[0].first
+    raw = tuple(one for one in history.segments(known) if history.manifest.last < one.segment.first < first)
+    return _fold_piece(history, piece, policy, age, raw, breathe)
+
+
+def _fold_piece(
+    history: GroupHistory,
+    piece: Piece,
+    policy: Policy,
+    now: TimeNs,
+    raw: tuple[SegmentAges, ...],
+    breathe: Callable[[], None],
 ) -> Folded:
-    """Writes the files that may replace a piece; durable and read back, named by nothing. Damaged, StoreFull, …"""
     fold, label = folding(history, piece, policy, now)
     number = history.manifest.number
     rows = write_rows(history.storage, history.directory, fold, label, number + 1, breathe)
@@ -307,24 +343,17 @@ def fold_piece(
     advances = piece.window_ns == FOREVER and not piece.stretch.after and oldest.last in fold.keep
     is_new = advances and oldest.last > history.base
     base = (oldest.last, oldest.newest) if is_new else None
-    return Folded(piece, number, tuple(rows), base, tuple(sorted(history.named_in(piece.stretch))))
+    return Folded(piece, number, tuple(rows), raw, base, tuple(sorted(history.named_in(piece.stretch))))
 
 
-def raw_between(history: GroupHistory, known: dict[SegmentFile, SegmentAges], piece: Piece) -> list[SegmentAges]:
-    """The raw segments between the manifest's last row and a piece: what `replaced` has to name as it is."""
-    first = piece.stretch.segments[0].first
-    return [one for one in history.segments(known) if history.manifest.last < one.segment.first < first]
-
-
-def replaced(manifest: Manifest, folded: Folded, raw: Sequence[SegmentAges]) -> Manifest:
-    """The manifest with the piece's new rows in the place of its old ones. `raw` are the raw segments that lie between
-    the manifest's last row and the piece: they are named as they are. ValueError when the piece is another one's."""
+def replaced(manifest: Manifest, folded: Folded) -> Manifest:
+    """The manifest with the piece's new rows in the place of its old ones. ValueError when it is another one's."""
     first, last = folded.rows[0].first, folded.rows[-1].last
     if manifest.number != folded.number or last != folded.piece.stretch.last:
         raise ValueError(f"the piece {first}..{last} was folded for manifest {folded.number}")
     before = [row for row in manifest.rows if row.last < first]
     behind = [row for row in manifest.rows if row.first > last]
-    between = [_row_of(one) for one in raw if manifest.last < one.segment.first < first]
+    between = [_row_of(one) for one in folded.raw]
     return Manifest(manifest.number + 1, (*before, *between, *folded.rows, *behind))
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from dedup.consolidation import GroupHistory
 from dedup.consolidation_preview import Preview, preview
-from dedup.consolidator import Outcome, consolidate
+from dedup.consolidator import Outcome, consolidate, history_of
 from dedup.gc import Collected, Collection, Collector, collect
 from dedup.retention import load_policy
 from dedup.types import TimeNs
@@ -73,7 +72,7 @@ def foresee_here(store: Store) -> dict[str, object]:
             with store.index.read() as txn:
                 histories = [
                     (
-                        GroupHistory(store.storage, group.directory, group.catalog, txn, group.state),
+                        history_of(group, txn),
                         collection.boundary.positions[group.name],
                     )
                     for group in store.groups

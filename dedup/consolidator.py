@@ -8,20 +8,18 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dedup import layout
+from dedup.catalog import Txn
 from dedup.consolidation import (
     Folded,
     GroupHistory,
     Piece,
     SegmentAges,
-    fold_piece,
-    plan,
-    raw_between,
+    fold_next,
     replaced,
 )
 from dedup.errors import Damaged, StoreFailed, StoreFull
@@ -53,17 +51,22 @@ class Outcome:
         )
 
 
+def history_of(group: GroupWriter, txn: Txn) -> GroupHistory:
+    """The group's history as its writer sees it."""
+    return GroupHistory(group.store.storage, group.directory, group.catalog, txn, group.state)
+
+
 def forget_names(group: GroupWriter, now: TimeNs) -> None:
     """Forgets the snapshots whose time is up by both clocks, this host's and the agent's. StoreFull, StoreFailed."""
     with group.store.index.read() as txn:
-        names = GroupHistory(group.store.storage, group.directory, group.catalog, txn, group.state).names()
+        names = history_of(group, txn).names()
     for name, snapshot in names.items():
         if snapshot.keep_until is not None and snapshot.keep_until <= min(now, group.time) and name != BASE_NAME:
             group.delete_snapshot(name)
 
 
-def commit_piece(group: GroupWriter, folded: Folded, raw: Sequence[SegmentAges]) -> bool:
-    """Puts a folded piece in the place of what it was made of; durable when it returns. `raw`: see `replaced`.
+def commit_piece(group: GroupWriter, folded: Folded) -> bool:
+    """Puts a folded piece in the place of what it was made of; durable when it returns.
 
     False, and nothing changed, when a reader needs a moment in it, or one got a name after it was folded. Damaged,
     StoreFull: nothing changed either.
@@ -79,7 +82,7 @@ def commit_piece(group: GroupWriter, folded: Folded, raw: Sequence[SegmentAges])
         store.checkpoint()
     before = read_manifest(store.storage, directory)
     try:
-        manifest = replaced(before, folded, raw)
+        manifest = replaced(before, folded)
         barrier = PinBarrier(store.storage, store.path)
         try:
             with barrier.shut() as pinned:
@@ -118,8 +121,8 @@ def _commit(group: GroupWriter, folded: Folded, manifest: Manifest) -> None:
 def _named_since(group: GroupWriter, folded: Folded) -> bool:
     """Whether a moment of the piece has a name now that it had not when the piece was folded without it."""
     with group.store.index.read() as txn:
-        history = GroupHistory(group.store.storage, group.directory, group.catalog, txn, group.state)
-        return not history.named_in(folded.piece.stretch) <= {*folded.named, folded.piece.stretch.last}
+        named = history_of(group, txn).named_in(folded.piece.stretch)
+        return not named <= {*folded.named, folded.piece.stretch.last}
 
 
 def _in_use(group: GroupWriter, piece: Piece, pinned: Pinned) -> bool:
@@ -141,7 +144,7 @@ def _in_use(group: GroupWriter, piece: Piece, pinned: Pinned) -> bool:
 def consolidate(group: GroupWriter, policy: Policy, now: TimeNs) -> Outcome:
     """Thins one group as the policy says, piece by piece, in this process, which has the store to itself.
 
-    Each piece counts when it is committed; `halt` is asked between them. Damaged, StoreFull, StoreFailed.
+    Each piece counts when it is committed. Damaged, StoreFull, StoreFailed.
     """
     forget_names(group, now)
     group.complete_segment()
@@ -150,19 +153,13 @@ def consolidate(group: GroupWriter, policy: Policy, now: TimeNs) -> Outcome:
     postponed: set[Seq] = set()
     while True:
         with group.store.index.read() as txn:
-            history = GroupHistory(group.store.storage, group.directory, group.catalog, txn, group.state)
-            age = history.now(now)
-            due = [piece for piece in plan(history, policy, age, known) if piece.stretch.last not in postponed]
-            if not due:
-                break
-            folded = fold_piece(history, due[0], policy, age)
-            raw = raw_between(history, known, due[0])
-        if commit_piece(group, folded, raw):
-            freed = max(0, due[0].bytes - sum(row.bytes for row in folded.rows))
-            outcome = replace(outcome, pieces=outcome.pieces + 1, freed_bytes=outcome.freed_bytes + freed)
+            folded = fold_next(history_of(group, txn), policy, now, known, postponed)
+        if folded is None:
+            return replace(outcome, postponed=len(postponed))
+        if commit_piece(group, folded):
+            outcome += Outcome(1, folded.freed_bytes)
         else:
-            postponed.add(due[0].stretch.last)
-    return replace(outcome, postponed=len(postponed))
+            postponed.add(folded.piece.stretch.last)
 
 
 def remove_dead(storage: Storage, directory: Path, manifest: Manifest) -> None:

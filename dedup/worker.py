@@ -27,7 +27,7 @@ import msgspec
 
 from dedup import layout
 from dedup.catalog import Catalog, Txn
-from dedup.consolidation import Folded, GroupHistory, SegmentAges, fold_piece, plan, raw_between
+from dedup.consolidation import Folded, GroupHistory, SegmentAges, fold_next
 from dedup.consolidation_preview import Preview, preview
 from dedup.container_size import examine
 from dedup.errors import Damaged, StoreError, StoreFull
@@ -113,10 +113,9 @@ class Found(msgspec.Struct, frozen=True, tag=True):
 
 
 class Thinned(msgspec.Struct, frozen=True, tag=True):
-    """`folded` is None when nothing is due; `raw` are the raw segments before it; `known` all that were read."""
+    """`folded` is None when nothing is due; `known` are the raw segments that were read."""
 
     folded: Folded | None
-    raw: tuple[SegmentAges, ...]
     known: tuple[SegmentAges, ...]
 
 
@@ -222,12 +221,8 @@ class Worker:
         self._store.group(request.group).refresh()
         with self._store.index.read() as txn:
             history = self._history(request.group, txn)
-            now = history.now(request.now)
-            due = [one for one in plan(history, request.policy, now, known) if one.stretch.last not in request.skip]
-            if not due:
-                return Thinned(None, (), tuple(known.values()))
-            folded = fold_piece(history, due[0], request.policy, now, breathe=self._pace.breathe)
-            return Thinned(folded, tuple(raw_between(history, known, due[0])), tuple(known.values()))
+            folded = fold_next(history, request.policy, request.now, known, request.skip, breathe=self._pace.breathe)
+        return Thinned(folded, tuple(known.values()))
 
     def _foresee(self, boundary: Boundary, policy: Policy, now: TimeNs) -> Preview:
         store = self._store

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from dedup.consolidation import GroupHistory, SegmentAges, plan
-from dedup.consolidator import Outcome, commit_piece, forget_names
+from dedup.consolidation import SegmentAges, plan
+from dedup.consolidator import Outcome, commit_piece, forget_names, history_of
 from dedup.journal_reader import SegmentFile, chain
 from dedup.retention import Policy
 from dedup.types import Seq, TimeNs
@@ -112,9 +112,8 @@ class Thinning:
                 folded = reply.folded
                 if folded is None:
                     break
-                if await self._writer.run(commit_piece, group, folded, reply.raw):
-                    freed = max(0, folded.piece.bytes - sum(row.bytes for row in folded.rows))
-                    outcome += Outcome(1, freed)
+                if await self._writer.run(commit_piece, group, folded):
+                    outcome += Outcome(1, folded.freed_bytes)
                 else:
                     postponed = (*postponed, folded.piece.stretch.last)
         if outcome.pieces:
@@ -125,11 +124,10 @@ class Thinning:
 
 def _is_due(group: GroupWriter, policy: Policy, now: TimeNs, watched: _Watched) -> bool:
     """Whether a child is needed: for a raw segment that was not read yet, or a piece that is due."""
-    storage = group.store.storage
-    files = chain(storage, group.directory)
+    files = chain(group.store.storage, group.directory)
     watched.known = {file: ages for file, ages in watched.known.items() if file in set(files)}
     with group.store.index.read() as txn:
-        history = GroupHistory(storage, group.directory, group.catalog, txn, group.state)
+        history = history_of(group, txn)
         rows = {SegmentFile(row.first, row.generation) for row in history.manifest.rows if row.generation}
         if any(file not in rows and file not in watched.known for file in files[:-1]):
             return True

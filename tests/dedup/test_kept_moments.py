@@ -10,8 +10,8 @@ from typing import NoReturn
 import pytest
 
 from dedup import group_writer
-from dedup.consolidation import Folded, GroupHistory, SegmentAges, fold_piece, plan, raw_between
-from dedup.consolidator import commit_piece
+from dedup.consolidation import Folded, fold_next
+from dedup.consolidator import commit_piece, history_of
 from dedup.errors import Damaged, StoreFailed
 from dedup.journal_reader import first_position
 from dedup.layout import RAW_SLOTS_OFFSET, container_of, container_path, slot_of
@@ -32,26 +32,25 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.store.abandon()
 
 
-def fold_first(world: World) -> tuple[Folded, list[SegmentAges]]:
+def fold_first(world: World) -> Folded:
     """What a child folds, and the writer has yet to commit."""
-    group = world.group
     with world.store.index.read() as txn:
-        history = GroupHistory(world.store.storage, group.directory, group.catalog, txn, group.state)
-        piece = plan(history, Policy(), group.time)[0]
-        return fold_piece(history, piece, Policy(), group.time), raw_between(history, {}, piece)
+        folded = fold_next(history_of(world.group, txn), Policy(), world.group.time, {})
+    assert folded is not None
+    return folded
 
 
 def test_a_moment_that_is_named_after_the_fold_stays(world: World) -> None:
     seqs = world.write(70, 7 * SECOND)
     world.passes(3 * HOUR_NS)
-    folded, raw = fold_first(world)
+    folded = fold_first(world)
     for seq in seqs[5:14]:
         world.group.create_snapshot(f"of-{seq}", f"seq={seq}")
-    assert not commit_piece(world.group, folded, raw)
+    assert not commit_piece(world.group, folded)
     for seq in seqs[5:14]:
         assert world.group.reader().resolve(f"of-{seq}").seq == seq
-    folded, raw = fold_first(world)
-    assert commit_piece(world.group, folded, raw)
+    folded = fold_first(world)
+    assert commit_piece(world.group, folded)
     assert {*seqs[5:14]} <= {*world.kept()}
     world.check()
 
