@@ -13,7 +13,7 @@ from dedup.errors import StoreError, UnknownName
 from dedup.moment import rfc3339
 from dedup.points import PointRange, Points
 from dedup.reader import GroupReader, StoreReader
-from dedup.terminal import print_json, print_table, shown
+from dedup.terminal import group_option, json_option, print_json, print_table, shown
 from dedup.types import Gap, Moment, Seq, TimeNs
 from dedup.volume_history import path_history
 
@@ -33,8 +33,8 @@ def store_path(address: str) -> Path:
 @click.command()
 @click.argument("store", metavar="STORE")
 @click.argument("volume", required=False)
-@click.option("--group", metavar="G", help="The group, where the store holds several.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@group_option
+@json_option
 def points(store: str, volume: str | None, group: str | None, as_json: bool) -> None:
     """Show what can be restored of STORE, or of the one VOLUME: ranges, gaps, flushes, bookmarks."""
     reader = StoreReader.open(store_path(store))

@@ -1,4 +1,5 @@
-"""What the commands print: JSON documents, tables, sizes; and how far a long work is, on a terminal only."""
+"""What the commands print: JSON documents, tables, sizes; how far a long work is, on a terminal only; and the options
+that most of them have."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+group_option: Final = click.option("--group", metavar="G", help="The group, where the store holds several.")
+json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 

@@ -19,6 +19,7 @@ from dedup.moment import check_name, rfc3339
 from dedup.reader import StoreReader
 from dedup.space import space_of
 from dedup.storage import Storage
+from dedup.terminal import json_option
 from dedup.types import TimeNs
 from fusefs.agent_control import Body, ask
 from fusefs.mount_process import DRAIN_SECONDS, MountSettings, run_mount
@@ -208,7 +209,7 @@ async def _wait_for_end(pid: int, seconds: float) -> None:
 @click.command()
 @click.argument("mountpoint", type=DIRECTORY)
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def bookmark(mountpoint: Path, name: str, as_json: bool) -> None:
     """Give this moment a NAME, across all volumes of the mount, after a flush."""
     check_name(name)
@@ -232,7 +233,7 @@ def print_json(value: object) -> None:
 
 @click.command()
 @click.argument("place", metavar="MOUNTPOINT|STORE", type=DIRECTORY)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 @click.option("--fail-on-lag", type=Duration(), help="Exit 1 when the store is behind by more than this.")
 @click.option("--watch", is_flag=True, help="Again each second, until interrupted.")
 def status(place: Path, as_json: bool, fail_on_lag: float | None, watch: bool) -> None:

@@ -5,7 +5,6 @@ What changes the store goes through its second appliance where one runs, and tak
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import click
@@ -15,7 +14,7 @@ from dedup.cli import store_path
 from dedup.granularity import EVERY_WRITE, granularity_ns, journal_fields
 from dedup.group_writer import GroupWriter
 from dedup.reader import StoreReader
-from dedup.terminal import print_json, print_table, shown
+from dedup.terminal import group_option, json_option, print_json, print_table, shown
 from dedup.types import JournalSpec
 from replication.control import UNIX_PREFIX, request
 from replication.errors import ProtocolError
@@ -27,14 +26,6 @@ def journal() -> None:
     """Create, list and use data journals: each keeps recovery points at its own granularity."""
 
 
-def _group_option(function: Callable[..., None]) -> Callable[..., None]:
-    return click.option("--group", metavar="G", help="The group, where the store holds several.")(function)
-
-
-def _json_option(function: Callable[..., None]) -> Callable[..., None]:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)
-
-
 @journal.command()
 @click.argument("store", metavar="STORE")
 @click.argument("name", metavar="NAME")
@@ -44,8 +35,8 @@ def _json_option(function: Callable[..., None]) -> Callable[..., None]:
     metavar="every-write|DURATION",
     help="Keep every write (the default), or one point per DURATION, from 1s to 1d.",
 )
-@_group_option
-@_json_option
+@group_option
+@json_option
 def create(store: str, name: str, granularity: str, group: str | None, as_json: bool) -> None:
     """Give a group of STORE the further data journal NAME, which receives once it is used. Durable when it returns."""
     width = granularity_ns(granularity)
@@ -59,8 +50,8 @@ def create(store: str, name: str, granularity: str, group: str | None, as_json: 
 @journal.command()
 @click.argument("store", metavar="STORE")
 @click.argument("name", metavar="NAME")
-@_group_option
-@_json_option
+@group_option
+@json_option
 def use(store: str, name: str, group: str | None, as_json: bool) -> None:
     """Route what a group of STORE receives from now on to its data journal NAME.
 
@@ -74,8 +65,8 @@ def use(store: str, name: str, group: str | None, as_json: bool) -> None:
 
 @journal.command("list")
 @click.argument("store", metavar="STORE")
-@_group_option
-@_json_option
+@group_option
+@json_option
 def list_(store: str, group: str | None, as_json: bool) -> None:
     """List the data journals of STORE: how fine each is, and which one receives."""
     listed = _listed_by_appliance(store, group) if store.startswith(UNIX_PREFIX) else _listed(store, group)

@@ -11,7 +11,7 @@ import click
 
 from dedup.consolidation_report import consolidate_here, foresee_here
 from dedup.gc import collect, collected_fields
-from dedup.terminal import print_json, shown, size_text
+from dedup.terminal import json_option, print_json, shown, size_text
 from replication.store_command import on_store
 
 LONG_SECONDS: Final = 7 * 24 * 3600.0
@@ -21,7 +21,7 @@ LONG_SECONDS: Final = 7 * 24 * 3600.0
 @click.command()
 @click.argument("store", metavar="STORE")
 @click.option("--dry-run", is_flag=True, help="Only say what would be thinned and freed.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def consolidate(store: str, dry_run: bool, as_json: bool) -> None:
     """Thin the history of STORE as `rewindfs retention show` says, in use or not, and free what that leaves.
 
@@ -52,7 +52,7 @@ def consolidate(store: str, dry_run: bool, as_json: bool) -> None:
 @click.command()
 @click.argument("store", metavar="STORE")
 @click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def gc(store: str, dry_run: bool, as_json: bool) -> None:
     """Free what no recovery point of STORE needs any more, in use or not. Safe to interrupt."""
     document = on_store(

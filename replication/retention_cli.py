@@ -23,7 +23,7 @@ from dedup.marker import read_marker
 from dedup.moment import duration_ns, duration_text
 from dedup.retention import AtLimit, Policy, changed_policy, load_policy, policy_fields, save_policy
 from dedup.storage import Storage
-from dedup.terminal import print_json, size_text
+from dedup.terminal import json_option, print_json, size_text
 from replication.control import UNIX_PREFIX, NoAppliance, request
 
 _NS: Final = 1_000_000_000
@@ -73,13 +73,9 @@ def retention() -> None:
     """Show and set how finely history is kept as it grows older, and how large the store may grow."""
 
 
-def _json_option(function: Any) -> Any:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)
-
-
 @retention.command()
 @click.argument("store", metavar="STORE")
-@_json_option
+@json_option
 def show(store: str, as_json: bool) -> None:
     """Show the policy of STORE."""
     if store.startswith(UNIX_PREFIX) or "://" in store:
@@ -102,7 +98,7 @@ def show(store: str, as_json: bool) -> None:
 @click.option(
     "--at-limit", type=click.Choice([one.value for one in AtLimit]), help="What writes meet at the hard limit."
 )
-@_json_option
+@json_option
 def set_(store: str, as_json: bool, **options: Any) -> None:
     """Change the policy of STORE; what is not given stays as it is. In force when it returns."""
     changes = {name: value for name, value in options.items() if value is not None}

@@ -6,7 +6,7 @@ What changes the store goes through its second appliance where one runs, and tak
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 import click
@@ -17,7 +17,7 @@ from dedup.group_writer import GroupWriter
 from dedup.moment import duration_ns, rfc3339
 from dedup.reader import GroupReader, StoreReader
 from dedup.snapshot_map import snapshot_map
-from dedup.terminal import print_json, print_json_list, print_table, shown, size_text
+from dedup.terminal import group_option, json_option, print_json, print_json_list, print_table, shown, size_text
 from dedup.types import Moment, Snapshot, TimeNs, VolumeId, VolumeState
 from replication.errors import ProtocolError
 from replication.store_command import on_group
@@ -28,22 +28,14 @@ def snapshot() -> None:
     """Create, list and delete snapshots."""
 
 
-def _group_option(function: Callable[..., None]) -> Callable[..., None]:
-    return click.option("--group", metavar="G", help="The group, where the store holds several.")(function)
-
-
-def _json_option(function: Callable[..., None]) -> Callable[..., None]:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)
-
-
 @snapshot.command()
 @click.argument("store", metavar="STORE")
 @click.option("--at", "at", default="latest", metavar="TIME", help="The recovery point to keep; by default the latest.")
 @click.option("--name", metavar="NAME", help="By default the moment's time.")
 @click.option("--volume", metavar="VOLUME", help="Keep this one volume, not the whole group.")
 @click.option("--keep", metavar="DURATION", help="Retention forgets it after so long, e.g. 90d; by default never.")
-@_group_option
-@_json_option
+@group_option
+@json_option
 def create(
     store: str, at: str, name: str | None, volume: str | None, keep: str | None, group: str | None, as_json: bool
 ) -> None:
@@ -80,7 +72,7 @@ def create(
 @snapshot.command()
 @click.argument("store", metavar="STORE")
 @click.argument("name", metavar="NAME")
-@_group_option
+@group_option
 def delete(store: str, name: str, group: str | None) -> None:
     """Forget the snapshot or bookmark NAME; the recovery point itself stays as long as its data journal keeps it."""
     on_group(store, group, "snapshot.delete", {"name": name}, lambda writer: _delete(writer, name))
@@ -93,8 +85,8 @@ def _delete(writer: GroupWriter, name: str) -> dict[str, object]:
 
 @snapshot.command("list")
 @click.argument("store", metavar="STORE")
-@_group_option
-@_json_option
+@group_option
+@json_option
 def list_(store: str, group: str | None, as_json: bool) -> None:
     """List the snapshots of STORE: the base, bookmarks and snapshots, and what changed from one to the next."""
     reader = StoreReader.open(store_path(store))
@@ -158,8 +150,8 @@ def _print_list(listed: Iterable[dict[str, object]]) -> None:
 @click.argument("store", metavar="STORE")
 @click.argument("volume", metavar="VOLUME")
 @click.option("--at", "at", required=True, metavar="TIME", help="The moment.")
-@_group_option
-@_json_option
+@group_option
+@json_option
 def map_(store: str, volume: str, at: str, group: str | None, as_json: bool) -> None:
     """Show where each range of VOLUME lies at TIME: a hole, the base, or which data journal."""
     reader = StoreReader.open(store_path(store))

@@ -20,7 +20,7 @@ from dedup.damage import Repair, Report
 from dedup.errors import StoreBusy
 from dedup.repair import repair
 from dedup.storage import Storage
-from dedup.terminal import terminal_progress
+from dedup.terminal import json_option, terminal_progress
 from dedup.verify import Progress, inspect
 from dedup.verify import verify as verify_store
 from replication.control import NoAppliance, request
@@ -40,7 +40,7 @@ _LOOK_SECONDS: Final = 0.5
 @click.option(
     "--accept-loss", is_flag=True, help="With --repair: cut a broken history off where nothing behind it is of use."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 @click.pass_context
 def verify(
     context: click.Context, store: str, read_data: bool, repairing: bool, accept_loss: bool, as_json: bool
