@@ -49,9 +49,7 @@ def preview(
     counts = _Counts()
     for history, end in histories:
         _mark(history, end, collector, policy, history.now(now), counts)
-    return Preview(
-        counts.pieces, counts.points, counts.kept, counts.journal_bytes, counts.kept_bytes, collector.found()
-    )
+    return Preview(counts.pieces, counts.points, counts.kept, counts.journal_bytes, counts.kept_bytes, collector.plan())
 
 
 def _mark(

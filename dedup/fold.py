@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from dedup.folded_blocks import LEAVES_MAX, FoldedBlocks, LeafKey
+from dedup.folded_blocks import LEAVES_MAX, FoldedBlocks
 from dedup.group_state import GroupState
 from dedup.journal_reader import JournalPosition, SegmentFile
 from dedup.layout import ADDRESS_BYTES, FINGERPRINT_BYTES
 from dedup.manifest import SegmentRow
 from dedup.metadata_journal import EntryKind, Logged, LoggedExtent, read
 from dedup.overlay import Overlay
+from dedup.pointer_map import LeafKey
 from dedup.segment_builder import SegmentBuilder
 from dedup.storage import Storage
 from dedup.types import Consolidated, JournalId, Seq, VolumeId, VolumeState

@@ -17,17 +17,15 @@ from numpy.typing import NDArray
 
 from dedup.layout import FINGERPRINT_BYTES, LEAF_BLOCKS
 from dedup.metadata_journal import LoggedExtent
+from dedup.pointer_map import FIRST_LEAF, LeafKey
 from dedup.types import BLOCK_BYTES, VolumeId
 
 LEAVES_MAX: Final = 4096
 """48 MiB: the blocks of 8 GiB of written volumes per pass."""
-FIRST_LEAF: Final = (VolumeId(0), 0)
 
 _UNSAID: Final = np.uint64((1 << 64) - 1)
 """Stands for a block that no entry named: no container has that number."""
 _BLOCK: Final = np.dtype([("address", "<u8"), ("fingerprint", f"V{FINGERPRINT_BYTES}")])
-
-LeafKey = tuple[VolumeId, int]
 
 
 class FoldedBlocks:

@@ -228,17 +228,13 @@ class Collector:
         for name, position in self._boundary.positions.items():
             self._mark_journal(self._groups / name / layout.JOURNAL_NAME, position)
         self._mark_pointers()
-        return self._plan()
+        return self.plan()
 
     def mark_extents(self, extents: Iterable[LoggedExtent]) -> None:
         """These are live; for a look at what is not written so."""
         for extent in extents:
             self.live.add(extent.addresses)
         self._breathe()
-
-    def found(self) -> Plan:
-        """The plan by what was marked so far."""
-        return self._plan()
 
     def _mark_journal(self, directory: Path, limit: JournalPosition) -> None:
         start = first_position(self._storage, directory)
@@ -265,7 +261,8 @@ class Collector:
                 more = cursor.next()
             return cursor.key() if more else None
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
+        """What could be swept by what was marked so far."""
         live = dead = looked_at = 0
         rewrites = []
         found = self._numbers()

@@ -19,7 +19,7 @@ from dedup.catalog import Catalog, Index, Txn
 from dedup.damage import CATALOG, INDEX, JOURNAL, MANIFEST, Check, Damage
 from dedup.errors import Damaged, UnknownFormat
 from dedup.group_state import BASE_NAME, Checkpoint
-from dedup.head_replay import FIRST_LEAF, LEAVES_MAX, HeadReplay, LeafKey
+from dedup.head_replay import LEAVES_MAX, HeadReplay
 from dedup.index_compare import IndexCompare, IndexRefused, Replay, leaf_damage
 from dedup.journal_reader import (
     FIRST_POSITION,
@@ -35,7 +35,7 @@ from dedup.journal_reader import (
 from dedup.layout import LEAF_BLOCKS, POINTER_KEY
 from dedup.manifest import Manifest, read_manifest
 from dedup.metadata_journal import EntryKind, Logged, decode
-from dedup.pointer_map import SEQ_MAX, Addresses, split_key
+from dedup.pointer_map import FIRST_LEAF, SEQ_MAX, Addresses, LeafKey, split_key
 from dedup.reachability import Reachability
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, Gap, RunStart, Seq, Snapshot, VolumeId, VolumeState

@@ -18,7 +18,7 @@ import numpy as np
 
 from dedup.layout import ADDRESS_BYTES, LEAF_BLOCKS
 from dedup.overlay import Overlay
-from dedup.pointer_map import Addresses, decode_whole, encode_whole
+from dedup.pointer_map import FIRST_LEAF, Addresses, LeafKey, decode_whole, encode_whole
 from dedup.types import VolumeId
 
 LEAVES_MAX: Final = 16_384
@@ -26,9 +26,6 @@ LEAVES_MAX: Final = 16_384
 _LEAF_BYTES: Final = LEAF_BLOCKS * ADDRESS_BYTES
 _KEPT_BYTES: Final = 256
 """What Python takes for a packed leaf besides its bytes: its key, and places in a dict, a set and a heap."""
-
-LeafKey = tuple[VolumeId, int]
-FIRST_LEAF: Final[LeafKey] = (VolumeId(0), 0)
 
 
 class HeadReplay:

@@ -20,10 +20,10 @@ from dedup.damage import Check, Damage
 from dedup.errors import Damaged
 from dedup.gaps import merged
 from dedup.group_state import Checkpoint, GroupState
-from dedup.head_replay import HeadReplay, LeafKey
+from dedup.head_replay import HeadReplay
 from dedup.layout import ANCHOR_KEY, LEAF_BLOCKS, POINTER_KEY, SEGMENT_HEADER_BYTES, SLOT_BITS, SLOT_MASK
 from dedup.metadata_journal import JournalPosition, Logged
-from dedup.pointer_map import split_key
+from dedup.pointer_map import LeafKey, split_key
 from dedup.reachability import consecutive
 from dedup.types import BLOCK_BYTES, Gap, RunStart, Seq, Snapshot, VolumeId, VolumeState
 

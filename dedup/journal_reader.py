@@ -193,13 +193,6 @@ def read(
         yield logged, scanned.position
 
 
-def read_segment(storage: Storage, directory: Path, segment: SegmentFile, end: int) -> Iterator[Logged]:
-    """Every entry of a complete segment, whether the journal's chain has it or not. Damaged unless it ends at `end`."""
-    one = _SegmentScan(storage, directory, segment, False, False)
-    for scanned in one.entries(SEGMENT_HEADER_BYTES, Seq(segment.first - 1), end):
-        yield decode(scanned.raw)
-
-
 def scan_segment(storage: Storage, directory: Path, segment: SegmentFile) -> Iterator[Scanned]:
     """Every entry of one segment, whether the chain has it or not; Damaged for whatever is not whole, its end too."""
     try:

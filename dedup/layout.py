@@ -188,7 +188,7 @@ class StoreMarker:
 
 
 def pack_store_marker(marker: StoreMarker) -> bytes:
-    return _checked(
+    return checked(
         STORE_MARKER.struct.pack(STORE_MAGIC, FORMAT_VERSION, 0, BLOCK_BYTES, marker.uuid, marker.created, 0)
     )
 
@@ -200,20 +200,21 @@ def unpack_store_marker(data: bytes, path: Path) -> StoreMarker:
     if len(data) < STORE_MARKER.size:
         raise Damaged(f"{path}: offset {len(data)}: the marker is cut short")
     _, version, _, block_bytes, uuid, created, _ = STORE_MARKER.struct.unpack_from(data)
-    _know(version, path)
+    know_version(version, path)
     _verify(data, 0, STORE_MARKER.size, path, "the marker")
     if block_bytes != BLOCK_BYTES:
         raise UnknownFormat(f"{path}: blocks of {block_bytes} bytes are not known here (only of {BLOCK_BYTES})")
     return StoreMarker(uuid, TimeNs(created))
 
 
-def _checked(packed: bytes) -> bytes:
+def checked(packed: bytes) -> bytes:
     """`packed` with its last 8 bytes replaced by the checksum of those before."""
     body = packed[:-CHECKSUM_BYTES]
     return body + struct.pack("<Q", checksum(body))
 
 
-def _know(version: int, path: Path) -> None:
+def know_version(version: int, path: Path) -> None:
+    """UnknownFormat for a version of the format that this program does not know; `path` is for its message."""
     if version != FORMAT_VERSION:
         raise UnknownFormat(f"{path}: format version {version} is not known here (this is version {FORMAT_VERSION})")
 
@@ -277,7 +278,7 @@ class ContainerHeader:
 
 
 def pack_container_header(header: ContainerHeader) -> bytes:
-    return _checked(
+    return checked(
         CONTAINER_HEADER.struct.pack(
             CONTAINER_MAGIC,
             FORMAT_VERSION,
@@ -298,7 +299,7 @@ def unpack_container_header(page: bytes, path: Path) -> ContainerHeader:
     magic, version, form, journal, _, container, created, _ = CONTAINER_HEADER.struct.unpack_from(page)
     if magic != CONTAINER_MAGIC:
         raise Damaged(f"{path}: offset 0: not a container")
-    _know(version, path)
+    know_version(version, path)
     _verify(page, 0, CONTAINER_HEADER.size, path, "the container's header")
     if form not in ContainerForm.__members__.values():
         raise UnknownFormat(f"{path}: container form {form} is not known here")
@@ -327,7 +328,7 @@ class SealedHeader:
 
 
 def pack_sealed_header(header: SealedHeader) -> bytes:
-    return _checked(SEALED_HEADER.struct.pack(header.slots, header.groups, header.table_checksum, 0))
+    return checked(SEALED_HEADER.struct.pack(header.slots, header.groups, header.table_checksum, 0))
 
 
 def unpack_sealed_header(page: bytes, path: Path) -> SealedHeader:
@@ -406,7 +407,7 @@ class SegmentHeader:
 
 
 def pack_segment_header(header: SegmentHeader) -> bytes:
-    return _checked(
+    return checked(
         SEGMENT_HEADER.struct.pack(
             SEGMENT_MAGIC, FORMAT_VERSION, 0, 0, header.first_seq, header.seed, header.created, 0
         )
@@ -420,7 +421,7 @@ def unpack_segment_header(data: bytes, path: Path) -> SegmentHeader:
     magic, version, _, _, first_seq, seed, created, _ = SEGMENT_HEADER.struct.unpack_from(data)
     if magic != SEGMENT_MAGIC:
         raise Damaged(f"{path}: offset 0: not a journal segment")
-    _know(version, path)
+    know_version(version, path)
     _verify(data, 0, SEGMENT_HEADER.size, path, "the segment's header")
     return SegmentHeader(Seq(first_seq), seed, TimeNs(created))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import xxhash
 
-from dedup.errors import Damaged, UnknownFormat
+from dedup.errors import Damaged
 from dedup.layout import (
     CHECKSUM_BYTES,
     FORMAT_VERSION,
@@ -30,6 +30,7 @@ from dedup.layout import (
     MANIFEST_ROWS_MAX,
     TEMPORARY_SUFFIX,
     checksum,
+    know_version,
 )
 from dedup.storage import Storage
 from dedup.types import JournalId, Seq, TimeNs
@@ -106,8 +107,7 @@ def _header(data: bytes, path: Path) -> tuple[int, int]:
     magic, version, _, rows, number = MANIFEST_HEADER.struct.unpack_from(data)
     if magic != MANIFEST_MAGIC:
         raise Damaged(f"{path}: offset 0: not a manifest")
-    if version != FORMAT_VERSION:
-        raise UnknownFormat(f"{path}: format version {version} is not known here (this is version {FORMAT_VERSION})")
+    know_version(version, path)
     return rows, number
 
 

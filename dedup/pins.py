@@ -29,7 +29,7 @@ from typing import Final
 
 from dedup import layout
 from dedup.errors import StoreBusy, StoreError, StoreFailed, StoreFull
-from dedup.layout import CHECKSUM_BYTES, PIN, PINS_HEADER, PINS_MAGIC, PINS_MAX, checksum
+from dedup.layout import PIN, PINS_HEADER, PINS_MAGIC, PINS_MAX, checked
 from dedup.marker import refuse_network
 from dedup.storage import Storage
 from dedup.types import Seq
@@ -284,7 +284,7 @@ class ReaderPins:
         whole = PINS_HEADER.struct.pack(
             PINS_MAGIC, layout.FORMAT_VERSION, self._everything or bool(self._crowded), 0, 0
         )
-        self._storage.pwritev(self._fd, [_checked(whole)], 0)
+        self._storage.pwritev(self._fd, [checked(whole)], 0)
 
     def _stay_inside(self) -> None:
         """No room on the disk for a pin: stays inside the barrier for its life, so that nothing is changed at all."""
@@ -369,18 +369,13 @@ def _slot_offset(slot: int) -> int:
 
 
 def _packed(group: str, seq: Seq) -> bytes:
-    return _checked(PIN.struct.pack(seq, group.encode(), 0))
-
-
-def _checked(packed: bytes) -> bytes:
-    body = packed[:-CHECKSUM_BYTES]
-    return body + checksum(body).to_bytes(CHECKSUM_BYTES, "little")
+    return checked(PIN.struct.pack(seq, group.encode(), 0))
 
 
 def _unpacked(data: bytes) -> set[tuple[str, Seq]] | None:
     """The moments that a pin file's bytes name; None when they pin everything, or cannot be understood."""
     header = data[: PINS_HEADER.size]
-    if len(header) < PINS_HEADER.size or _checked(header) != header:
+    if len(header) < PINS_HEADER.size or checked(header) != header:
         return None
     magic, version, everything, _, _ = PINS_HEADER.struct.unpack(header)
     if magic != PINS_MAGIC or version != layout.FORMAT_VERSION or everything:
@@ -390,7 +385,7 @@ def _unpacked(data: bytes) -> set[tuple[str, Seq]] | None:
         packed = data[at : at + PIN.size]
         if packed == _FREE:
             continue
-        if len(packed) < PIN.size or _checked(packed) != packed:
+        if len(packed) < PIN.size or checked(packed) != packed:
             return None
         seq, group, _ = PIN.struct.unpack(packed)
         try:

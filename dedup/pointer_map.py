@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     import lmdb
 
 Addresses = npt.NDArray[np.uint64]
+LeafKey = tuple[VolumeId, int]
+FIRST_LEAF: Final[LeafKey] = (VolumeId(0), 0)
 
 DELTAS_MAX: Final = 8
 """Deltas on one whole leaf: a read walks at most this many versions back."""

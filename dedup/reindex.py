@@ -23,18 +23,16 @@ from dedup.layout import LEAF_BLOCKS, MANIFEST_NAME
 from dedup.manifest import Manifest, SegmentRow
 from dedup.metadata_journal import EntryKind
 from dedup.overlay import Overlay
-from dedup.pointer_map import SEQ_MAX
+from dedup.pointer_map import SEQ_MAX, LeafKey
 from dedup.storage import Storage
 from dedup.synthesis import state_before
-from dedup.types import Seq, VolumeId
+from dedup.types import Seq
 
 ANCHOR_POINTERS: Final = 16_384
 """Pointers between two anchors: what a moment's synthesis replays at most."""
 ANCHOR_RECORDS: Final = 8_192
 _FLUSH_POINTERS: Final = 1 << 18
 """Pointers of one consolidated stretch that are held in memory before they go into the transaction."""
-
-LeafKey = tuple[VolumeId, int]
 
 
 def reindex(

@@ -17,8 +17,8 @@ from typing import Final
 import xxhash
 
 from dedup.errors import Damaged
-from dedup.journal_entry import Logged, encode
-from dedup.journal_reader import JournalPosition, SegmentFile, read_segment
+from dedup.journal_entry import Logged, decode, encode
+from dedup.journal_reader import SegmentFile, scan_segment
 from dedup.layout import SEGMENT_HEADER_BYTES, SegmentHeader, pack_segment_header
 from dedup.manifest import SegmentRow
 from dedup.storage import Storage
@@ -73,14 +73,15 @@ class SegmentBuilder:
         self._storage.datasync(self._fd)
         self.close()
         self._storage.sync_directory(self._directory)
-        end = JournalPosition(self._segment.first, self._written, self._segment.generation)
         found = xxhash.xxh3_128()
-        for logged in read_segment(self._storage, self._directory, self._segment, end.offset):
-            found.update(encode(logged, self._header.seed))
+        for scanned in scan_segment(self._storage, self._directory, self._segment):
+            found.update(encode(decode(scanned.raw), self._header.seed))
         if found.digest() != self._digest.digest():
             raise Damaged(f"{self._path}: offset 0: the new segment does not read back as it was written; try again")
         segment = self._segment
-        return SegmentRow(segment.first, self._last, segment.generation, window_ns, self._newest, end.offset, journal)
+        return SegmentRow(
+            segment.first, self._last, segment.generation, window_ns, self._newest, self._written, journal
+        )
 
     def close(self) -> None:
         """Gives the descriptor back, if `finish` did not."""

@@ -31,6 +31,7 @@ from dedup.group_writer import GroupWriter
 from dedup.healing import Healer
 from dedup.ingest import Ingest
 from dedup.marker import create_marker, read_marker, refuse_network
+from dedup.reindex import ANCHOR_POINTERS, ANCHOR_RECORDS
 from dedup.settling import settle
 from dedup.storage import Storage
 from dedup.types import BASE_JOURNAL, FINE_JOURNAL, ContainerId, JournalId, Record
@@ -38,9 +39,9 @@ from dedup.usage import StoreUsage, measure
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_POINTERS: Final = 16_384
+CHECKPOINT_POINTERS: Final = ANCHOR_POINTERS
 """Pointers put since the last checkpoint that make the next one due: 64 MiB of blocks, a few MB of memory."""
-CHECKPOINT_RECORDS: Final = 8_192
+CHECKPOINT_RECORDS: Final = ANCHOR_RECORDS
 """Entries that make one due: what a moment's synthesis and an opening replay at most, some tens of milliseconds."""
 CHECKPOINT_SECONDS: Final = 60.0
 """And its age, when there is anything to write."""
