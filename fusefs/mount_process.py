@@ -163,13 +163,17 @@ class MountProcess:
                 serving.start_soon(self._in_background)
                 serving.start_soon(self._answer, control)
 
+                async def drain() -> None:
+                    ready.stopping("unmounted; making everything durable")
+                    await self._drain()
+
                 async def mounted(task_status: trio.TaskStatus[None]) -> None:
                     await serve(
                         operations,
                         settings.mountpoint,
                         options,
                         before_requests=self._before_requests,
-                        drain=self._drain,
+                        drain=drain,
                         stop=self._stop,
                         max_tasks=TASKS_MAX,
                         task_status=task_status,
@@ -179,7 +183,7 @@ class MountProcess:
                 await serving.start(mounted)
                 if settings.wait_base:
                     await self._equal.wait()
-                ready.ready()
+                ready.ready(f"{settings.source} is mounted at {settings.mountpoint}")
         finally:
             operations.close()
             await control.aclose()

@@ -24,6 +24,7 @@ from typing import Final
 import trio
 
 from dedup.errors import RewindError
+from replication.notify import ServiceManager
 
 log = logging.getLogger("rewindfs.background")
 
@@ -42,17 +43,21 @@ class StartFailed(RewindError):
 
 
 class Ready:
-    """The starting process's line to the command that waits for it. Use one of `ready` and `failed`, once."""
+    """The starting process's line to whoever waits for it: the command, in the foreground the service manager.
 
-    def __init__(self, status_fd: int | None, log_file: Path | None) -> None:
+    Use one of `ready` and `failed`, once; after `ready`, `stopping` as soon as the process begins to leave."""
+
+    def __init__(self, status_fd: int | None, log_file: Path | None, manager: ServiceManager | None = None) -> None:
         self._status_fd = status_fd
         self._log_file = log_file
+        self._manager = ServiceManager() if manager is None else manager
         self.done = False
 
-    def ready(self) -> None:
+    def ready(self, status: str = "") -> None:
         """Lets the command return 0 and leaves the terminal: from here on stdout and stderr are the log file, or
-        nothing. In the foreground this does nothing but set `done`."""
+        nothing. In the foreground the service manager is told, with what `status` says of the service."""
         self.done = True
+        self._manager.ready(status)
         if self._status_fd is None:
             return
         root = logging.getLogger()
@@ -69,6 +74,10 @@ class Ready:
         os.dup2(sink, 2)
         os.close(sink)
         self._say("ready")
+
+    def stopping(self, status: str = "") -> None:
+        """Tells the service manager that the end has begun."""
+        self._manager.stopping(status)
 
     def failed(self, text: str) -> None:
         """Lets the command fail with `text`, one line. The caller ends the process."""
@@ -134,7 +143,7 @@ def run(
     gc.set_threshold(*GC_THRESHOLDS)
     if foreground:
         configure_logging(foreground=True, log_file=log_file, debug=debug)
-        trio.run(main, Ready(None, log_file))
+        trio.run(main, Ready(None, log_file, ServiceManager.from_environment()))
         return
     ready = background(log_file)
     status = 1

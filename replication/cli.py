@@ -84,11 +84,11 @@ async def _serve(path: Path, sockets: list[Path], ready: Ready, guardian: Guardi
                 await listener.aclose()
             raise
         async with trio.open_nursery() as nursery:
-            await nursery.start(_watch_signals, appliance)
+            await nursery.start(_watch_signals, appliance, ready)
             nursery.start_soon(guardian.watch, appliance.stop)
             async with trio.open_nursery() as serving:
                 await serving.start(appliance.serve, listeners)
-                ready.ready()
+                ready.ready(f"serving {path}")
                 guardian.ready()
             nursery.cancel_scope.cancel()
         failed = False
@@ -121,9 +121,10 @@ async def _listen(path: Path, *, own: bool) -> Listener:
 
 
 async def _watch_signals(
-    appliance: SecondAppliance, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    appliance: SecondAppliance, ready: Ready, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for _ in signals:
+            ready.stopping("making everything durable")
             appliance.stop()
