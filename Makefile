@@ -8,7 +8,7 @@ STAMP  := $(VENV)/installed
 
 # pyfuse3 is compiled against libfuse3; the other packages are the tools of the tests and of the demo.
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv \
-            fio e2fsprogs xfsprogs sqlite3 strace attr mount util-linux
+            fio e2fsprogs xfsprogs sqlite3 strace attr mount util-linux iproute2
 
 .PHONY: help demo test test-slow lint bench bench-quick fuzz clean packages
 
