@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from dedup.types import (
-    BLOCK_BYTES,
     NAME_BYTES_MAX,
     PATH_BYTES_MAX,
     VOLUME_BYTES_MAX,
@@ -25,17 +24,23 @@ from dedup.types import (
     Retire,
     VolumeState,
 )
-from replication.frame_layout import AGGREGATE_EXTENTS_MAX
+from replication.frame_layout import AGGREGATE_EXTENTS_MAX, OFFERED_BYTES
 from replication.messages import (
     COMPARE_BLOCKS_MAX,
+    COMPARE_BYTES_MAX,
+    COMPARE_UNITS,
     DIGEST_BYTES,
+    OFFER_BLOCKS_MAX,
     VOLUMES_PER_PAGE_MAX,
+    Ack,
     Compare,
     Failure,
     Hello,
+    Offer,
     Reply,
     Request,
     Role,
+    Uncompared,
     VolumePage,
     Welcome,
 )
@@ -126,16 +131,34 @@ def check_piece(length: int) -> None:
         raise Malformed("an empty extent in an aggregate")
 
 
-def check_ack(received: int, durable: int) -> None:
-    if durable > received:
-        raise Malformed(f"durable {durable} is past received {received}")
+def check_piece_form(volume: int, offset: int, data_bytes: int, zeros: int) -> None:
+    """An entry of an aggregate's table: data or zeros, not both, not nothing."""
+    if data_bytes and zeros:
+        raise Malformed("an extent has both data and zeros")
+    check_extent(volume, offset, data_bytes or zeros)
+    check_piece(data_bytes or zeros)
 
 
-def check_compare_result(seq: int, differing: bytes) -> None:
+def check_ack(message: Ack) -> None:
+    if not message.durable <= message.received <= message.queued:
+        raise Malformed(f"{message}: durable is past received, or received past queued")
+    if not message.durable <= message.kept <= message.queued:
+        raise Malformed(f"{message}: durable is past kept, or kept past queued")
+
+
+def check_marks(seq: int, marks: bytes) -> None:
+    """What a CompareResult or a Wanted says: a 0 or 1 for each unit."""
     check_range("seq", seq, 1, U64_MAX)
-    check_range("blocks of a result", len(differing), 1, COMPARE_BLOCKS_MAX)
-    if differing.strip(b"\0\1"):
-        raise Malformed("a compare result holds a byte other than 0 and 1")
+    check_range("units of an answer", len(marks), 1, COMPARE_BLOCKS_MAX)
+    if marks.strip(b"\0\1"):
+        raise Malformed("an answer holds a byte other than 0 and 1")
+
+
+def check_offer(message: Offer) -> None:
+    check_range("seq", message.seq, 1, U64_MAX)
+    blocks, rest = divmod(len(message.blocks), OFFERED_BYTES)
+    if rest or not 1 <= blocks <= OFFER_BLOCKS_MAX:
+        raise Malformed(f"{len(message.blocks)} bytes are not an offer of 1..{OFFER_BLOCKS_MAX} blocks")
 
 
 def check_compare(message: Compare) -> None:
@@ -144,9 +167,10 @@ def check_compare(message: Compare) -> None:
     blocks, rest = divmod(len(message.digests), DIGEST_BYTES)
     if rest or not 1 <= blocks <= COMPARE_BLOCKS_MAX:
         raise Malformed(f"{len(message.digests)} bytes of digests are not 1..{COMPARE_BLOCKS_MAX} digests")
-    if message.offset % BLOCK_BYTES:
-        raise Malformed(f"compare offset {message.offset} is not block-aligned")
-    check_range_of_volume(message.offset, blocks * BLOCK_BYTES)
+    if message.unit not in COMPARE_UNITS or message.offset % message.unit:
+        raise Malformed(f"a compare of units of {message.unit} bytes at {message.offset}")
+    check_range("bytes of a compare", blocks * message.unit, 1, COMPARE_BYTES_MAX)
+    check_range_of_volume(message.offset, blocks * message.unit)
 
 
 def _utf8(what: str, text: str) -> bytes:
@@ -166,12 +190,15 @@ def _check_hello(message: Hello) -> None:
     check_range("version", message.version, 0, U32_MAX)
     if message.role is Role.AGENT:
         check_name("group", message.group)
+        check_name("agent", message.agent)
         check_range("epoch", message.epoch, 1, U32_MAX)
     else:
         # A person's command may concern the whole store: no group then.
         if message.group:
             check_name("group", message.group)
         check_range("epoch", message.epoch, 0, 0)
+        if message.agent or message.take_over or message.mode is not None:
+            raise Malformed(f"the Hello of a role {message.role.value} says what an agent's does")
 
 
 def _check_welcome(message: Welcome) -> None:
@@ -183,6 +210,11 @@ def _check_welcome(message: Welcome) -> None:
     check_range("time", message.time, 0, U64_MAX)
     check_range("run", message.run, 0, U32_MAX)
     check_range("next_volume", message.next_volume, 0, U32_MAX)
+    check_range("digest key length", len(message.digest_key), 0, DIGEST_KEY_BYTES_MAX)
+
+
+def _check_uncompared(message: Uncompared) -> None:
+    check_range("seq", message.seq, 1, U64_MAX)
     check_range("digest key length", len(message.digest_key), 0, DIGEST_KEY_BYTES_MAX)
 
 
@@ -291,6 +323,7 @@ RARE_CHECKS: Final[dict[type, Callable[[Any], None]]] = {
     Request: _check_request,
     Reply: _check_reply,
     Failure: _check_failure,
+    Uncompared: _check_uncompared,
     Resize: _check_resize,
     Create: _check_create,
     Rename: _check_rename,

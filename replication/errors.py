@@ -51,3 +51,23 @@ class HistoryLost(ReplicationError):
         super().__init__(text)
         self.held = held
         self.first_kept = first_kept
+
+
+class Fenced(HistoryLost):
+    """Another agent feeds the group now: nothing more of this one is taken, until it takes the group over again."""
+
+
+class SpoolError(ReplicationError):
+    """The spool cannot do what was asked."""
+
+
+class SpoolBusy(SpoolError):
+    """Another process uses this spool."""
+
+
+class SpoolFailed(SpoolError):
+    """A write or a sync of the spool failed: it takes nothing more. What was synced before can still be read."""
+
+
+class SpoolDamaged(SpoolError):
+    """The spool does not give back what was written: the records from there on are lost to it."""

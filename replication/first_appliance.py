@@ -2,9 +2,10 @@
 
 Invariants:
 - Records enter in seq order, without a hole, and leave in that order, over any number of connections and modes.
-- A record stays in the queue until it is durable at the second appliance (`acknowledged-is-kept`). The queue and the
-  open aggregate together never pass `queue_bytes_max` by more than one record (`bounded`): whoever appends asked for
-  room, and between `room` returning and `append` there is no await.
+- A record stays in the queue until it is on a disk of the peer's: durable at the second appliance, or spooled at the
+  first one in between (`acknowledged-is-kept`). The queue and the open aggregate together never pass `queue_bytes_max`
+  by more than one record (`bounded`): whoever appends asked for room, and between `room` returning and `append` there
+  is no await.
 - What the mode says is said by its policy alone.
 - LOST is final: the store's history and the queue no longer meet, and no call waits any more. The agent makes a new
   first appliance in a new epoch and reconciles.
@@ -14,13 +15,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Final
 
 import trio
 
-from dedup.types import Aggregate, Epoch, Heartbeat, Record, Seq, VolumeState
-from replication.answers import Answers
+from dedup.types import Aggregate, Epoch, Record, Seq, VolumeState
 from replication.errors import (
+    Fenced,
     HandshakeRefused,
     HistoryLost,
     LinkDown,
@@ -28,25 +30,34 @@ from replication.errors import (
     LocalProtocolError,
     OutageError,
     ProtocolError,
-    RequestRefused,
 )
 from replication.link import Link, SessionEnded, greet
-from replication.messages import Ack, Compare, CompareResult, ErrorCode, Level, Message, Reply, Request, Welcome
+from replication.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Compare,
+    CompareResult,
+    ErrorCode,
+    Hello,
+    Level,
+    Message,
+    Reply,
+    Role,
+    Uncompared,
+    Welcome,
+)
 from replication.modes import Mode, ModePolicy, Outage, mode_policy
-from replication.outbox import FRAME_OVERHEAD_BYTES, QUEUE_BYTES_MAX, Frame, Outbox, frame_of
+from replication.outage_watch import OUTAGE_AFTER_SECONDS, OutageWatch
+from replication.outbox import FRAME_OVERHEAD_BYTES, QUEUE_BYTES_MAX, Frame, Outbox
 from replication.progress import Progress
+from replication.questions import Questions
 from replication.room import RoomQueue
-from replication.session import COMPARES_OPEN_MAX, Session
+from replication.session import Session
 from replication.status import FirstApplianceStatus, LinkState
 from replication.transport import Connection
 
 RECONNECT_SECONDS_MIN: Final = 0.05
 RECONNECT_SECONDS_MAX: Final = 2.0
-OUTAGE_AFTER_SECONDS: Final = 10.0
-OUTAGE_CHECKS: Final = 8
-"""Times within `outage_after` that progress is looked at: an outage is noticed that much late at most."""
-REQUESTS_WAITING_MAX: Final = 256
-"""Most requests without an answer, sent or not."""
 
 log = logging.getLogger("rewindfs.first_appliance")
 
@@ -64,6 +75,9 @@ class FirstAppliance:
         *,
         group: str,
         epoch: Epoch,
+        agent: str,
+        take_over: bool = False,
+        through: bool = False,
         mode: Mode = Mode.ASYNC,
         outage: Outage | None = None,
         outage_after: float = OUTAGE_AFTER_SECONDS,
@@ -71,15 +85,18 @@ class FirstAppliance:
         on_change: Callable[[FirstApplianceStatus], None] | None = None,
         on_lost: Callable[[HistoryLost], None] | None = None,
     ) -> None:
-        """`connect` opens a connection to the second appliance or raises LinkDown. `epoch` is greater than any used
-        before. `outage` None leaves it to the mode. `on_change` is called when the link or the outage changes,
-        `on_lost` once; neither may wait or raise."""
+        """`connect` opens a connection to the second appliance, or (`through`) to a first one on the way there; or it
+        raises LinkDown. `epoch` is greater than any used before. `agent` feeds the group, or is to `take_over`.
+        `outage` None leaves it to the mode. `on_change` is called when the link or the outage changes, `on_lost` once;
+        neither may wait or raise."""
         self._connect = connect
-        self._group = group
-        self._epoch = epoch
-        self._policy: ModePolicy = mode_policy(mode, trio.current_time)
+        self._through = through
+        self._hello = Hello(PROTOCOL_VERSION, Role.AGENT, group, epoch, agent, take_over, mode if through else None)
+        self._policy: ModePolicy = mode_policy(mode, trio.current_time, through=through)
         self._outage_chosen = outage
-        self._outage_after = outage_after
+        self._watch = OutageWatch(
+            outage_after, levels=self._levels, needed=self._needs_progress, on_change=self._outage_changed
+        )
         self._queue_bytes_max = queue_bytes_max
         self._on_change = on_change
         self._on_lost = on_lost
@@ -91,13 +108,12 @@ class FirstAppliance:
         self._link: Link | None = None
         self._link_state = LinkState.DOWN
         self._error = "not connected yet"
-        self._outage = False
         self._lost: HistoryLost | None = None
         self._room = RoomQueue()
         self._aggregate_opened = trio.Event()
-        self._compares: Answers[Seq, CompareResult] = Answers()
-        self._requests: Answers[int, Reply] = Answers()
-        self._next_request = 1
+        self._questions = Questions()
+        self._probe: tuple[Seq, float] | None = None
+        """A record on its way, and when it set out: what the round trip is measured by."""
 
     # --- what the agent reads ---
 
@@ -112,7 +128,7 @@ class FirstAppliance:
     @property
     def outage(self) -> bool:
         """Whether there was no link, or no progress though someone needs it, for `outage_after`."""
-        return self._outage
+        return self._watch.lasts
 
     @property
     def outage_policy(self) -> Outage:
@@ -145,8 +161,9 @@ class FirstAppliance:
         oldest = self._outbox.oldest
         return FirstApplianceStatus(
             link=self._link_state,
-            outage=self._outage,
+            outage=self._watch.lasts,
             mode=self._policy.mode,
+            waits_for=self._policy.write_waits_for,
             last_seq=self._last_seq,
             received=self._progress.received,
             durable=self._progress.durable,
@@ -165,7 +182,9 @@ class FirstAppliance:
         self._store = welcome.store
         self._last_seq = welcome.held
         self._outbox = Outbox(welcome.held, bytes_max=self._queue_bytes_max)
-        self._progress.advance(welcome.held, welcome.durable)
+        self._begin_levels(welcome)
+        if self._through and welcome.mode is not None and welcome.mode is not self._policy.mode:
+            self._policy = mode_policy(welcome.mode, trio.current_time, through=True)
         self._connected(connection, session, welcome)
         return welcome, volumes
 
@@ -183,7 +202,7 @@ class FirstAppliance:
 
     def has_room(self, nbytes: int) -> bool:
         """Whether `room` would say True at once, so that a record may be appended in this step. False in an outage."""
-        return not self._room and self._lost is None and not self._outage and self._fits(nbytes)
+        return not self._room and self._lost is None and not self._watch.lasts and self._fits(nbytes)
 
     def append(self, record: Record | Compare) -> None:
         """Takes the next record, synchronously; call it right after `room`. The payload must not change from now on.
@@ -197,10 +216,14 @@ class FirstAppliance:
         if first_seq != self._last_seq + 1:
             raise LocalProtocolError(f"record {first_seq} does not follow {self._last_seq}")
         if isinstance(record, Compare):
-            record = self._expect_result(record)
+            record = self._questions.expect(record, self._link)
         policy = self._policy
         frames = policy.add(record)
         self._last_seq = record.seq
+        if not self._through:
+            self._progress.queue(record.seq)
+        if self._probe is None:
+            self._probe = record.seq, trio.current_time()
         for frame in frames:
             self._push(frame)
         if policy.closes_at is not None and not self._aggregate_opened.is_set():
@@ -210,10 +233,16 @@ class FirstAppliance:
         """Returns when the mode lets the write `seq` return: True. False: an outage lasts and the policy is to
         continue; the record stays queued. Raises OutageError (to fail; the record stays queued too, so the agent
         corrects it) or HistoryLost. No checkpoint when there is nothing to wait for."""
-        level = self._policy.write_waits_for
+        policy = self._policy
+        level = policy.write_waits_for
         if self._link is not None and not self._progress.has_reached(seq, level):
             self._link.hear_soon()
-        return await self._reached(seq, level)
+        if policy.patience_seconds is None:
+            return await self._reached(seq, level)
+        with trio.move_on_after(policy.patience_seconds):
+            return await self._reached(seq, level)
+        self._observe(policy, policy.patience_seconds)
+        return await self._reached(seq, Level.QUEUED)
 
     async def flushed(self, seq: Seq) -> bool:
         """Like `acknowledged`, for the flush record of an fsync."""
@@ -232,34 +261,21 @@ class FirstAppliance:
     async def compared(self, seq: Seq) -> bytes:
         """CompareResult.differing of the Compare `seq`. Raises LinkReset when the link went down before the answer
         came, or the Compare was appended without a link; HistoryLost. One task asks, once."""
-        if seq not in self._compares:
-            raise LocalProtocolError(f"no compare {seq} is open")
-        return (await self._compares.take(seq)).differing
+        return await self._questions.compared(seq)
 
     async def request(self, command: str, body: dict[str, object]) -> dict[str, object]:
         """Runs a command at the second appliance. It may overtake queued records: wait with `reached` for those it
         concerns. Raises RequestRefused with its error, LinkDown without a link, LinkReset when the link broke before
         the answer: whether it ran is unknown then. Cancelled, it may still run."""
         self._check_lost()
-        link = self._link
-        if link is None:
-            raise LinkDown(f"no link to the second appliance: {self._error}")
-        if len(self._requests) >= REQUESTS_WAITING_MAX:
-            raise RequestRefused(f"{REQUESTS_WAITING_MAX} commands are waiting already")
-        number = self._next_request
-        self._next_request += 1
-        self._requests.expect(number)
-        link.command(Request(number, command, body))
-        reply = await self._requests.take(number)
-        if reply.error:
-            raise RequestRefused(reply.error)
-        return reply.body
+        return await self._questions.ask(self._link, self._error, command, body)
 
     def switch_mode(self, mode: Mode) -> None:
         """From now on the other mode. What is open goes out first, so order holds; a write that waits keeps waiting
         for what it was promised."""
         self._close_aggregate()
-        self._policy = mode_policy(mode, trio.current_time)
+        self._policy = mode_policy(mode, trio.current_time, through=self._through)
+        self._hello = replace(self._hello, mode=mode if self._through else None)
         if self._link is not None:
             self._link.gather_seconds = self._policy.gather_seconds
         self._settle_waiters()
@@ -273,7 +289,7 @@ class FirstAppliance:
         """Forwards, reconnects, watches for outages. Returns once the link is LOST; else until cancelled, which closes
         the connection and leaves what is queued unsent."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_progress)
+            nursery.start_soon(self._watch.run)
             nursery.start_soon(self._close_aggregates_in_time)
             await self._keep_link()
             nursery.cancel_scope.cancel()
@@ -305,16 +321,6 @@ class FirstAppliance:
             if self._policy.closes_at is not None and self._policy.closes_at <= trio.current_time():
                 self._close_aggregate()
 
-    def _expect_result(self, compare: Compare) -> Compare | Heartbeat:
-        if len(self._compares) >= COMPARES_OPEN_MAX:
-            raise LocalProtocolError(f"more than {COMPARES_OPEN_MAX} compares are open")
-        frame_of(compare)  # refused now, before anything changes
-        self._compares.expect(compare.seq)
-        if self._link is not None:
-            return compare
-        self._compares.fail(compare.seq, LinkReset("the link is down, the comparison was not made"))
-        return Heartbeat(compare.seq, compare.time, compare.run)
-
     # --- levels and outages ---
 
     async def _reached(self, seq: Seq, level: Level) -> bool:
@@ -335,9 +341,9 @@ class FirstAppliance:
     def _goes_on(self) -> bool:
         """Whether a writer has reason to wait. Raises what the policy, or the loss, has it meet instead."""
         self._check_lost()
-        if self._outage and self.outage_policy is Outage.FAIL:
+        if self._watch.lasts and self.outage_policy is Outage.FAIL:
             raise self._outage_error()
-        return not (self._outage and self.outage_policy is Outage.CONTINUE)
+        return not (self._watch.lasts and self.outage_policy is Outage.CONTINUE)
 
     def _check_lost(self) -> None:
         if self._lost is not None:
@@ -345,40 +351,39 @@ class FirstAppliance:
 
     def _outage_error(self) -> OutageError:
         why = self._error or "the link stands"
-        return OutageError(f"no progress at the second appliance for {self._outage_after:g} s: {why}")
+        return OutageError(f"no progress at the second appliance for {self._watch.after:g} s: {why}")
 
     def _needs_progress(self) -> bool:
         """Whether time without progress counts as an outage."""
         return (
             self._link_state is not LinkState.CONNECTED
-            or self._outbox.unreceived
+            or self._outbox.unheld
             or self._progress.waiting
             or bool(self._room)
         )
 
-    async def _watch_progress(self) -> None:  # now and then, which costs the way of a write nothing
-        seen = (self.received, self.durable)
-        stuck_since = trio.current_time()
-        while True:
-            await trio.sleep(self._outage_after / OUTAGE_CHECKS)
-            now = trio.current_time()
-            levels = (self.received, self.durable)
-            if levels != seen or not self._needs_progress():
-                seen, stuck_since = levels, now
-            self._set_outage(now - stuck_since >= self._outage_after)
+    def _levels(self) -> tuple[Seq, ...]:
+        """What progress is seen by. A first appliance may go on taking what waits for the second in vain."""
+        own = () if self._progress.waits_for_second else (self._progress.queued,)
+        return (self.received, self.durable, *own)
 
-    def _set_outage(self, outage: bool) -> None:
-        if outage == self._outage:
-            return
-        self._outage = outage
-        what = f"no progress for {self._outage_after:g} s; policy: {self.outage_policy.value}" if outage else "over"
-        log.warning("outage: %s", what)
+    def _outage_changed(self) -> None:
+        if self._watch.lasts:
+            log.warning("policy: %s", self.outage_policy.value)
         self._settle_waiters()
         self._changed()
 
+    def _observe(self, policy: ModePolicy, seconds: float) -> None:
+        """Has the policy know of a round trip; whoever waits for what it does not ask for any more goes on."""
+        if not policy.observe(seconds):
+            return
+        log.info("a round trip takes %.1f ms: writes wait for %s", seconds * 1e3, policy.write_waits_for.name)
+        if policy.write_waits_for is Level.QUEUED:
+            self._progress.release(None)
+
     def _settle_waiters(self) -> None:
         """Gives everyone who waits what the outage policy says."""
-        if self._outage:
+        if self._watch.lasts:
             policy = self.outage_policy
             if policy is not Outage.BLOCK:
                 self._progress.release(self._outage_error() if policy is Outage.FAIL else None)
@@ -389,7 +394,7 @@ class FirstAppliance:
     async def _open(self) -> tuple[Connection, Session, Welcome, list[VolumeState]]:
         connection = await self._connect()
         try:
-            session, welcome, volumes = await greet(connection, self._group, self._epoch)
+            session, welcome, volumes = await greet(connection, self._hello)
             return connection, session, welcome, volumes
         except BaseException:
             await connection.aclose()
@@ -399,7 +404,7 @@ class FirstAppliance:
         self._digest_key = welcome.digest_key
         self._link = Link(connection, session, self._outbox, self._policy.gather_seconds)
         # A full store takes the session and refuses the record: only progress, or nothing to do, shows that it is over.
-        if self._link_state is not LinkState.FULL or not self._outbox.unreceived:
+        if self._link_state is not LinkState.FULL or not self._outbox.unheld:
             self._set_link_state(LinkState.CONNECTED, "")
         if self._progress.waiting:
             self._link.ask_for_sync(self._outbox.last_seq)
@@ -423,6 +428,9 @@ class FirstAppliance:
         try:
             connection, session, welcome, _volumes = await self._open()
         except (LinkDown, ProtocolError, HandshakeRefused) as error:
+            if isinstance(error, HandshakeRefused) and error.code is ErrorCode.FENCED:
+                self._lose(self._fenced(str(error)))
+                return
             full = isinstance(error, HandshakeRefused) and error.code is ErrorCode.STORE_FULL
             self._set_link_state(LinkState.FULL if full else LinkState.DOWN, str(error))
             return
@@ -440,18 +448,29 @@ class FirstAppliance:
             text = f"the second appliance now serves store {welcome.store}, not {self._store}"
             raise HistoryLost(welcome.held, Seq(self._outbox.last_seq + 1), text)
         self._outbox.rewind(welcome.held)
-        self._acknowledge(welcome.held, welcome.durable)
+        self._begin_levels(welcome)
+        if self._outbox.acknowledge(welcome.held, welcome.durable):
+            self._room.offer()
+
+    def _begin_levels(self, welcome: Welcome) -> None:
+        """What the peer of a new session says it has; what the second appliance has behind a first one follows."""
+        self._progress.queue(welcome.held)
+        self._progress.advance(welcome.durable if self._through else welcome.held, welcome.durable)
+
+    def _fenced(self, text: str) -> Fenced:
+        return Fenced(self._progress.received, Seq(self._outbox.last_seq + 1), text)
 
     def _disconnected(self, reason: Exception) -> None:
         self._link = None
         full = isinstance(reason, SessionEnded) and reason.failure.code is ErrorCode.STORE_FULL
         self._set_link_state(LinkState.FULL if full else LinkState.DOWN, str(reason))
-        reset = LinkReset(f"the link broke before the answer came: {reason}")
-        self._compares.fail_all(reset)
-        self._requests.fail_all(reset)
+        self._questions.fail_all(LinkReset(f"the link broke before the answer came: {reason}"))
+        self._probe = None
+        if isinstance(reason, SessionEnded) and reason.failure.code is ErrorCode.FENCED:
+            self._lose(self._fenced(str(reason)))
 
     def _lose(self, error: HistoryLost) -> None:
-        log.error("ordered replication of epoch %d is over: %s", self._epoch, error)
+        log.error("ordered replication of epoch %d is over: %s", self._hello.epoch, error)
         self._lost = error
         self._set_link_state(LinkState.LOST, str(error))
         self._progress.fail(error)  # compares and requests failed with the link
@@ -467,7 +486,7 @@ class FirstAppliance:
             log.log(level, "link to the second appliance: %s%s", state.value, f" ({error})" if error else "")
         self._link_state, self._error = state, error
         if state is LinkState.CONNECTED and not self._needs_progress():
-            self._set_outage(False)
+            self._watch.set(False)
         self._changed()
 
     def _changed(self) -> None:
@@ -479,21 +498,28 @@ class FirstAppliance:
     def _handle(self, message: Message) -> None:
         match message:
             case Ack():
-                self._acknowledge(message.received, message.durable)
-            case CompareResult(seq):
-                self._compares.settle(seq, message)
-            case Reply(number):
-                self._requests.settle(number, message)
+                self._acknowledge(message)
+            case CompareResult():
+                self._questions.compare_came(message)
+            case Uncompared(seq, key):
+                self._digest_key = key
+                self._questions.not_compared(seq)
+            case Reply():
+                self._questions.reply_came(message)
 
-    def _acknowledge(self, received: Seq, durable: Seq) -> None:
-        room = self._outbox.acknowledge(received, durable)
-        if self._progress.advance(received, durable):
+    def _acknowledge(self, ack: Ack) -> None:
+        room = self._outbox.acknowledge(ack.queued, ack.kept)
+        self._progress.queue(ack.queued)
+        if self._probe is not None and self._probe[0] <= ack.received:
+            self._observe(self._policy, trio.current_time() - self._probe[1])
+            self._probe = None
+        if self._progress.advance(ack.received, ack.durable):
             if self._link_state is LinkState.FULL and self._link is not None:
                 self._set_link_state(LinkState.CONNECTED, "")
-            if self._outage:
-                self._set_outage(False)
+            if self._watch.lasts:
+                self._watch.set(False)
         if room:
             self._room.offer()
         link = self._link
-        if link is not None and not link.sync_open and 2 * self._outbox.received_bytes > self._queue_bytes_max:
-            link.ask_for_sync(received)
+        if link is not None and not link.sync_open and 2 * self._outbox.held_bytes > self._queue_bytes_max:
+            link.ask_for_sync(ack.queued)

@@ -27,10 +27,12 @@ from replication.checks import (
     check_ack,
     check_aggregate,
     check_compare,
-    check_compare_result,
     check_correct,
     check_extent,
+    check_marks,
+    check_offer,
     check_piece,
+    check_piece_form,
     check_stamp,
     check_volume,
 )
@@ -45,6 +47,7 @@ from replication.frame_layout import (
     FLUSH,
     HEADER,
     HEARTBEAT,
+    OFFER,
     RARE,
     WRITE,
     Flag,
@@ -55,7 +58,10 @@ from replication.messages import (
     Compare,
     CompareResult,
     Message,
+    Offer,
+    Remainder,
     SyncRequest,
+    Wanted,
 )
 
 Buffer = bytes | bytearray | memoryview
@@ -83,14 +89,18 @@ def encode(message: Message) -> list[Buffer]:
 
 def encode_aggregate(aggregate: Aggregate, *, level: int) -> list[Buffer]:
     """Like `encode`, but compressed with this zstd level where that saves at least an eighth."""
-    plain = encode(aggregate)
+    return compressed(encode(aggregate), level=level)
+
+
+def compressed(plain: list[Buffer], *, level: int) -> list[Buffer]:
+    """The frame of an Aggregate or Remainder, compressed where that saves at least an eighth."""
     body = b"".join(plain)[AGGREGATE.size :]
-    compressed = zstandard.ZstdCompressor(level=level, write_checksum=False).compress(body)
-    if len(compressed) > len(body) - len(body) // 8:
+    smaller = zstandard.ZstdCompressor(level=level, write_checksum=False).compress(body)
+    if len(smaller) > len(body) - len(body) // 8:
         return plain
     fields = AGGREGATE.unpack_from(plain[0])
-    head = AGGREGATE.pack(AGGREGATE.size + len(compressed), fields[1], int(Flag.COMPRESSED), 0, *fields[4:])
-    return [head, compressed]
+    head = AGGREGATE.pack(AGGREGATE.size + len(smaller), fields[1], int(Flag.COMPRESSED), 0, *fields[4:])
+    return [head, smaller]
 
 
 def frame_bytes(message: Message) -> int:
@@ -196,6 +206,23 @@ def _encode_aggregate(message: Aggregate) -> list[Buffer]:
     return [head + b"".join(table), *data]
 
 
+def _encode_remainder(message: Remainder) -> list[Buffer]:
+    check_aggregate(message.first_seq, message.seq, len(message.pieces))
+    table: list[bytes] = []
+    covered = 0
+    for piece in message.pieces:
+        check_piece_form(piece.volume, piece.offset, piece.data_bytes, piece.zeros)
+        covered += piece.data_bytes or piece.zeros
+        table.append(EXTENT.pack(piece.volume, piece.data_bytes, piece.offset, piece.zeros))
+    if covered > AGGREGATE_BYTES_MAX:
+        raise Malformed(f"a remainder of {covered} bytes; at most {AGGREGATE_BYTES_MAX} are allowed")
+    body_bytes = len(message.data) + len(table) * EXTENT.size
+    kind = MessageType.REMAINDER
+    stamp = (message.first_seq, message.seq, message.time, message.run)
+    head = AGGREGATE.pack(AGGREGATE.size + body_bytes, kind, 0, 0, *stamp, len(table), body_bytes)
+    return [head + b"".join(table), *([message.data] if len(message.data) else [])]
+
+
 def _encode_flush(message: Flush) -> list[Buffer]:
     check_stamp(message)
     check_volume(message.volume)
@@ -209,22 +236,36 @@ def _encode_heartbeat(message: Heartbeat) -> list[Buffer]:
 
 
 def _encode_ack(message: Ack) -> list[Buffer]:
-    check_ack(message.received, message.durable)
-    return [ACK.pack(ACK.size, MessageType.ACK, 0, 0, message.received, message.durable)]
+    check_ack(message)
+    levels = (message.queued, message.kept, message.received, message.durable)
+    return [ACK.pack(ACK.size, MessageType.ACK, 0, 0, *levels)]
 
 
 def _encode_compare(message: Compare) -> list[Buffer]:
     check_compare(message)
     total = COMPARE.size + len(message.digests)
     kind = MessageType.COMPARE
-    head = COMPARE.pack(total, kind, 0, 0, message.seq, message.time, message.run, message.volume, message.offset)
+    stamp = (message.seq, message.time, message.run)
+    head = COMPARE.pack(total, kind, 0, 0, *stamp, message.volume, message.offset, message.unit)
     return [head, message.digests]
 
 
 def _encode_compare_result(message: CompareResult) -> list[Buffer]:
-    check_compare_result(message.seq, message.differing)
-    total = COMPARE_RESULT.size + len(message.differing)
-    return [COMPARE_RESULT.pack(total, MessageType.COMPARE_RESULT, 0, 0, message.seq), message.differing]
+    return _encode_marks(MessageType.COMPARE_RESULT, message.seq, message.differing)
+
+
+def _encode_wanted(message: Wanted) -> list[Buffer]:
+    return _encode_marks(MessageType.WANTED, message.seq, message.missing)
+
+
+def _encode_marks(kind: MessageType, seq: int, marks: bytes) -> list[Buffer]:
+    check_marks(seq, marks)
+    return [COMPARE_RESULT.pack(COMPARE_RESULT.size + len(marks), kind, 0, 0, seq), marks]
+
+
+def _encode_offer(message: Offer) -> list[Buffer]:
+    check_offer(message)
+    return [OFFER.pack(OFFER.size + len(message.blocks), MessageType.OFFER, 0, 0, message.seq), message.blocks]
 
 
 def _encode_sync_request(_message: SyncRequest) -> list[Buffer]:
@@ -252,5 +293,8 @@ _ENCODERS: Final[dict[type, Callable[[Any], list[Buffer]]]] = {
     Ack: _encode_ack,
     Compare: _encode_compare,
     CompareResult: _encode_compare_result,
+    Offer: _encode_offer,
+    Wanted: _encode_wanted,
+    Remainder: _encode_remainder,
     SyncRequest: _encode_sync_request,
 }

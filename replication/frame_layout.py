@@ -26,10 +26,13 @@ from replication.messages import (
     COMPARE_BLOCKS_MAX,
     CONTROL_BYTES_MAX,
     DIGEST_BYTES,
+    FINGERPRINT_BYTES,
+    OFFER_BLOCKS_MAX,
     Failure,
     Hello,
     Reply,
     Request,
+    Uncompared,
     VolumePage,
     Welcome,
 )
@@ -48,6 +51,9 @@ class MessageType(IntEnum):
     ACK = 8
     COMPARE = 9
     COMPARE_RESULT = 10
+    UNCOMPARED = 11
+    OFFER = 12
+    WANTED = 13
     WRITE = 32
     AGGREGATE = 33
     RECONCILE = 34
@@ -63,13 +69,14 @@ class MessageType(IntEnum):
     EPOCH_START = 44
     RECONCILE_BEGIN = 45
     RECONCILE_END = 46
+    REMAINDER = 47
 
 
 class Flag(IntFlag):
     """The `flags` byte of a frame."""
 
     COMPRESSED = 1
-    """Aggregate: what follows the fixed part is one zstd frame."""
+    """Aggregate, Remainder: what follows the fixed part is one zstd frame."""
     ZEROS = 2
     """Write, Reconcile, Correct: `length` zeros, no payload follows."""
 
@@ -83,14 +90,20 @@ WRITE: Final = Struct(_HEADER + "QQIIQI")
 CORRECT: Final = Struct(_HEADER + "QQIQQIQI")
 """seq, time, run, refused, size, volume, offset, length."""
 AGGREGATE: Final = Struct(_HEADER + "QQQIII")
-"""first_seq, seq, time, run, extents, body_bytes (of table and data, uncompressed)."""
+"""first_seq, seq, time, run, extents, body_bytes (of table and data, uncompressed); Remainder has the same."""
 EXTENT: Final = Struct("<IIQI")
 """One entry of an aggregate's table: volume, data_bytes, offset, zeros."""
 FLUSH: Final = Struct(_HEADER + "QQII")
 HEARTBEAT: Final = Struct(_HEADER + "QQI")
-ACK: Final = Struct(_HEADER + "QQ")
-COMPARE: Final = Struct(_HEADER + "QQIIQ")
+ACK: Final = Struct(_HEADER + "QQQQ")
+"""queued, kept, received, durable."""
+COMPARE: Final = Struct(_HEADER + "QQIIQI")
+"""seq, time, run, volume, offset, unit."""
 COMPARE_RESULT: Final = Struct(_HEADER + "Q")
+"""seq; Wanted has the same."""
+OFFER: Final = Struct(_HEADER + "Q")
+OFFERED_BYTES: Final = FINGERPRINT_BYTES + DIGEST_BYTES
+"""What an Offer says of one block."""
 
 AGGREGATE_EXTENTS_MAX: Final = 4096
 AGGREGATE_BODY_BYTES_MAX: Final = AGGREGATE_EXTENTS_MAX * EXTENT.size + AGGREGATE_BYTES_MAX
@@ -104,6 +117,7 @@ RARE: Final[dict[type, tuple[MessageType, int]]] = {
     Request: (MessageType.REQUEST, CONTROL_BYTES_MAX),
     Reply: (MessageType.REPLY, CONTROL_BYTES_MAX),
     Failure: (MessageType.FAILURE, 8192),
+    Uncompared: (MessageType.UNCOMPARED, 256),
     Resize: (MessageType.RESIZE, 4096),
     Create: (MessageType.CREATE, 8192),
     Rename: (MessageType.RENAME, 4 << 20),
@@ -122,10 +136,13 @@ FRAME_LIMITS: Final[dict[int, tuple[int, int]]] = {
     MessageType.ACK: (ACK.size, ACK.size),
     MessageType.COMPARE: (COMPARE.size + DIGEST_BYTES, COMPARE.size + COMPARE_BLOCKS_MAX * DIGEST_BYTES),
     MessageType.COMPARE_RESULT: (COMPARE_RESULT.size + 1, COMPARE_RESULT.size + COMPARE_BLOCKS_MAX),
+    MessageType.OFFER: (OFFER.size + OFFERED_BYTES, OFFER.size + OFFER_BLOCKS_MAX * OFFERED_BYTES),
+    MessageType.WANTED: (COMPARE_RESULT.size + 1, COMPARE_RESULT.size + OFFER_BLOCKS_MAX),
     MessageType.WRITE: (WRITE.size, WRITE.size + WRITE_BYTES_MAX),
     MessageType.RECONCILE: (WRITE.size, WRITE.size + WRITE_BYTES_MAX),
     MessageType.CORRECT: (CORRECT.size, CORRECT.size + WRITE_BYTES_MAX),
     MessageType.AGGREGATE: (AGGREGATE.size + 1, AGGREGATE.size + AGGREGATE_BODY_BYTES_MAX),
+    MessageType.REMAINDER: (AGGREGATE.size + 1, AGGREGATE.size + AGGREGATE_BODY_BYTES_MAX),
     MessageType.FLUSH: (FLUSH.size, FLUSH.size),
     MessageType.HEARTBEAT: (HEARTBEAT.size, HEARTBEAT.size),
 }
@@ -136,5 +153,6 @@ FLAGS_ALLOWED: Final[dict[int, int]] = {
     MessageType.RECONCILE: Flag.ZEROS,
     MessageType.CORRECT: Flag.ZEROS,
     MessageType.AGGREGATE: Flag.COMPRESSED,
+    MessageType.REMAINDER: Flag.COMPRESSED,
 }
 """The flags that a frame of each type may have; those not named have none."""

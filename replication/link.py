@@ -15,15 +15,13 @@ from typing import Final
 
 import trio
 
-from dedup.types import Epoch, Seq, VolumeState
+from dedup.types import Seq, VolumeState
 from replication.errors import HandshakeRefused, LinkDown, ProtocolError
 from replication.messages import (
-    PROTOCOL_VERSION,
     Failure,
     Hello,
     Message,
     Request,
-    Role,
     SyncRequest,
     VolumePage,
     Welcome,
@@ -55,14 +53,14 @@ class SessionEnded(Exception):
         self.failure = failure
 
 
-async def greet(connection: Connection, group: str, epoch: Epoch) -> tuple[Session, Welcome, list[VolumeState]]:
+async def greet(connection: Connection, hello: Hello) -> tuple[Session, Welcome, list[VolumeState]]:
     """Says Hello as an agent and takes the answer. Raises LinkDown, ProtocolError or HandshakeRefused; the caller
     closes the connection then."""
     session = Session(Side.CLIENT)
     welcome: Welcome | None = None
     volumes: list[VolumeState] = []
     with trio.move_on_after(HANDSHAKE_SECONDS):
-        await connection.send(session.send(Hello(PROTOCOL_VERSION, Role.AGENT, group, epoch)))
+        await connection.send(session.send(hello))
         while session.state is not State.STREAMING:
             match await _next(connection, session):
                 case Welcome() as message:
@@ -130,7 +128,7 @@ class Link:
         writer. Otherwise, and always where the mode says to gather, the sender's task takes it together with what else
         has gathered by then: a record in company costs both sides a third of one alone.
         """
-        alone = not self._outbox.unreceived
+        alone = not self._outbox.unheld
         self._outbox.append(frame)
         if frame.bytes >= GATHER_BYTES or self._outbox.unsent_frames >= GATHER_FRAMES:
             self._hurry.set()
@@ -149,7 +147,7 @@ class Link:
 
         Sleeps in the kernel for so long at most, and the loop with it: where the peer answers in a fraction of that, it
         saves a lone writer two turns of the loop. Writers side by side are better off without, for their frames then
-        travel together: an offer that meets an unreceived frame puts this to rest, and after each ANSWER_ROW answers
+        travel together: an offer that meets an unheld frame puts this to rest, and after each ANSWER_ROW answers
         one is left to the loop, so that such an offer can happen. A peer that is too slow puts it to rest, too.
         """
         if self._rest:

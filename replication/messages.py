@@ -11,15 +11,22 @@ from typing import Final
 
 from dedup.types import ClockRun, Epoch, Record, Seq, TimeNs, VolumeId, VolumeState
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 FRAME_BYTES_MAX: Final = 5 << 20
 """Largest frame either side accepts, header included: an aggregate of 4 MiB and its extents."""
 VOLUMES_PER_PAGE_MAX: Final = 256
 CONTROL_BYTES_MAX: Final = 1 << 20
 """Largest encoded Request or Reply."""
 COMPARE_BLOCKS_MAX: Final = 1024
-"""Blocks one Compare covers at most: 4 MiB of a volume, 16 KiB of digests."""
+"""Digests of one Compare at most."""
+COMPARE_BYTES_MAX: Final = 4 << 20
+"""Bytes of a volume that one Compare covers at most."""
+COMPARE_UNITS: Final = (4096, 128 << 10, 4 << 20)
+"""Bytes of a volume that one digest of a Compare may cover: asked from coarse to fine, what is equal costs little."""
 DIGEST_BYTES: Final = 16
+FINGERPRINT_BYTES: Final = 16
+OFFER_BLOCKS_MAX: Final = 1024
+"""Blocks of one Offer: all of an aggregate of 4 MiB."""
 
 
 class Role(Enum):
@@ -28,6 +35,16 @@ class Role(Enum):
     AGENT = "agent"
     ADMIN = "admin"
     READER = "reader"
+
+
+class Mode(Enum):
+    """How the first appliance answers; modes.py holds the policies."""
+
+    SYNC = "sync"
+    ASYNC = "async"
+    BATCH = "batch"
+    AUTO = "auto"
+    """Sync while the round trip is short, async beyond, and back."""
 
 
 class Level(IntEnum):
@@ -49,22 +66,34 @@ class ErrorCode(IntEnum):
     """The store's disk is full; nothing of the record was kept; connect again later."""
     STORE_FAILED = 5
     """The store stopped; its appliance restarts."""
+    FENCED = 6
+    """Another agent feeds the group now; final for this one."""
+    UNAVAILABLE = 7
+    """A first appliance that cannot reach the second now; connect again later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First message of the connecting side. `epoch` is 0 for roles other than agent."""
+    """First message of the connecting side. What follows `group` is empty for roles other than agent.
+
+    `agent`: who feeds the group, the same for all starts of one source. `take_over`: be its agent from now on, whoever
+    was before. `mode`: what a first appliance is to do; None leaves it to that one.
+    """
 
     version: int
     role: Role
     group: str
     epoch: Epoch
+    agent: str = ""
+    take_over: bool = False
+    mode: Mode | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Answer to Hello. For an agent, `held` is the last seq in the journal (resend from held + 1), `durable` the last
-    synced one; volumes follow in VolumePages. `digest_key` keys this session's Compare digests."""
+    """Answer to Hello. For an agent, `held` is the last seq that the peer holds (resend from held + 1), `durable` the
+    last one synced at the second appliance; volumes follow in VolumePages. `digest_key` keys this session's digests.
+    `mode` is what a first appliance does, None from a second one."""
 
     version: int
     store: str
@@ -77,6 +106,7 @@ class Welcome:
     reconciling: bool
     next_volume: VolumeId
     digest_key: bytes
+    mode: Mode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +121,9 @@ class VolumePage:
 class Compare:
     """Digests of a range of the source, taken under the range lock at `seq`, which it consumes like a record.
 
-    `offset` is block-aligned; `digests` holds DIGEST_BYTES of keyed BLAKE2b for each block, the last one zero-padded;
-    the second appliance answers with a CompareResult of the same seq.
+    `offset` is a multiple of `unit`, one of COMPARE_UNITS; `digests` holds DIGEST_BYTES of keyed BLAKE2b for each unit,
+    what lies past the volume's end counting as zeros; the second appliance answers with a CompareResult of the same
+    seq.
     """
 
     seq: Seq
@@ -101,14 +132,63 @@ class Compare:
     volume: VolumeId
     offset: int
     digests: bytes
+    unit: int = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class CompareResult:
-    """`differing[i]` is 1 where block i of the Compare differs from what the store holds at that seq."""
+    """`differing[i]` is 1 where unit i of the Compare differs from what the store holds at that seq."""
 
     seq: Seq
     differing: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Uncompared:
+    """The Compare `seq` was not made: its digests have another session's key. From now on the key is this one."""
+
+    seq: Seq
+    digest_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What the aggregate that ends with `seq` would carry in whole blocks: for each FINGERPRINT_BYTES to find it by and
+    DIGEST_BYTES of keyed BLAKE2b to tell it by, in the order of offers.py. Consumes no seq; answered by a Wanted."""
+
+    seq: Seq
+    blocks: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """`missing[i]` is 1 where block i of the Offer is not held; the others are left out of the Remainder."""
+
+    seq: Seq
+    missing: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """An extent of a Remainder, without its data: of `data_bytes` and `zeros` exactly one is not 0."""
+
+    volume: VolumeId
+    offset: int
+    data_bytes: int
+    zeros: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remainder:
+    """An aggregate without the blocks that the answer to its Offer said are held. `data` is what is left of the pieces'
+    data, in order."""
+
+    first_seq: Seq
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    pieces: tuple[Piece, ...]
+    data: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +198,12 @@ class SyncRequest:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """Cumulative: all records up to `received` are journalled, all up to `durable` are synced. Never decreases."""
+    """Cumulative, none ever decreases: the peer holds all records up to `queued`, those up to `kept` on a disk, its own
+    or the second appliance's; that one has journalled all up to `received` and synced all up to `durable`. Said by a
+    second appliance, `queued` is `received` and `kept` is `durable`."""
 
+    queued: Seq
+    kept: Seq
     received: Seq
     durable: Seq
 
@@ -151,5 +235,19 @@ class Failure:
 
 
 Message = (
-    Hello | Welcome | VolumePage | Compare | CompareResult | SyncRequest | Ack | Request | Reply | Failure | Record
+    Hello
+    | Welcome
+    | VolumePage
+    | Compare
+    | CompareResult
+    | Uncompared
+    | Offer
+    | Wanted
+    | Remainder
+    | SyncRequest
+    | Ack
+    | Request
+    | Reply
+    | Failure
+    | Record
 )

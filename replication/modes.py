@@ -1,6 +1,7 @@
-"""The three modes, one policy object each: when may a write return, and how do records become frames?
+"""The modes, one policy object each: when may a write return, and how do records become frames?
 
-Nothing outside this module asks which mode it is; it asks the policy.
+Nothing outside this module asks which mode it is; it asks the policy. Where the frames go to a first appliance of its
+own (`through`), that one combines them, and QUEUED is what it says.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Final, Protocol
 from dedup.types import AGGREGATE_BYTES_MAX, Aggregate, Record, Write
 from replication.aggregate import coalesce
 from replication.messages import Compare, Level
+from replication.messages import Mode as Mode
 from replication.outbox import FRAME_OVERHEAD_BYTES, Frame, frame_of
 from replication.wire import encode_aggregate
 
@@ -25,12 +27,14 @@ BATCH_WRITES_MAX: Final = 256
 BATCH_BYTES_MAX: Final = AGGREGATE_BYTES_MAX
 """Most bytes written in one aggregate, before coalescing."""
 BATCH_ZSTD_LEVEL: Final = 1
-
-
-class Mode(Enum):
-    SYNC = "sync"
-    ASYNC = "async"
-    BATCH = "batch"
+AUTO_LIMIT_SECONDS: Final = 0.02
+"""The longest round trip for which `auto` has writes wait, and the longest that it has one wait."""
+AUTO_BACK: Final = 0.5
+"""`auto` goes back to sync once the round trip is below this part of the limit: it does not swing around the limit."""
+AUTO_REST_SECONDS: Final = 5.0
+"""Between two changes back to sync."""
+AUTO_WEIGHT: Final = 0.125
+"""Weight of a new round trip in the mean, that of TCP's smoothed one (RFC 6298)."""
 
 
 class Outage(Enum):
@@ -67,6 +71,14 @@ class ModePolicy(Protocol):
         """How long a frame may wait on its way out for others to travel with; 0 where somebody waits for the answer."""
 
     @property
+    def patience_seconds(self) -> float | None:
+        """Longest that a write waits for its level before it returns without; None for as long as it takes."""
+
+    def observe(self, seconds: float) -> bool:
+        """A record took so long to be RECEIVED, or has not been for so long. Says whether that changed what writes wait
+        for."""
+
+    @property
     def open_bytes(self) -> int:
         """Memory of the writes that are taken and not yet part of a frame."""
 
@@ -86,6 +98,15 @@ class ModePolicy(Protocol):
         """The frames of everything that is still open, in order."""
 
 
+class _Steady:
+    """What writes wait for does not depend on the round trip."""
+
+    patience_seconds: Final[float | None] = None
+
+    def observe(self, seconds: float) -> bool:
+        return False
+
+
 class _AtOnce:
     """Each record is one frame, ready when it is added."""
 
@@ -100,7 +121,7 @@ class _AtOnce:
         return []
 
 
-class SyncMode(_AtOnce):
+class SyncMode(_AtOnce, _Steady):
     """A write returns when the second appliance has journalled it; an fsync when it is on that one's disk too."""
 
     mode: Final = Mode.SYNC
@@ -110,17 +131,57 @@ class SyncMode(_AtOnce):
     gather_seconds: Final = 0.0
 
 
-class AsyncMode(_AtOnce):
+class AsyncMode(_AtOnce, _Steady):
     """A write returns when the first appliance holds it."""
 
-    gather_seconds: Final = ASYNC_GATHER_SECONDS
-    mode: Final = Mode.ASYNC
+    gather_seconds: float = ASYNC_GATHER_SECONDS
+    mode: Mode = Mode.ASYNC
     write_waits_for: Final = Level.QUEUED
     flush_waits_for: Final = Level.QUEUED
     outage: Final = Outage.CONTINUE
 
 
-class BatchMode:
+class AutoMode(_AtOnce):
+    """Sync while the mean round trip is at most `limit` seconds, async beyond; sync again once it is below AUTO_BACK of
+    that, AUTO_REST_SECONDS later at the earliest. A write waits no longer than `limit`, an fsync only while in sync."""
+
+    mode: Final = Mode.AUTO
+    outage: Final = Outage.CONTINUE
+    gather_seconds: Final = 0.0
+
+    def __init__(self, clock: Callable[[], float], limit: float = AUTO_LIMIT_SECONDS) -> None:
+        self._clock = clock
+        self._limit = limit
+        self._mean = 0.0
+        self._is_sync = True
+        self._changed_at = clock()
+
+    @property
+    def write_waits_for(self) -> Level:
+        return Level.RECEIVED if self._is_sync else Level.QUEUED
+
+    @property
+    def flush_waits_for(self) -> Level:
+        return Level.DURABLE if self._is_sync else Level.QUEUED
+
+    @property
+    def patience_seconds(self) -> float | None:
+        return self._limit if self._is_sync else None
+
+    def observe(self, seconds: float) -> bool:
+        self._mean += AUTO_WEIGHT * (seconds - self._mean)
+        now = self._clock()
+        if self._is_sync:
+            is_sync = self._mean <= self._limit
+        else:
+            is_sync = self._mean < AUTO_BACK * self._limit and now - self._changed_at >= AUTO_REST_SECONDS
+        if is_sync == self._is_sync:
+            return False
+        self._is_sync, self._changed_at = is_sync, now
+        return True
+
+
+class BatchMode(_Steady):
     """A write returns when the first appliance holds it; writes travel as aggregates.
 
     An aggregate closes before anything that is not a Write (a barrier, sent right behind it), at BATCH_WRITES_MAX
@@ -179,13 +240,31 @@ class BatchMode:
         return [frame_of(aggregate, encode_aggregate(aggregate, level=BATCH_ZSTD_LEVEL))]
 
 
+class AsyncThrough(AsyncMode):
+    """Async, the frames going to a first appliance: a write waits for its word, so none waits to gather."""
+
+    gather_seconds = 0.0
+
+
+class BatchThrough(AsyncThrough):
+    """Batch, the frames going to a first appliance, which combines them."""
+
+    mode = Mode.BATCH
+
+
 _POLICIES: Final[dict[Mode, Callable[[Callable[[], float]], ModePolicy]]] = {
     Mode.SYNC: lambda _clock: SyncMode(),
     Mode.ASYNC: lambda _clock: AsyncMode(),
     Mode.BATCH: BatchMode,
+    Mode.AUTO: AutoMode,
+}
+_THROUGH: Final[dict[Mode, Callable[[Callable[[], float]], ModePolicy]]] = {
+    **_POLICIES,
+    Mode.ASYNC: lambda _clock: AsyncThrough(),
+    Mode.BATCH: lambda _clock: BatchThrough(),
 }
 
 
-def mode_policy(mode: Mode, clock: Callable[[], float]) -> ModePolicy:
-    """A new policy object; `clock` gives seconds and is what `closes_at` refers to."""
-    return _POLICIES[mode](clock)
+def mode_policy(mode: Mode, clock: Callable[[], float], *, through: bool = False) -> ModePolicy:
+    """A new policy object; `clock` gives seconds and is what `closes_at` refers to. `through` a first appliance."""
+    return (_THROUGH if through else _POLICIES)[mode](clock)

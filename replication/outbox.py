@@ -1,8 +1,8 @@
-"""The retention queue of the first appliance: every frame stays until the second appliance has it on its disk.
+"""The retention queue of the first appliance: every frame stays until a peer has it on its disk.
 
 Invariants:
-- Frames follow each other in seq without a hole, through the three parts: received, sent, waiting.
-- A frame leaves only when it is durable at the second appliance (`acknowledge`).
+- Frames follow each other in seq without a hole, through the three parts: held (by the peer), sent, waiting.
+- A frame leaves only when it is on a disk of the peer's (`acknowledge`): durable at the second appliance, or spooled.
 - `bytes` counts every frame with what it costs in memory beyond its payload, so many small ones are bounded too.
 - No frame with a Compare is ever sent in a second session: its digests were keyed for the first. A heartbeat takes its
   place, which says the same about the volumes: nothing changed.
@@ -59,25 +59,25 @@ class Outbox:
     def __init__(self, held: Seq, *, bytes_max: int = QUEUE_BYTES_MAX) -> None:
         self.bytes_max = bytes_max
         self.bytes = 0
-        self.received_bytes = 0
-        """Of the frames that are received and not durable."""
+        self.held_bytes = 0
+        """Of the frames that the peer holds, and not on a disk."""
         self.last_seq = held
         """Of the newest frame ever appended."""
         self.sent_seq = held
         """Of the newest frame ever sent, on whatever connection."""
-        self._received: deque[Frame] = deque()
+        self._held: deque[Frame] = deque()
         self._sent: deque[Frame] = deque()
         self._waiting: deque[Frame] = deque()
 
     def __len__(self) -> int:
-        return len(self._received) + len(self._sent) + len(self._waiting)
+        return len(self._held) + len(self._sent) + len(self._waiting)
 
     @property
     def unsent(self) -> bool:
         return bool(self._waiting)
 
     @property
-    def unreceived(self) -> bool:
+    def unheld(self) -> bool:
         return bool(self._sent or self._waiting)
 
     @property
@@ -86,12 +86,12 @@ class Outbox:
 
     @property
     def lone(self) -> bool:
-        """Whether one frame, and no more, was sent and is not received."""
+        """Whether one frame, and no more, was sent and is not held by the peer."""
         return len(self._sent) == 1 and not self._waiting
 
     @property
     def oldest(self) -> Frame | None:
-        return next(chain(self._received, self._sent, self._waiting), None)
+        return next(chain(self._held, self._sent, self._waiting), None)
 
     @property
     def records(self) -> int:
@@ -130,23 +130,23 @@ class Outbox:
             self.sent_seq = frame.seq
         return frame
 
-    def acknowledge(self, received: Seq, durable: Seq) -> bool:
-        """Notes what the second appliance has; drops what is durable. Says whether room was made."""
-        sent, kept = self._sent, self._received
-        while sent and sent[0].seq <= received:
+    def acknowledge(self, queued: Seq, kept: Seq) -> bool:
+        """Notes what the peer holds; drops what it keeps on a disk. Says whether room was made."""
+        sent, held = self._sent, self._held
+        while sent and sent[0].seq <= queued:
             frame = sent.popleft()
-            kept.append(frame)
-            self.received_bytes += frame.bytes
+            held.append(frame)
+            self.held_bytes += frame.bytes
         dropped = 0
-        while kept and kept[0].seq <= durable:
-            dropped += kept.popleft().bytes
-        self.received_bytes -= dropped
+        while held and held[0].seq <= kept:
+            dropped += held.popleft().bytes
+        self.held_bytes -= dropped
         self.bytes -= dropped
         return dropped > 0
 
     def rewind(self, held: Seq) -> None:
         """A new session begins, whose peer holds everything up to `held`: the frames past it wait again, in order; the
-        others count as received. Raises HistoryLost, and changes nothing, when the queue does not meet the store."""
+        others count as held by it. Raises HistoryLost, and changes nothing, when the queue does not meet the store."""
         oldest = self.oldest
         first_kept = Seq(self.last_seq + 1) if oldest is None else oldest.first_seq
         if held + 1 < first_kept:
@@ -155,17 +155,17 @@ class Outbox:
         if held > self.sent_seq:
             text = f"the store holds records up to {held}, but only {self.sent_seq} was ever sent"
             raise HistoryLost(held, first_kept, text)
-        frames = [*self._received, *self._sent, *self._waiting]
+        frames = [*self._held, *self._sent, *self._waiting]
         for frame in frames:
             if frame.first_seq <= held < frame.seq:
                 text = f"the store holds records up to {held}, a part of the aggregate {frame.first_seq}..{frame.seq}"
                 raise HistoryLost(held, first_kept, text)
         frames = [_for_another_session(frame) for frame in frames]
-        self._received = deque(frame for frame in frames if frame.seq <= held)
+        self._held = deque(frame for frame in frames if frame.seq <= held)
         self._sent = deque()
         self._waiting = deque(frame for frame in frames if frame.seq > held)
         self.bytes = sum(frame.bytes for frame in frames)
-        self.received_bytes = sum(frame.bytes for frame in self._received)
+        self.held_bytes = sum(frame.bytes for frame in self._held)
 
 
 def _for_another_session(frame: Frame) -> Frame:

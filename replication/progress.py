@@ -1,7 +1,7 @@
 """How far the records have come, and who waits for it.
 
 Invariants:
-- Neither level ever decreases, and DURABLE never passes RECEIVED.
+- No level ever decreases, DURABLE never passes RECEIVED, nor RECEIVED QUEUED.
 - A waiter is woken once: by its level, by a release, or by a failure. A cancelled one leaves nothing behind.
 """
 
@@ -30,11 +30,13 @@ _Heap = list[tuple[Seq, int, _Waiter]]
 
 
 class Progress:
-    """The two levels of a group's records, and the tasks that wait for one of them."""
+    """The levels of a group's records, and the tasks that wait for one of them."""
 
     def __init__(self) -> None:
+        self.queued = Seq(0)
         self.received = Seq(0)
         self.durable = Seq(0)
+        self._queued: _Heap = []
         self._received: _Heap = []
         self._durable: _Heap = []
         self._order = count()
@@ -42,11 +44,24 @@ class Progress:
     @property
     def waiting(self) -> bool:
         """Whether any task waits."""
+        return bool(self._received or self._durable or self._queued)
+
+    @property
+    def waits_for_second(self) -> bool:
+        """Whether any task waits for what the second appliance alone can say."""
         return bool(self._received or self._durable)
+
+    def queue(self, queued: Seq) -> None:
+        """The first appliance holds everything up to `queued`. Lower than before: ignored."""
+        if queued > self.queued:
+            self.queued = queued
+            if self._queued:
+                _wake(self._queued, queued)
 
     def advance(self, received: Seq, durable: Seq) -> bool:
         """Raises the levels, wakes whose seq they reach, and says whether they rose."""
         rose = False
+        self.queue(received)
         if received > self.received:
             self.received = received
             rose = True
@@ -61,7 +76,7 @@ class Progress:
 
     def has_reached(self, seq: Seq, level: Level) -> bool:
         if level is Level.QUEUED:
-            return True
+            return seq <= self.queued
         return seq <= (self.durable if level is Level.DURABLE else self.received)
 
     async def wait(self, seq: Seq, level: Level, *, releasable: bool) -> bool:
@@ -69,7 +84,7 @@ class Progress:
         to `release`. Any wait may raise what was given to `fail`. Returns without a checkpoint when it is there."""
         if self.has_reached(seq, level):
             return True
-        heap = self._durable if level is Level.DURABLE else self._received
+        heap = self._heap(level)
         waiter = _Waiter(releasable)
         heappush(heap, (seq, next(self._order), waiter))
         try:
@@ -84,7 +99,7 @@ class Progress:
 
     def release(self, error: Exception | None) -> None:
         """Ends every releasable wait: with the error, or with False when there is none."""
-        for heap in (self._received, self._durable):
+        for heap in (self._queued, self._received, self._durable):
             released = [entry[2] for entry in heap if entry[2].releasable]
             heap[:] = [entry for entry in heap if not entry[2].releasable]
             heapify(heap)
@@ -92,10 +107,15 @@ class Progress:
 
     def fail(self, error: Exception) -> None:
         """Ends every wait with the error."""
-        for heap in (self._received, self._durable):
+        for heap in (self._queued, self._received, self._durable):
             failed = [entry[2] for entry in heap]
             heap.clear()
             _end(failed, error)
+
+    def _heap(self, level: Level) -> _Heap:
+        if level is Level.QUEUED:
+            return self._queued
+        return self._durable if level is Level.DURABLE else self._received
 
 
 def _wake(heap: _Heap, reached: Seq) -> None:

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, cast, get_args
 
 import trio
 
@@ -37,7 +37,7 @@ from dedup.types import (
 )
 from replication.commands import Caller, Commands
 from replication.errors import LinkDown, LocalProtocolError, ProtocolError, ReplicationError
-from replication.frame_layout import ACK
+from replication.frame_layout import ACK, OFFERED_BYTES
 from replication.messages import (
     DIGEST_BYTES,
     PROTOCOL_VERSION,
@@ -49,11 +49,13 @@ from replication.messages import (
     Failure,
     Hello,
     Message,
+    Offer,
     Reply,
     Request,
     Role,
     SyncRequest,
     VolumePage,
+    Wanted,
     Welcome,
 )
 from replication.session import Session, Side
@@ -342,7 +344,7 @@ class ServerSession:
             elif isinstance(message, Compare):
                 batch.append(Heartbeat(message.seq, message.time, message.run))
                 batch_bytes += RECORD_BYTES
-            elif not isinstance(message, (Request, SyncRequest, Failure)):
+            elif not isinstance(message, (Request, SyncRequest, Failure, Offer)):
                 batch.append(self._record(message))
                 batch_bytes += _weight(message)
                 if len(batch) < BATCH_RECORDS_MAX and batch_bytes < BATCH_BYTES_MAX:
@@ -352,6 +354,8 @@ class ServerSession:
                 batch, batch_bytes = [], 0
             if isinstance(message, Compare):
                 await self._compare(group, message)
+            elif isinstance(message, Offer):
+                await self._send(Wanted(message.seq, b"\1" * (len(message.blocks) // OFFERED_BYTES)))
             elif isinstance(message, SyncRequest):
                 self._sync(group, answers)
             elif isinstance(message, Request):
@@ -364,13 +368,11 @@ class ServerSession:
             await self._ingest(group, batch, batch_bytes)
 
     def _record(self, message: Message) -> Record:
-        if isinstance(message, (Hello, Welcome, VolumePage, CompareResult, Ack, Reply, Compare, Request)):
-            raise ProtocolError(f"{type(message).__name__} is not for this side")
-        if isinstance(message, (SyncRequest, Failure)):
+        if not isinstance(message, get_args(Record)):
             raise ProtocolError(f"{type(message).__name__} is no record")
         if isinstance(message, EpochStart) and message.epoch > self.epoch:
             raise ProtocolError(f"epoch {message.epoch} starts in a session of epoch {self.epoch}")
-        return message
+        return cast(Record, message)
 
     async def _ingest(self, group: GroupWriter | None, batch: list[Record], batch_bytes: int) -> None:
         assert group is not None, "the session's table lets only agents send records"
@@ -444,7 +446,7 @@ class ServerSession:
     async def _ack(self, group: GroupWriter) -> None:
         if not self._sending.locked():
             # Nobody is sending, and nobody can begin before the next await: no lock, when the link takes all of it.
-            frame = self._session.send(Ack(group.held, group.durable))
+            frame = self._session.send(_levels(group))
             self._cut = True
             sent = self._connection.send_nowait(frame)
             if sent < ACK.size:
@@ -452,7 +454,7 @@ class ServerSession:
             self._cut = False
             return
         # Made when it is this task's turn to send: an Ack never decreases.
-        await self._turn(lambda: Ack(group.held, group.durable))
+        await self._turn(lambda: _levels(group))
 
     async def _send_rest(self, rest: Buffer) -> None:
         self._sending.acquire_nowait()
@@ -476,6 +478,11 @@ class ServerSession:
             self._cut = False
         finally:
             self._sending.release()
+
+
+def _levels(group: GroupWriter) -> Ack:
+    held, durable = group.held, group.durable
+    return Ack(held, durable, held, durable)
 
 
 def _weight(message: Message) -> int:

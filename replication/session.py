@@ -6,8 +6,9 @@ Invariants:
   is ProtocolError; either way the message has no effect.
 - Records (and Compares) follow each other without a hole: each begins at the seq after the last one, the first at
   Welcome.held + 1.
-- Ack never decreases and never passes what was sent. A CompareResult answers an open Compare with as many blocks, a
-  Reply an open Request; of both only a bounded number is open.
+- Ack never decreases and never passes what was sent. A CompareResult or Uncompared answers an open Compare with as many
+  blocks, a Wanted an open Offer, a Reply an open Request; of each only a bounded number is open.
+- A Remainder follows the answer to its Offer. An offer whose seq was passed is forgotten.
 - After a Failure, or after any broken rule, nothing more is said: CLOSED.
 
 Use: `send` gives the buffers to put on the wire; `receive_data` what came from there, then `next_event` until None.
@@ -21,6 +22,7 @@ from typing import Any, Final, get_args
 
 from dedup.types import Aggregate, Record, Seq, Write
 from replication.errors import LocalProtocolError, ProtocolError
+from replication.frame_layout import OFFERED_BYTES
 from replication.messages import (
     DIGEST_BYTES,
     PROTOCOL_VERSION,
@@ -30,17 +32,23 @@ from replication.messages import (
     Failure,
     Hello,
     Message,
+    Offer,
+    Remainder,
     Reply,
     Request,
     Role,
     SyncRequest,
+    Uncompared,
     VolumePage,
+    Wanted,
     Welcome,
 )
 from replication.wire import Buffer, Decoder, encode
 
 COMPARES_OPEN_MAX: Final = 64
 """Most Compares without their CompareResult."""
+OFFERS_OPEN_MAX: Final = 4
+"""Most Offers whose aggregate was not said yet."""
 REQUESTS_OPEN_MAX: Final = 64
 """Most Requests without their Reply."""
 
@@ -67,7 +75,7 @@ class State(Enum):
 
 RECORD_TYPES: Final[frozenset[type]] = frozenset(get_args(Record))
 """Messages that consume a seq and are journalled."""
-NUMBERED_TYPES: Final[frozenset[type]] = RECORD_TYPES | {Compare}
+NUMBERED_TYPES: Final[frozenset[type]] = RECORD_TYPES | {Compare, Remainder}
 """Messages that consume a seq."""
 
 TABLE: Final[dict[State, dict[Side, dict[type, State]]]] = {
@@ -86,6 +94,7 @@ TABLE: Final[dict[State, dict[Side, dict[type, State]]]] = {
     State.STREAMING: {
         Side.CLIENT: {
             **dict.fromkeys(NUMBERED_TYPES, State.STREAMING),
+            Offer: State.STREAMING,
             SyncRequest: State.STREAMING,
             Request: State.STREAMING,
             Failure: State.CLOSED,
@@ -93,6 +102,8 @@ TABLE: Final[dict[State, dict[Side, dict[type, State]]]] = {
         Side.SERVER: {
             Ack: State.STREAMING,
             CompareResult: State.STREAMING,
+            Uncompared: State.STREAMING,
+            Wanted: State.STREAMING,
             Reply: State.STREAMING,
             Failure: State.CLOSED,
         },
@@ -102,7 +113,14 @@ TABLE: Final[dict[State, dict[Side, dict[type, State]]]] = {
 """State → who speaks → what may be said → the state after it. Two messages have a say in it themselves: the last
 VolumePage leads to STREAMING, and so does Welcome when the role is no agent's."""
 
-AGENT_ONLY_TYPES: Final[frozenset[type]] = NUMBERED_TYPES | {SyncRequest, Ack, CompareResult}
+AGENT_ONLY_TYPES: Final[frozenset[type]] = NUMBERED_TYPES | {
+    Offer,
+    SyncRequest,
+    Ack,
+    CompareResult,
+    Uncompared,
+    Wanted,
+}
 """What only an agent's session carries."""
 
 
@@ -116,16 +134,24 @@ class Session:
         self.role: Role | None = None
         self.last_seq = Seq(0)
         """Seq of the last record or Compare said on this session, or Welcome.held."""
+        self.queued = Seq(0)
+        self.kept = Seq(0)
         self.received = Seq(0)
         self.durable = Seq(0)
         self._version = PROTOCOL_VERSION
         self._compares: dict[int, int] = {}
+        self._offers: dict[int, int] = {}
+        """Offers that are open: blocks, negative once answered."""
         self._requests: set[int] = set()
         self._decoder = Decoder()
 
     @property
     def compares_open(self) -> int:
         return len(self._compares)
+
+    @property
+    def offers_open(self) -> int:
+        return len(self._offers)
 
     @property
     def requests_open(self) -> int:
@@ -149,7 +175,7 @@ class Session:
             raise LocalProtocolError(f"{kind.__name__} may not be sent when {self.state.value}")
         if self.role is not Role.AGENT or first_seq != self.last_seq + 1 or seq < first_seq:
             raise LocalProtocolError(f"record {first_seq}..{seq} does not follow {self.last_seq}")
-        self.last_seq = seq
+        self._pass(seq)
 
     def receive_data(self, data: Buffer) -> None:
         """Takes what arrived; read the events after each call. `data` must not change afterwards."""
@@ -166,7 +192,7 @@ class Session:
                 and self.role is Role.AGENT
                 and message.seq == self.last_seq + 1
             ):
-                self.last_seq = message.seq  # what `_say` would find and do, for what is most of the traffic
+                self._pass(message.seq)  # what `_say` would find and do, for what is most of the traffic
             elif message is not None:
                 self._say(self.peer, message)
         except ProtocolError:
@@ -179,6 +205,12 @@ class Session:
         self.state = State.CLOSED
         if self._decoder.incomplete:
             raise ProtocolError("the connection ended within a frame")
+
+    def _pass(self, seq: Seq) -> None:
+        """A record was said: the last seq is its own, and offers of what came before are over."""
+        self.last_seq = seq
+        if self._offers:
+            self._offers = {offered: blocks for offered, blocks in self._offers.items() if offered > seq}
 
     def _say(self, speaker: Side, message: Message) -> None:
         kind = type(message)
@@ -210,8 +242,10 @@ def _hello(session: Session, speaker: Side, message: Hello, following: State) ->
 def _welcome(session: Session, speaker: Side, message: Welcome, following: State) -> State:
     if message.version != session._version:
         raise session._broken(speaker, f"Welcome in version {message.version} after Hello in {session._version}")
-    session.last_seq = session.received = message.held
-    session.durable = message.durable
+    # A first appliance may hold what the second has not received; what that one has is told by Acks.
+    session.last_seq = session.queued = message.held
+    session.kept = session.durable = message.durable
+    session.received = message.held if message.mode is None else message.durable
     return following if session.role is Role.AGENT else State.STREAMING
 
 
@@ -222,14 +256,39 @@ def _volume_page(session: Session, speaker: Side, message: VolumePage, following
 def _record(session: Session, speaker: Side, message: Any, following: State) -> State:
     if message.seq != session.last_seq + 1:
         raise session._broken(speaker, f"record {message.seq} does not follow {session.last_seq}")
-    session.last_seq = message.seq
+    session._pass(message.seq)
     return following
 
 
-def _aggregate(session: Session, speaker: Side, message: Aggregate, following: State) -> State:
+def _aggregate(session: Session, speaker: Side, message: Aggregate | Remainder, following: State) -> State:
     if message.first_seq != session.last_seq + 1:
         raise session._broken(speaker, f"aggregate from {message.first_seq} does not follow {session.last_seq}")
-    session.last_seq = message.seq
+    session._pass(message.seq)
+    return following
+
+
+def _remainder(session: Session, speaker: Side, message: Remainder, following: State) -> State:
+    if session._offers.get(message.seq, 0) >= 0:
+        raise session._broken(speaker, f"the remainder {message.seq} has no offer that was answered")
+    return _aggregate(session, speaker, message, following)
+
+
+def _offer(session: Session, speaker: Side, message: Offer, following: State) -> State:
+    if len(session._offers) >= OFFERS_OPEN_MAX:
+        raise session._broken(speaker, f"more than {OFFERS_OPEN_MAX} offers are open")
+    if message.seq <= max(session._offers, default=session.last_seq):
+        raise session._broken(speaker, f"offer {message.seq} does not follow the one before, or {session.last_seq}")
+    session._offers[message.seq] = len(message.blocks) // OFFERED_BYTES
+    return following
+
+
+def _wanted(session: Session, speaker: Side, message: Wanted, following: State) -> State:
+    blocks = session._offers.get(message.seq)
+    if blocks is None and message.seq <= session.last_seq:
+        return following  # what it answers went out whole meanwhile
+    if blocks != len(message.missing):
+        raise session._broken(speaker, f"an answer of {len(message.missing)} blocks to offer {message.seq}: {blocks}")
+    session._offers[message.seq] = -blocks
     return following
 
 
@@ -251,13 +310,25 @@ def _compare_result(session: Session, speaker: Side, message: CompareResult, fol
     return following
 
 
+def _uncompared(session: Session, speaker: Side, message: Uncompared, following: State) -> State:
+    if session._compares.pop(message.seq, None) is None:
+        raise session._broken(speaker, f"compare {message.seq} is not open")
+    return following
+
+
 def _ack(session: Session, speaker: Side, message: Ack, following: State) -> State:
-    if message.received < session.received or message.durable < session.durable:
-        raise session._broken(speaker, f"{message} after received {session.received}, durable {session.durable}")
-    if message.received > session.last_seq:
+    before = (session.queued, session.kept, session.received, session.durable)
+    if (
+        message.received < session.received
+        or message.durable < session.durable
+        or message.queued < session.queued
+        or message.kept < session.kept
+    ):
+        raise session._broken(speaker, f"{message} after {before}")
+    if message.queued > session.last_seq:
         raise session._broken(speaker, f"{message} when {session.last_seq} is the last record sent")
-    session.received = message.received
-    session.durable = message.durable
+    session.queued, session.kept = message.queued, message.kept
+    session.received, session.durable = message.received, message.durable
     return following
 
 
@@ -285,6 +356,10 @@ _RULES: Final[dict[type, Callable[[Session, Side, Any, State], State]]] = {
     Aggregate: _aggregate,
     Compare: _compare,
     CompareResult: _compare_result,
+    Uncompared: _uncompared,
+    Offer: _offer,
+    Wanted: _wanted,
+    Remainder: _remainder,
     Ack: _ack,
     Request: _request,
     Reply: _reply,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dedup.types import Seq, TimeNs
-from replication.modes import Mode
+from replication.messages import Level, Mode
 
 
 class LinkState(Enum):
@@ -26,6 +26,8 @@ class FirstApplianceStatus:
     link: LinkState
     outage: bool
     mode: Mode
+    waits_for: Level
+    """What a write waits for now; only in auto it changes by itself."""
     last_seq: Seq
     received: Seq
     durable: Seq

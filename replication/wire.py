@@ -27,6 +27,7 @@ from dedup.types import (
     Flush,
     Heartbeat,
     Reconcile,
+    Seq,
     VolumeId,
     Write,
 )
@@ -36,16 +37,17 @@ from replication.checks import (
     check_ack,
     check_aggregate,
     check_compare,
-    check_compare_result,
     check_correct,
     check_extent,
-    check_piece,
+    check_marks,
+    check_offer,
+    check_piece_form,
     check_range,
     check_stamp,
     check_volume,
 )
 from replication.errors import LocalProtocolError, ProtocolError
-from replication.frame_encoding import Buffer, encode, encode_aggregate, frame_bytes
+from replication.frame_encoding import Buffer, compressed, encode, encode_aggregate, frame_bytes
 from replication.frame_layout import (
     ACK,
     AGGREGATE,
@@ -60,6 +62,7 @@ from replication.frame_layout import (
     FRAME_LIMITS,
     HEADER,
     HEARTBEAT,
+    OFFER,
     RARE,
     WRITE,
     Flag,
@@ -71,10 +74,14 @@ from replication.messages import (
     Compare,
     CompareResult,
     Message,
+    Offer,
+    Piece,
+    Remainder,
     SyncRequest,
+    Wanted,
 )
 
-__all__ = ["Buffer", "Decoder", "decode_all", "encode", "encode_aggregate", "frame_bytes"]
+__all__ = ["Buffer", "Decoder", "compressed", "decode_all", "encode", "encode_aggregate", "frame_bytes"]
 
 _ZEROS: Final = int(Flag.ZEROS)
 _WRITE: Final = int(MessageType.WRITE)
@@ -133,7 +140,28 @@ def _decode_correct(chunk: Buffer, start: int, end: int) -> Message:
 
 
 def _decode_aggregate(chunk: Buffer, start: int, end: int) -> Message:
-    _, _, flags, _, first_seq, seq, time, run, count, body_bytes = AGGREGATE.unpack_from(chunk, start)
+    _, _, _, _, first_seq, seq, time, run, count, _ = AGGREGATE.unpack_from(chunk, start)
+    body = _aggregate_body(chunk, start, end)
+    at = count * EXTENT.size
+    extents = []
+    for piece in _pieces(body, count):
+        size = piece.data_bytes
+        extents.append(Extent(piece.volume, piece.offset, body[at : at + size] if size else b"", piece.zeros))
+        at += size
+    if at != len(body):
+        raise Malformed("an aggregate's data does not match its table")
+    return Aggregate(first_seq, seq, time, run, tuple(extents))
+
+
+def _decode_remainder(chunk: Buffer, start: int, end: int) -> Message:
+    _, _, _, _, first_seq, seq, time, run, count, _ = AGGREGATE.unpack_from(chunk, start)
+    body = _aggregate_body(chunk, start, end)
+    return Remainder(first_seq, seq, time, run, tuple(_pieces(body, count)), body[count * EXTENT.size :])
+
+
+def _aggregate_body(chunk: Buffer, start: int, end: int) -> memoryview:
+    """Table and data, decompressed."""
+    _, _, flags, _, first_seq, seq, _, _, count, body_bytes = AGGREGATE.unpack_from(chunk, start)
     check_aggregate(first_seq, seq, count)
     check_range("aggregate body", body_bytes, count * EXTENT.size, AGGREGATE_BODY_BYTES_MAX)
     body = memoryview(chunk)[start + AGGREGATE.size : end].toreadonly()
@@ -141,22 +169,20 @@ def _decode_aggregate(chunk: Buffer, start: int, end: int) -> Message:
         body = memoryview(_decompress(body, body_bytes))
     if len(body) != body_bytes:
         raise Malformed(f"an aggregate body of {len(body)} bytes that declares {body_bytes}")
-    table_bytes = count * EXTENT.size
-    at = table_bytes
+    return body
+
+
+def _pieces(body: memoryview, count: int) -> list[Piece]:
+    """The table of an aggregate, checked."""
     covered = 0
-    extents = []
-    for volume, size, offset, zeros in EXTENT.iter_unpack(body[:table_bytes]):
-        if size and zeros:
-            raise Malformed("an extent has both data and zeros")
-        length = size or zeros
-        check_extent(volume, offset, length)
-        check_piece(length)
-        covered += length
-        extents.append(Extent(volume, offset, body[at : at + size] if size else b"", zeros))
-        at += size
-    if at != body_bytes or covered > AGGREGATE_BYTES_MAX:
-        raise Malformed("an aggregate's data does not match its table")
-    return Aggregate(first_seq, seq, time, run, tuple(extents))
+    pieces = []
+    for volume, size, offset, zeros in EXTENT.iter_unpack(body[: count * EXTENT.size]):
+        check_piece_form(volume, offset, size, zeros)
+        covered += size or zeros
+        pieces.append(Piece(volume, offset, size, zeros))
+    if covered > AGGREGATE_BYTES_MAX:
+        raise Malformed(f"an aggregate of {covered} bytes")
+    return pieces
 
 
 def _decompress(body: memoryview, body_bytes: int) -> bytes:
@@ -183,23 +209,38 @@ def _decode_heartbeat(chunk: Buffer, start: int, end: int) -> Message:
 
 
 def _decode_ack(chunk: Buffer, start: int, end: int) -> Message:
-    _, _, _, _, received, durable = ACK.unpack_from(chunk, start)
-    check_ack(received, durable)
-    return Ack(received, durable)
+    message = Ack(*ACK.unpack_from(chunk, start)[4:])
+    check_ack(message)
+    return message
 
 
 def _decode_compare(chunk: Buffer, start: int, end: int) -> Message:
-    _, _, _, _, seq, time, run, volume, offset = COMPARE.unpack_from(chunk, start)
-    message = Compare(seq, time, run, volume, offset, bytes(memoryview(chunk)[start + COMPARE.size : end]))
+    _, _, _, _, seq, time, run, volume, offset, unit = COMPARE.unpack_from(chunk, start)
+    message = Compare(seq, time, run, volume, offset, bytes(memoryview(chunk)[start + COMPARE.size : end]), unit)
     check_compare(message)
     return message
 
 
 def _decode_compare_result(chunk: Buffer, start: int, end: int) -> Message:
+    return CompareResult(*_marks(chunk, start, end))
+
+
+def _decode_wanted(chunk: Buffer, start: int, end: int) -> Message:
+    return Wanted(*_marks(chunk, start, end))
+
+
+def _marks(chunk: Buffer, start: int, end: int) -> tuple[Seq, bytes]:
     (*_, seq) = COMPARE_RESULT.unpack_from(chunk, start)
-    differing = bytes(memoryview(chunk)[start + COMPARE_RESULT.size : end])
-    check_compare_result(seq, differing)
-    return CompareResult(seq, differing)
+    marks = bytes(memoryview(chunk)[start + COMPARE_RESULT.size : end])
+    check_marks(seq, marks)
+    return seq, marks
+
+
+def _decode_offer(chunk: Buffer, start: int, end: int) -> Message:
+    (*_, seq) = OFFER.unpack_from(chunk, start)
+    message = Offer(seq, bytes(memoryview(chunk)[start + OFFER.size : end]))
+    check_offer(message)
+    return message
 
 
 def _decode_sync_request(chunk: Buffer, start: int, end: int) -> Message:
@@ -237,6 +278,9 @@ _DECODERS: Final[dict[int, Callable[[Buffer, int, int], Message]]] = {
     int(MessageType.COMPARE): _decode_compare,
     int(MessageType.COMPARE_RESULT): _decode_compare_result,
     int(MessageType.SYNC_REQUEST): _decode_sync_request,
+    int(MessageType.OFFER): _decode_offer,
+    int(MessageType.WANTED): _decode_wanted,
+    int(MessageType.REMAINDER): _decode_remainder,
 }
 
 

@@ -40,13 +40,13 @@ def test_frames_leave_when_durable_only() -> None:
     full = outbox.bytes
     assert not outbox.acknowledge(Seq(4), Seq(0))
     assert (outbox.bytes, len(outbox)) == (full, 5)
-    assert outbox.received_bytes == full * 4 // 5
-    assert outbox.unreceived
+    assert outbox.held_bytes == full * 4 // 5
+    assert outbox.unheld
     assert outbox.acknowledge(Seq(5), Seq(3))
     assert seqs(outbox.take(1 << 20)) == []
-    assert (len(outbox), outbox.bytes, outbox.unreceived, outbox.records) == (2, full * 2 // 5, False, 2)
+    assert (len(outbox), outbox.bytes, outbox.unheld, outbox.records) == (2, full * 2 // 5, False, 2)
     outbox.acknowledge(Seq(5), Seq(5))
-    assert (len(outbox), outbox.bytes, outbox.received_bytes, outbox.records) == (0, 0, 0, 0)
+    assert (len(outbox), outbox.bytes, outbox.held_bytes, outbox.records) == (0, 0, 0, 0)
 
 
 def test_small_frames_are_counted_with_their_objects() -> None:
