@@ -1,4 +1,4 @@
-"""The only place with sockets: connections that carry buffers in order, and how they are made.
+"""Connections that carry buffers in order, over sockets and in memory; Unix sockets. TCP and TLS build on it.
 
 Invariants:
 - One task sends on a connection at a time, one receives; a second one raises trio.BusyResourceError.
@@ -21,7 +21,9 @@ from typing import Final
 
 import trio
 
+from replication.address import Address, UnixAddress
 from replication.errors import LinkDown, ReplicationError
+from replication.identity import Peer
 from replication.wire import Buffer
 
 RECEIVE_BYTES_MAX: Final = 1 << 20
@@ -36,6 +38,10 @@ SOCKET_PATH_BYTES_MAX: Final = 107
 
 class Connection(ABC):
     """A byte stream in both directions. Errors of the link are LinkDown, whatever the system calls them."""
+
+    peer: Peer | None = None
+    """Whose key the other end has proved to hold: set before `receive` returns its first byte, and for a connection
+    that `connect` gave, at once. None where nobody proves anything: Unix sockets, plain TCP, memory."""
 
     @abstractmethod
     async def send(self, buffers: Sequence[Buffer]) -> None:
@@ -213,32 +219,51 @@ def socket_pair() -> tuple[SocketConnection, SocketConnection]:
     return SocketConnection(one), SocketConnection(other)
 
 
-class Listener:
-    """A listening Unix socket; made by `listen_unix`."""
+class Listener(ABC):
+    """A listening socket, of whichever kind."""
 
-    def __init__(self, sock: socket.socket, path: Path) -> None:
+    def __init__(self, sock: socket.socket, address: Address) -> None:
         self._sock = sock
-        self._path = path
+        self.address = address
+        """Where it listens; a port that the system chose is the one it chose."""
 
-    async def accept(self) -> SocketConnection:
-        """The next connection. Cancelled, it has accepted none. Raises trio.ClosedResourceError when closed."""
+    @abstractmethod
+    async def accept(self) -> Connection:
+        """The next connection; never held up by a peer that has connected before. Cancelled, it has accepted none.
+        Raises trio.ClosedResourceError when closed, OSError when the system has no room for another."""
+
+    async def _accept_socket(self) -> socket.socket:
         await trio.lowlevel.checkpoint()
         while True:
             try:
-                sock, _address = self._sock.accept()
+                return self._sock.accept()[0]
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self._sock)
             except ConnectionAbortedError:
                 continue
-            else:
-                return SocketConnection(sock)
 
     async def aclose(self) -> None:
-        """Stops listening and removes the socket file; the caller still holds the store's lock. Does not wait."""
+        """Stops listening. What it accepted stays open. Harmless when closed. Does not wait."""
         if self._sock.fileno() >= 0:
-            self._path.unlink(missing_ok=True)
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
+
+
+class UnixListener(Listener):
+    """Made by `listen_unix`."""
+
+    def __init__(self, sock: socket.socket, path: Path) -> None:
+        super().__init__(sock, UnixAddress(path))
+        self._path = path
+
+    async def accept(self) -> SocketConnection:
+        return SocketConnection(await self._accept_socket())
+
+    async def aclose(self) -> None:
+        """Removes the socket file, too; the caller still holds the store's lock."""
+        if self._sock.fileno() >= 0:
+            self._path.unlink(missing_ok=True)
+        await super().aclose()
 
 
 async def connect_unix(path: Path) -> SocketConnection:
@@ -256,7 +281,7 @@ async def connect_unix(path: Path) -> SocketConnection:
     return SocketConnection(sock)
 
 
-def listen_unix(path: Path, *, replace_stale: bool = False) -> Listener:
+def listen_unix(path: Path, *, replace_stale: bool = False) -> UnixListener:
     """Listens at `path` with mode 0600.
 
     `replace_stale` removes a socket file that is there: only for the caller who holds the lock that says that no other
@@ -276,7 +301,7 @@ def listen_unix(path: Path, *, replace_stale: bool = False) -> Listener:
     except BaseException:
         sock.close()
         raise
-    return Listener(sock, path)
+    return UnixListener(sock, path)
 
 
 def _is_socket(path: Path) -> bool:
