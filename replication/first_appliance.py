@@ -363,9 +363,9 @@ class FirstAppliance:
         )
 
     def _levels(self) -> tuple[Seq, ...]:
-        """What progress is seen by. A first appliance may go on taking what waits for the second in vain."""
-        own = () if self._progress.waits_for_second else (self._progress.queued,)
-        return (self.received, self.durable, *own)
+        """What progress is seen by. Where writes wait for a first appliance's word only, that one's taking them is it."""
+        own = self._through and self._policy.write_waits_for is Level.QUEUED
+        return (self.received, self.durable, self._progress.queued if own else Seq(0))
 
     def _outage_changed(self) -> None:
         if self._watch.lasts:

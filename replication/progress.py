@@ -46,11 +46,6 @@ class Progress:
         """Whether any task waits."""
         return bool(self._received or self._durable or self._queued)
 
-    @property
-    def waits_for_second(self) -> bool:
-        """Whether any task waits for what the second appliance alone can say."""
-        return bool(self._received or self._durable)
-
     def queue(self, queued: Seq) -> None:
         """The first appliance holds everything up to `queued`. Lower than before: ignored."""
         if queued > self.queued:

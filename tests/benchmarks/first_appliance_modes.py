@@ -46,11 +46,11 @@ async def serve(listener: Listener) -> None:
                 case SyncRequest():
                     seen = Seq(0)
         if session.last_seq > seen:
-            await connection.send(session.send(Ack(session.last_seq, session.last_seq)))
+            await connection.send(session.send(Ack(session.last_seq, session.last_seq, session.last_seq, session.last_seq)))
 
 
 async def measure(path: Path, mode: Mode, records: int, payload: bytes, writers: int) -> None:
-    first = FirstAppliance(lambda: connect_unix(path), group="g", epoch=Epoch(1), mode=mode)
+    first = FirstAppliance(lambda: connect_unix(path), group="g", epoch=Epoch(1), agent="a", mode=mode)
     welcome, _volumes = await first.start()
     last = int(welcome.held)
 

@@ -72,7 +72,7 @@ class ScriptedSecond:
 
     async def ack(self, received: int, durable: int | None = None) -> None:
         self.durable = self.durable if durable is None else durable
-        await self.say(Ack(Seq(received), Seq(self.durable)))
+        await self.say(Ack(Seq(received), Seq(self.durable), Seq(received), Seq(self.durable)))
         await trio.testing.wait_all_tasks_blocked()
 
     async def say(self, message: Message) -> None:
@@ -127,7 +127,7 @@ class ScriptedSecond:
                 self.sync_requests += 1
                 if self.syncs:
                     self.durable = self.held
-                    await self.say(Ack(Seq(self.held), Seq(self.held)))
+                    await self.say(Ack(Seq(self.held), Seq(self.held), Seq(self.held), Seq(self.held)))
             case Request():
                 self.requests.append(message)
                 if message.command == "echo":
@@ -143,4 +143,4 @@ class ScriptedSecond:
                 if isinstance(message, Compare):
                     await self.say(CompareResult(message.seq, bytes(len(message.digests) // 16 - 1) + b"\1"))
                 if self.acks:
-                    await self.say(Ack(Seq(self.held), Seq(self.durable)))
+                    await self.say(Ack(Seq(self.held), Seq(self.durable), Seq(self.held), Seq(self.durable)))

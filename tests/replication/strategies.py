@@ -5,7 +5,6 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from dedup.types import (
-    BLOCK_BYTES,
     VOLUME_BYTES_MAX,
     Aggregate,
     Attributes,
@@ -25,7 +24,10 @@ from dedup.types import (
     VolumeState,
     Write,
 )
+from replication.frame_layout import OFFERED_BYTES
 from replication.messages import (
+    COMPARE_BYTES_MAX,
+    COMPARE_UNITS,
     DIGEST_BYTES,
     Ack,
     Compare,
@@ -33,11 +35,17 @@ from replication.messages import (
     ErrorCode,
     Failure,
     Hello,
+    Mode,
+    Offer,
+    Piece,
+    Remainder,
     Reply,
     Request,
     Role,
     SyncRequest,
+    Uncompared,
     VolumePage,
+    Wanted,
     Welcome,
 )
 
@@ -116,22 +124,45 @@ records = st.one_of(
 )
 states = st.builds(VolumeState, volume=volumes, path=paths, size=sizes, retired=st.booleans(), **owner)
 compares = st.builds(
-    lambda seq, time, run, volume, block, blocks: Compare(
-        seq, time, run, volume, block * BLOCK_BYTES, bytes(range(DIGEST_BYTES)) * blocks
+    lambda seq, time, run, volume, at, unit, blocks: Compare(
+        seq, time, run, volume, at * unit, bytes(range(DIGEST_BYTES)) * min(blocks, COMPARE_BYTES_MAX // unit), unit
     ),
     seqs,
     u64,
     u32,
     volumes,
-    st.integers(0, 1 << 37),
+    st.integers(0, 1 << 27),
+    st.sampled_from(COMPARE_UNITS),
     st.integers(1, 40),
 )
+pieces = st.one_of(
+    st.builds(Piece, volumes, offsets, st.integers(1, 9000), st.just(0)),
+    st.builds(Piece, volumes, offsets, st.just(0), st.integers(1, 9000)),
+)
+remainders = st.builds(
+    lambda first, count, time, run, table, data: Remainder(first, first + count, time, run, tuple(table), data),
+    st.integers(1, 1 << 60),
+    st.integers(0, 300),
+    u64,
+    u32,
+    st.lists(pieces, min_size=1, max_size=9),
+    st.binary(max_size=9000),
+)
 control = st.one_of(
-    st.builds(Hello, u32, st.just(Role.AGENT), names, st.integers(1, (1 << 32) - 1)),
+    st.builds(
+        Hello,
+        u32,
+        st.just(Role.AGENT),
+        names,
+        st.integers(1, (1 << 32) - 1),
+        names,
+        st.booleans(),
+        st.none() | st.sampled_from(Mode),
+    ),
     st.builds(Hello, u32, st.sampled_from([Role.ADMIN, Role.READER]), st.one_of(st.just(""), names), st.just(0)),
     st.builds(
-        lambda version, store, epoch, held, unsynced, time, run, base, reconciling, following, key: Welcome(
-            version, store, epoch, held, max(0, held - unsynced), time, run, base, reconciling, following, key
+        lambda version, store, epoch, held, unsynced, time, run, base, reconciling, following, key, mode: Welcome(
+            version, store, epoch, held, max(0, held - unsynced), time, run, base, reconciling, following, key, mode
         ),
         u32,
         names,
@@ -144,12 +175,25 @@ control = st.one_of(
         st.booleans(),
         u32,
         st.binary(max_size=64),
+        st.none() | st.sampled_from(Mode),
     ),
     st.builds(VolumePage, st.lists(states, max_size=5).map(tuple), st.booleans()),
     compares,
     st.builds(CompareResult, seqs, st.lists(st.sampled_from([0, 1]), min_size=1, max_size=40).map(bytes)),
     st.just(SyncRequest()),
-    st.builds(lambda durable, more: Ack(durable + more, durable), st.integers(0, 1 << 60), u32),
+    st.builds(
+        lambda durable, ahead, kept, queued: Ack(
+            durable + max(ahead, kept) + queued, durable + kept, durable + ahead, durable
+        ),
+        st.integers(0, 1 << 60),
+        u32,
+        u32,
+        u32,
+    ),
+    st.builds(Uncompared, seqs, st.binary(max_size=64)),
+    st.builds(Offer, seqs, st.integers(1, 40).map(lambda blocks: bytes(range(OFFERED_BYTES)) * blocks)),
+    st.builds(Wanted, seqs, st.lists(st.sampled_from([0, 1]), min_size=1, max_size=40).map(bytes)),
+    remainders,
     st.builds(Request, seqs, names, bodies),
     st.builds(Reply, seqs, bodies, texts),
     st.builds(Failure, st.sampled_from(ErrorCode), texts),

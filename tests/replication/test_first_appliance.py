@@ -48,6 +48,7 @@ class Rig:
             self.second.connect,
             group="g",
             epoch=Epoch(3),
+            agent="a",
             on_change=self.changes.append,
             on_lost=self.lost.append,
             **options,  # type: ignore[arg-type]
@@ -132,7 +133,7 @@ async def test_a_peer_that_does_not_answer_hello(autojump_clock: MockClock) -> N
 
         return MemoryConnection(near)
 
-    first = FirstAppliance(connect, group="g", epoch=Epoch(1))  # type: ignore[arg-type]
+    first = FirstAppliance(connect, group="g", epoch=Epoch(1), agent="a")  # type: ignore[arg-type]
     with pytest.raises(LinkDown, match="no answer"):
         await first.start()
 

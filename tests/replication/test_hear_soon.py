@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from dedup.types import ClockRun, Epoch, Extent, Seq, TimeNs, VolumeId, Write
-from replication import link, server_session
+from replication import link, session_hearing
 from replication.first_appliance import FirstAppliance
 from replication.link import ANSWER_REST, ANSWER_ROW
 from replication.messages import PROTOCOL_VERSION, Ack, ErrorCode, Failure, Message, VolumePage, Welcome
@@ -43,7 +43,7 @@ class Rig:
     def __init__(self) -> None:
         near, self.far = socket_pair()
         self.near = Counted(near._sock)
-        self.first = FirstAppliance(self._connect, group="g", epoch=Epoch(1), mode=Mode.SYNC)
+        self.first = FirstAppliance(self._connect, group="g", epoch=Epoch(1), agent="a", mode=Mode.SYNC)
         self.session = Session(Side.SERVER)
 
     async def _connect(self) -> SocketConnection:
@@ -101,7 +101,7 @@ async def one_write(made: Rig, seq: int) -> bool:
     """A write whose answer is there when it is asked for."""
     made.append(seq)
     await made.hear()
-    made.say(Ack(Seq(seq), Seq(0)))
+    made.say(Ack(Seq(seq), Seq(0), Seq(seq), Seq(0)))
     return await made.at_once(seq)
 
 
@@ -117,12 +117,12 @@ async def test_a_peer_that_is_slow_is_left_to_the_loop_for_a_while() -> None:
         made.append(1)
         assert not await made.at_once(1)
         await made.hear()
-        made.say(Ack(Seq(1), Seq(0)))
+        made.say(Ack(Seq(1), Seq(0), Seq(1), Seq(0)))
         assert await made.first.acknowledged(Seq(1))
         for seq in range(2, ANSWER_REST + 1):  # the second question about record 1 was the first of the rest
             made.append(seq)
             await made.hear()
-            made.say(Ack(Seq(seq), Seq(0)))
+            made.say(Ack(Seq(seq), Seq(0), Seq(seq), Seq(0)))
             assert await made.first.acknowledged(Seq(seq))
         assert made.near.asked == 1
         assert await one_write(made, ANSWER_REST + 1)
@@ -144,10 +144,10 @@ async def test_writers_side_by_side_are_left_to_the_loop() -> None:
         made.append(2)
         assert not await made.at_once(1)
         await made.hear()
-        made.say(Ack(Seq(1), Seq(0)))
+        made.say(Ack(Seq(1), Seq(0), Seq(1), Seq(0)))
         assert await made.first.acknowledged(Seq(1))
         await made.hear()
-        made.say(Ack(Seq(2), Seq(0)))
+        made.say(Ack(Seq(2), Seq(0), Seq(2), Seq(0)))
         assert await made.first.acknowledged(Seq(2))
         assert not await one_write(made, 3)
         assert made.near.asked == 0
@@ -161,7 +161,7 @@ async def test_what_ends_the_session_is_noticed_on_the_spot_and_by_the_loop(how:
         if how == "failure":
             made.say(Failure(ErrorCode.STORE_FULL, "full, says the test"))
         elif how == "cut":
-            made.far.send_nowait(encode(Ack(Seq(1), Seq(0)))[0:1])
+            made.far.send_nowait(encode(Ack(Seq(1), Seq(0), Seq(1), Seq(0)))[0:1])
             made.far.send_nowait([b"\x18\0\0\0"])
         elif how == "garbage":
             made.far.send_nowait([b"\xff" * 64])
@@ -183,7 +183,7 @@ async def test_nothing_is_awaited_while_a_frame_is_cut(monkeypatch: pytest.Monke
         assert not await made.at_once(1)
         assert made.near.asked == 0
         await made.hear()  # the sender's task sent it
-        made.say(Ack(Seq(1), Seq(0)))
+        made.say(Ack(Seq(1), Seq(0), Seq(1), Seq(0)))
         assert await made.first.acknowledged(Seq(1))
 
 
@@ -205,11 +205,11 @@ async def test_the_second_appliance_awaits_only_a_lone_record_on_the_spot() -> N
             await peer.hear_ack(3)
             await trio.testing.wait_all_tasks_blocked()
             assert counted.asked == 1
-            for seq in range(4, 4 + server_session.SOON_REST):  # in vain once: the next ones are left to the loop
+            for seq in range(4, 4 + session_hearing.SOON_REST):  # in vain once: the next ones are left to the loop
                 await peer.say(beat(seq))
                 await peer.hear_ack(seq)
             assert counted.asked == 1
-            last = 4 + server_session.SOON_REST
+            last = 4 + session_hearing.SOON_REST
             await peer.say(beat(last))
             await peer.hear_ack(last)
             await trio.testing.wait_all_tasks_blocked()
@@ -219,4 +219,4 @@ async def test_the_second_appliance_awaits_only_a_lone_record_on_the_spot() -> N
 
 def test_the_limits_fit() -> None:
     assert 0 < link.ANSWER_ROW < link.ANSWER_REST
-    assert 0 < server_session.SOON_ROW < server_session.SOON_REST
+    assert 0 < session_hearing.SOON_ROW < session_hearing.SOON_REST

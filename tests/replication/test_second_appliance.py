@@ -95,7 +95,7 @@ class Peer:
 
     async def greet(self, role: Role = Role.AGENT, group: str = "g", epoch: int = 1) -> Message | None:
         """Hello; then all volumes of the answer, when it is a Welcome to an agent."""
-        await self.say(Hello(PROTOCOL_VERSION, role, group, Epoch(epoch)))
+        await self.say(Hello(PROTOCOL_VERSION, role, group, Epoch(epoch), "a" if role is Role.AGENT else ""))
         answer = await self.hear()
         if isinstance(answer, Welcome):
             self.welcome = answer
@@ -208,7 +208,7 @@ async def test_welcome_says_what_the_store_holds(store: FakeStore) -> None:
 async def test_another_version_is_refused(store: FakeStore) -> None:
     async with running(store) as world:
         peer = await world.connect()
-        await peer.say(Hello(99, Role.AGENT, "g", Epoch(1)))
+        await peer.say(Hello(99, Role.AGENT, "g", Epoch(1), "a"))
         answer = await peer.hear()
         assert isinstance(answer, Failure) and answer.code is ErrorCode.VERSION
         assert await peer.hear() is None
@@ -367,7 +367,7 @@ async def test_a_sync_request_is_answered_when_nothing_is_new(store: FakeStore) 
         peer = await world.feeding()
         await peer.hear_ack(2, 2)
         await peer.say(SyncRequest())
-        assert await peer.hear() == Ack(Seq(2), Seq(2))
+        assert await peer.hear() == Ack(Seq(2), Seq(2), Seq(2), Seq(2))
 
 
 async def test_many_bytes_begin_a_sync(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +427,7 @@ async def test_a_failed_store_ends_the_appliance_and_tells_everyone(store: FakeS
 
 # -- hostile and broken peers ----------------------------------------------------------------------------------------
 
-HELLO = b"".join(bytes(part) for part in encode(Hello(PROTOCOL_VERSION, Role.AGENT, "bad", Epoch(1))))
+HELLO = b"".join(bytes(part) for part in encode(Hello(PROTOCOL_VERSION, Role.AGENT, "bad", Epoch(1), "a")))
 ADMIN = b"".join(bytes(part) for part in encode(Hello(PROTOCOL_VERSION, Role.ADMIN, "", Epoch(0))))
 BEAT = b"".join(bytes(part) for part in encode(beat(1)))
 WORDS = {
@@ -436,7 +436,7 @@ WORDS = {
     "a frame too long": b"\xff\xff\xff\x7f\x20\0\0\0" + bytes(100),
     "no Hello first": BEAT,
     "two Hellos": HELLO + HELLO,
-    "a Welcome from a client": b"".join(bytes(part) for part in encode(Ack(Seq(1), Seq(1)))),
+    "a Welcome from a client": b"".join(bytes(part) for part in encode(Ack(Seq(1), Seq(1), Seq(1), Seq(1)))),
     "a record from an admin": ADMIN + BEAT,
     "a cut frame": HELLO[:-3],
     "nothing": b"",
@@ -469,7 +469,7 @@ async def test_a_peer_that_does_not_read_stops_only_itself(store: FakeStore) -> 
         one, other = trio.testing.lockstep_stream_pair()
         deaf = Peer(MemoryConnection(one))
         await world.channel.send(MemoryConnection(other))
-        await deaf.say(Hello(PROTOCOL_VERSION, Role.AGENT, "deaf", Epoch(1)))
+        await deaf.say(Hello(PROTOCOL_VERSION, Role.AGENT, "deaf", Epoch(1), "a"))
         await trio.testing.wait_all_tasks_blocked()
         for seq in range(3, 50):
             await good.say(write(seq))

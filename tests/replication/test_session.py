@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dedup.types import Aggregate, ClockRun, Epoch, Extent, Heartbeat, Seq, TimeNs, VolumeId, Write
 from replication.errors import LocalProtocolError, ProtocolError
 from replication.messages import (
+    PROTOCOL_VERSION,
     Ack,
     Compare,
     CompareResult,
@@ -18,24 +19,43 @@ from replication.messages import (
     Failure,
     Hello,
     Message,
+    Offer,
+    Piece,
+    Remainder,
     Reply,
     Request,
     Role,
     SyncRequest,
+    Uncompared,
     VolumePage,
+    Wanted,
     Welcome,
 )
-from replication.session import COMPARES_OPEN_MAX, REQUESTS_OPEN_MAX, TABLE, Session, Side, State
+from replication.session import COMPARES_OPEN_MAX, OFFERS_OPEN_MAX, REQUESTS_OPEN_MAX, TABLE, Session, Side, State
 from replication.wire import encode
 
+
+def acked(received: Seq, durable: Seq) -> Ack:
+    """What a second appliance says."""
+    return Ack(received, durable, received, durable)
+
+
+def offer(seq: int, blocks: int) -> Offer:
+    return Offer(Seq(seq), bytes(32) * blocks)
+
+
+def remainder(first_seq: int, seq: int) -> Remainder:
+    return Remainder(Seq(first_seq), Seq(seq), NOW, RUN, (Piece(DISK, 0, 4096, 0),), b"")
+
+
 NOW, RUN, DISK = TimeNs(1), ClockRun(0), VolumeId(1)
-HELLO = Hello(1, Role.AGENT, "g", Epoch(1))
-ADMIN = Hello(1, Role.ADMIN, "", Epoch(0))
+HELLO = Hello(PROTOCOL_VERSION, Role.AGENT, "g", Epoch(1), "a")
+ADMIN = Hello(PROTOCOL_VERSION, Role.ADMIN, "", Epoch(0))
 FAILURE = Failure(ErrorCode.REFUSED, "no")
 LAST_PAGE = VolumePage((), True)
 
 
-def welcome(held: int = 10, durable: int = 5, version: int = 1) -> Welcome:
+def welcome(held: int = 10, durable: int = 5, version: int = PROTOCOL_VERSION) -> Welcome:
     return Welcome(version, "s", Epoch(0), Seq(held), Seq(durable), NOW, RUN, True, False, DISK, b"key")
 
 
@@ -104,12 +124,16 @@ EXAMPLES: list[Message] = [
     compare(11),
     CompareResult(Seq(11), b"\0"),
     SyncRequest(),
-    Ack(Seq(10), Seq(10)),
+    acked(Seq(10), Seq(10)),
     Request(1, "status", {}),
     Reply(1, {}),
+    Uncompared(Seq(11), b"key"),
+    offer(11, 1),
+    Wanted(Seq(11), b"\1"),
+    remainder(11, 12),
     FAILURE,
 ]
-ANSWERS = (CompareResult, Reply)
+ANSWERS = (CompareResult, Uncompared, Wanted, Remainder, Reply)
 
 
 @pytest.mark.parametrize("state", State)
@@ -123,6 +147,45 @@ def test_every_message_in_every_state(state: State, side: Side, message: Message
         pair.agree_refused(side, message)
 
 
+def test_an_offer_its_answer_and_what_is_left() -> None:
+    pair = streaming()
+    pair.say(Side.CLIENT, offer(12, 3))
+    pair.say(Side.CLIENT, offer(14, 1))
+    streaming().agree_refused(Side.CLIENT, remainder(11, 12))
+    pair.say(Side.SERVER, Wanted(Seq(12), b"\0\1\0"))
+    pair.say(Side.CLIENT, remainder(11, 12))
+    # What it would have said was sent whole: its answer, on the way, harms nobody.
+    pair.say(Side.CLIENT, Aggregate(Seq(13), Seq(14), NOW, RUN, (Extent(DISK, 0, b"x"),)))
+    pair.say(Side.SERVER, Wanted(Seq(14), b"\0"))
+    assert pair.client.offers_open == pair.server.offers_open == 0
+    pair.agree_refused(Side.CLIENT, remainder(15, 15))
+
+
+def test_open_offers_are_bounded_and_answered_in_full() -> None:
+    pair = streaming()
+    for seq in range(11, 11 + OFFERS_OPEN_MAX):
+        pair.say(Side.CLIENT, offer(seq, 2))
+    pair.agree_refused(Side.CLIENT, offer(11 + OFFERS_OPEN_MAX, 2))
+    for wrong in (Wanted(Seq(12), b"\1\1"), Wanted(Seq(11), b"\1")):
+        pair = streaming()
+        pair.say(Side.CLIENT, offer(11, 2))
+        pair.agree_refused(Side.SERVER, wrong)
+    pair = streaming()
+    pair.say(Side.CLIENT, offer(12, 2))
+    pair.agree_refused(Side.CLIENT, offer(12, 2))
+    pair = streaming()
+    pair.say(Side.CLIENT, offer(12, 1))
+    pair.agree_refused(Side.CLIENT, remainder(11, 12))
+
+
+def test_a_compare_that_was_not_made_is_answered() -> None:
+    pair = streaming()
+    pair.say(Side.CLIENT, compare(11))
+    pair.say(Side.SERVER, Uncompared(Seq(11), b"another"))
+    assert pair.client.compares_open == 0
+    pair.agree_refused(Side.SERVER, Uncompared(Seq(11), b"another"))
+
+
 def test_a_session_from_hello_to_failure() -> None:
     pair = Pair()
     pair.say(Side.CLIENT, HELLO)
@@ -133,10 +196,10 @@ def test_a_session_from_hello_to_failure() -> None:
     pair.say(Side.CLIENT, write(11))
     pair.say(Side.CLIENT, Aggregate(Seq(12), Seq(20), NOW, RUN, (Extent(DISK, 0, b"x"),)))
     pair.say(Side.CLIENT, compare(21))
-    pair.say(Side.SERVER, Ack(Seq(20), Seq(12)))
+    pair.say(Side.SERVER, acked(Seq(20), Seq(12)))
     pair.say(Side.SERVER, CompareResult(Seq(21), b"\0\1"))
     pair.say(Side.CLIENT, SyncRequest())
-    pair.say(Side.SERVER, Ack(Seq(21), Seq(21)))
+    pair.say(Side.SERVER, acked(Seq(21), Seq(21)))
     pair.say(Side.CLIENT, Request(1, "status", {}))
     pair.say(Side.SERVER, Reply(1, {"a": 1}))
     pair.say(Side.CLIENT, FAILURE)
@@ -150,7 +213,7 @@ def test_an_admin_sends_commands_only() -> None:
     pair.say(Side.SERVER, Reply(1, {}))
     for message in (write(11), SyncRequest(), compare(11)):
         streaming(ADMIN).agree_refused(Side.CLIENT, message)
-    streaming(ADMIN).agree_refused(Side.SERVER, Ack(Seq(10), Seq(10)))
+    streaming(ADMIN).agree_refused(Side.SERVER, acked(Seq(10), Seq(10)))
     with pytest.raises(LocalProtocolError):
         pair.client.sending(Write, Seq(11), Seq(11))
 
@@ -192,9 +255,9 @@ def test_acks_never_decrease_nor_pass_what_was_sent(acks: list[tuple[int, int]])
         if ack[1] > ack[0]:
             continue
         if any(new < old for old, new in zip(said[-1], ack, strict=True)) or ack[0] > 12:
-            pair.agree_refused(Side.SERVER, Ack(Seq(ack[0]), Seq(ack[1])))
+            pair.agree_refused(Side.SERVER, acked(Seq(ack[0]), Seq(ack[1])))
             break
-        pair.say(Side.SERVER, Ack(Seq(ack[0]), Seq(ack[1])))
+        pair.say(Side.SERVER, acked(Seq(ack[0]), Seq(ack[1])))
         said.append(ack)
     assert all(old[0] <= new[0] and old[1] <= new[1] for old, new in pairwise(said))
     assert (pair.client.received, pair.client.durable) == said[-1] or pair.client.state is State.CLOSED
@@ -235,8 +298,8 @@ def test_open_requests_are_bounded_and_answered_once() -> None:
 
 def test_welcome_answers_in_the_version_of_hello() -> None:
     pair = Pair()
-    pair.say(Side.CLIENT, Hello(7, Role.AGENT, "g", Epoch(1)))
-    pair.agree_refused(Side.SERVER, welcome(version=1))
+    pair.say(Side.CLIENT, Hello(7, Role.AGENT, "g", Epoch(1), "a"))
+    pair.agree_refused(Side.SERVER, welcome(version=PROTOCOL_VERSION))
 
 
 def test_noise_closes_the_session() -> None:
@@ -251,7 +314,7 @@ def test_the_end_of_the_connection() -> None:
     pair = streaming()
     pair.server.receive_eof()
     assert pair.server.state is State.CLOSED
-    pair.client.receive_data(b"".join(encode(Ack(Seq(10), Seq(10))))[:-1])
+    pair.client.receive_data(b"".join(encode(acked(Seq(10), Seq(10))))[:-1])
     assert pair.client.next_event() is None
     with pytest.raises(ProtocolError, match="within a frame"):
         pair.client.receive_eof()

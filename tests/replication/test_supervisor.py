@@ -92,7 +92,7 @@ class Agent:
 
     async def _converse(self, connection: Connection, nursery: trio.Nursery, last: int) -> None:
         session = Session(Side.CLIENT)
-        await connection.send(session.send(Hello(PROTOCOL_VERSION, Role.AGENT, "g", Epoch(1))))
+        await connection.send(session.send(Hello(PROTOCOL_VERSION, Role.AGENT, "g", Epoch(1), "a")))
         while self.durable < last:
             while (message := session.next_event()) is None:
                 data = await connection.receive()
