@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, Protocol, cast, get_args
@@ -37,12 +37,11 @@ from dedup.types import (
 )
 from replication.commands import Caller, Commands
 from replication.errors import LinkDown, LocalProtocolError, ProtocolError, ReplicationError
-from replication.frame_layout import ACK, OFFERED_BYTES
+from replication.frame_layout import OFFERED_BYTES
 from replication.messages import (
     DIGEST_BYTES,
     PROTOCOL_VERSION,
     VOLUMES_PER_PAGE_MAX,
-    Ack,
     Compare,
     CompareResult,
     ErrorCode,
@@ -59,10 +58,11 @@ from replication.messages import (
     Welcome,
 )
 from replication.session import Session, Side
+from replication.session_hearing import Hearing
+from replication.session_speech import Speech
 from replication.space_gate import SpaceGate
 from replication.store_writer import Round, StoreWriter
 from replication.transport import Connection
-from replication.wire import Buffer, encode
 
 if TYPE_CHECKING:
     from dedup.group_writer import GroupWriter
@@ -79,12 +79,6 @@ FAREWELL_SECONDS: Final = 2.0
 """How long a session that is being ended may take to send what it owes, its Failure included."""
 DIGEST_KEY_BYTES: Final = 32
 ERROR_CHARACTERS_MAX: Final = 1000
-SOON_MILLISECONDS: Final = 1
-"""How long the thread sleeps for the next record of a lone writer: the least that poll(2) can wait."""
-SOON_ROW: Final = 16
-"""After so many of those one is left to the loop, so that other sessions have their turn."""
-SOON_REST: Final = 64
-"""Records that are left to the loop once none came so soon."""
 RECORD_BYTES: Final = 128
 """What a record counts in a batch, apart from the bytes it covers."""
 
@@ -123,20 +117,13 @@ class ServerSession:
         self._space = host.space
         self._connection = connection
         self._session = Session(Side.SERVER)
-        self._sending = trio.Lock()
-        self._cut = False
+        self._speech = Speech(connection, self._session)
+        self._hearing = Hearing(connection, self._session)
         self._scope = trio.CancelScope()
-        self._reading = trio.CancelScope()
-        self._waiting = False
         self.waits_for_room = False
         """Whether a batch waits until the store has room for it; nothing of it is in the store."""
-        self._draining = False
         self._farewell: Failure | None = None
         self._digest_key = secrets.token_bytes(DIGEST_KEY_BYTES)
-        self._row = self._rest = 0
-        """Records that came soon in a row; receives that are left to the loop."""
-        self._lone = False
-        """Whether what came last was one record and nothing else."""
         self._sync_asked: Round | None = None
         self._name = "a session without Hello"
 
@@ -150,13 +137,10 @@ class ServerSession:
     def drain(self, seconds: float) -> None:
         """Receive nothing more; end after the answers to what was received, at the latest after `seconds`. A batch that
         waits for room is given up: nobody was told of it."""
-        self._draining = True
-        if self._waiting or self.waits_for_room:
-            self._reading.cancel()
+        self._hearing.stop()
+        if self.waits_for_room:
+            self._hearing.scope.cancel()
         self._scope.deadline = min(self._scope.deadline, trio.current_time() + seconds)
-
-    def _leaving(self) -> bool:
-        return self._draining
 
     async def run(self) -> None:
         """From Hello to the end; closes the connection. Raises only what is a bug."""
@@ -167,7 +151,8 @@ class ServerSession:
             self.ended.set()
             with trio.move_on_after(FAREWELL_SECONDS) as patience:
                 patience.shield = True
-                await self._say_farewell()
+                if self._farewell is not None:
+                    await self._speech.farewell(self._farewell)
             await self._connection.aclose()
 
     @contextmanager
@@ -190,15 +175,6 @@ class ServerSession:
             # The store refused what the peer sent: an unknown volume, a name that is taken.
             self.end(ErrorCode.PROTOCOL, str(error))
 
-    async def _say_farewell(self) -> None:
-        if self._farewell is None or self._cut:
-            return
-        try:
-            # Not by way of the session: after what the peer broke, that one says nothing more.
-            await self._connection.send(encode(self._farewell))
-        except LinkDown as error:
-            log.info("%s: %s", self._name, error)
-
     async def _converse(self) -> None:
         hello = await self._hello()
         if hello is None:
@@ -214,13 +190,13 @@ class ServerSession:
 
     async def _hello(self) -> Hello | None:
         """The first message, or None when there is none and nothing to say about it."""
-        with trio.move_on_after(HELLO_SECONDS) as self._reading:
-            while data := await self._receive():
+        with trio.move_on_after(HELLO_SECONDS) as self._hearing.scope:
+            while data := await self._hearing.receive():
                 self._session.receive_data(data)
                 message = self._session.next_event()
                 if isinstance(message, Hello):
                     return message
-        if self._reading.cancelled_caught and not self._draining:
+        if self._hearing.scope.cancelled_caught and not self._hearing.stopped:
             raise Refused(f"no Hello within {HELLO_SECONDS:g} s", ErrorCode.PROTOCOL)
         return None
 
@@ -241,7 +217,7 @@ class ServerSession:
 
     async def _serve_control(self, hello: Hello) -> None:
         nothing = Seq(0)
-        await self._send(
+        await self._speech.say(
             Welcome(
                 version=PROTOCOL_VERSION,
                 store=self._writer.store.uuid,
@@ -278,55 +254,22 @@ class ServerSession:
         )
         if group.durable < group.held:
             self._writer.expect_sync()
-        await self._send(welcome)
+        await self._speech.say(welcome)
         for start in range(0, max(len(volumes), 1), VOLUMES_PER_PAGE_MAX):
             end = start + VOLUMES_PER_PAGE_MAX
-            await self._send(VolumePage(tuple(volumes[start:end]), last=end >= len(volumes)))
-
-    async def _receive(self) -> bytes:
-        """What arrived; b"" at the end and when draining. To be called within `self._reading`."""
-        # Only a wait for the peer is cancelled by `drain`, never the work on what arrived. One scope for the whole
-        # loop, and not one for each call, for it costs a tenth of a small write.
-        if self._leaving():
-            return b""
-        if self._lone and (data := self._hear_soon()):
-            return data
-        self._waiting = True
-        try:
-            data = await self._connection.receive()
-        finally:
-            self._waiting = False
-        if self._leaving():
-            return b""
-        if not data:
-            self._session.receive_eof()
-        return data
-
-    def _hear_soon(self) -> bytes:
-        """What a lone writer sends right after its last answer; b"" to wait for it in the ordinary way.
-
-        Sleeps in the kernel for SOON_MILLISECONDS at most, and the loop with it; saves a turn of the loop.
-        """
-        if self._rest:
-            self._rest -= 1
-            return b""
-        data = self._connection.receive_soon(SOON_MILLISECONDS)
-        self._row += 1
-        if not data or self._row >= SOON_ROW:
-            self._row, self._rest = 0, 1 if data else SOON_REST
-        return data
+            await self._speech.say(VolumePage(tuple(volumes[start:end]), last=end >= len(volumes)))
 
     async def _stream(self, caller: Caller, group: GroupWriter | None, answers: trio.Nursery) -> None:
-        with trio.CancelScope() as self._reading:
+        with trio.CancelScope() as self._hearing.scope:
             while True:
                 await self._take(caller, group, answers)
                 if group is None:
-                    self._reading.deadline = trio.current_time() + CONTROL_IDLE_SECONDS
-                data = await self._receive()
+                    self._hearing.scope.deadline = trio.current_time() + CONTROL_IDLE_SECONDS
+                data = await self._hearing.receive()
                 if not data:
                     return
                 if group is None:
-                    self._reading.deadline = float("inf")
+                    self._hearing.scope.deadline = float("inf")
                 self._session.receive_data(data)
 
     async def _take(self, caller: Caller, group: GroupWriter | None, answers: trio.Nursery) -> None:
@@ -355,7 +298,7 @@ class ServerSession:
             if isinstance(message, Compare):
                 await self._compare(group, message)
             elif isinstance(message, Offer):
-                await self._send(Wanted(message.seq, b"\1" * (len(message.blocks) // OFFERED_BYTES)))
+                await self._speech.say(Wanted(message.seq, b"\1" * (len(message.blocks) // OFFERED_BYTES)))
             elif isinstance(message, SyncRequest):
                 self._sync(group, answers)
             elif isinstance(message, Request):
@@ -363,7 +306,7 @@ class ServerSession:
             elif isinstance(message, Failure):
                 log.warning("%s: the peer gave up: %s", self._name, message.text)
                 self.drain(0)
-        self._lone = taken == 1 and bool(batch)
+        self._hearing.lone = taken == 1 and bool(batch)
         if batch:
             await self._ingest(group, batch, batch_bytes)
 
@@ -380,13 +323,13 @@ class ServerSession:
             await self._writer.ingest(group, batch, batch_bytes)
         else:
             await self._ingest_within_limits(group, batch, batch_bytes)
-        await self._ack(group)
+        await self._speech.ack(group)
 
     async def _ingest_within_limits(self, group: GroupWriter, batch: list[Record], batch_bytes: int) -> None:
         growth, bare = growth_of(batch)
         self.waits_for_room = True
-        if self._draining:
-            self._reading.cancel()  # the batch passes only if it need not wait
+        if self._hearing.stopped:
+            self._hearing.scope.cancel()  # the batch passes only if it need not wait
         try:
             await self._space.admit(growth, bare=bare)
         finally:
@@ -404,7 +347,7 @@ class ServerSession:
         differing = bytes(
             ours[block] != theirs[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES] for block in range(blocks)
         )
-        await self._send(CompareResult(message.seq, differing))
+        await self._speech.say(CompareResult(message.seq, differing))
 
     def _digest(self, block: bytes) -> bytes:
         return blake2b(block, key=self._digest_key, digest_size=DIGEST_BYTES).digest()
@@ -420,14 +363,14 @@ class ServerSession:
         await turn.done.wait()
         if turn.error is None and group is not None:
             with self._guard():
-                await self._ack(group)
+                await self._speech.ack(group)
 
     async def _tell_durable(self, group: GroupWriter) -> None:
         with self._guard():
             while True:
                 changed = self._writer.changed
                 if group.durable > self._session.durable:
-                    await self._ack(group)
+                    await self._speech.ack(group)
                 await changed.wait()
 
     async def _answer(self, caller: Caller, request: Request) -> None:
@@ -439,50 +382,11 @@ class ServerSession:
             except RewindError as error:
                 reply = Reply(request.id, {}, _line(str(error)) or type(error).__name__)
             try:
-                await self._send(reply)
+                await self._speech.say(reply)
             except LocalProtocolError as error:
-                await self._send(Reply(request.id, {}, _line(f"{request.command} has no answer that fits: {error}")))
-
-    async def _ack(self, group: GroupWriter) -> None:
-        if not self._sending.locked():
-            # Nobody is sending, and nobody can begin before the next await: no lock, when the link takes all of it.
-            frame = self._session.send(_levels(group))
-            self._cut = True
-            sent = self._connection.send_nowait(frame)
-            if sent < ACK.size:
-                await self._send_rest(memoryview(b"".join(frame))[sent:])
-            self._cut = False
-            return
-        # Made when it is this task's turn to send: an Ack never decreases.
-        await self._turn(lambda: _levels(group))
-
-    async def _send_rest(self, rest: Buffer) -> None:
-        self._sending.acquire_nowait()
-        try:
-            await self._connection.send([rest])
-        finally:
-            self._sending.release()
-
-    async def _send(self, message: Message) -> None:
-        await self._turn(lambda: message)
-
-    async def _turn(self, make: Callable[[], Message]) -> None:
-        try:
-            self._sending.acquire_nowait()
-        except trio.WouldBlock:
-            await self._sending.acquire()
-        try:
-            frame = self._session.send(make())
-            self._cut = True
-            await self._connection.send(frame)
-            self._cut = False
-        finally:
-            self._sending.release()
-
-
-def _levels(group: GroupWriter) -> Ack:
-    held, durable = group.held, group.durable
-    return Ack(held, durable, held, durable)
+                await self._speech.say(
+                    Reply(request.id, {}, _line(f"{request.command} has no answer that fits: {error}"))
+                )
 
 
 def _weight(message: Message) -> int:
