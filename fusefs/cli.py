@@ -26,6 +26,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "points": ("dedup.cli:points", "What can be restored: ranges, gaps, flushes, bookmarks."),
     "verify": ("replication.verify_cli:verify", "Check a store, or repair it."),
     "appliance": ("replication.cli:appliance", "Run an appliance as a process of its own."),
+    "identity": ("replication.identity_cli:identity", "Keys for tls:// addresses, and whose are trusted."),
 }
 """Each command's `module:attribute` and its line in the help."""
 
