@@ -78,21 +78,23 @@ class FirstAppliance:
         agent: str,
         take_over: bool = False,
         through: bool = False,
-        mode: Mode = Mode.ASYNC,
+        mode: Mode | None = Mode.ASYNC,
         outage: Outage | None = None,
         outage_after: float = OUTAGE_AFTER_SECONDS,
         queue_bytes_max: int = QUEUE_BYTES_MAX,
         on_change: Callable[[FirstApplianceStatus], None] | None = None,
         on_lost: Callable[[HistoryLost], None] | None = None,
+        on_progress: Callable[[], None] | None = None,
     ) -> None:
         """`connect` opens a connection to the second appliance, or (`through`) to a first one on the way there; or it
         raises LinkDown. `epoch` is greater than any used before. `agent` feeds the group, or is to `take_over`.
-        `outage` None leaves it to the mode. `on_change` is called when the link or the outage changes, `on_lost` once;
-        neither may wait or raise."""
+        `mode` None leaves it to the first appliance that it goes `through`. `outage` None leaves it to the mode.
+        `on_change` is called when the link or the outage changes, `on_lost` once, `on_progress` after each word of the
+        peer about the levels; none may wait or raise."""
         self._connect = connect
         self._through = through
         self._hello = Hello(PROTOCOL_VERSION, Role.AGENT, group, epoch, agent, take_over, mode if through else None)
-        self._policy: ModePolicy = mode_policy(mode, trio.current_time, through=through)
+        self._policy: ModePolicy = mode_policy(mode or Mode.ASYNC, trio.current_time, through=through)
         self._outage_chosen = outage
         self._watch = OutageWatch(
             outage_after, levels=self._levels, needed=self._needs_progress, on_change=self._outage_changed
@@ -100,6 +102,7 @@ class FirstAppliance:
         self._queue_bytes_max = queue_bytes_max
         self._on_change = on_change
         self._on_lost = on_lost
+        self._on_progress = on_progress
         self._outbox = Outbox(Seq(0), bytes_max=queue_bytes_max)
         self._progress = Progress()
         self._last_seq = Seq(0)
@@ -183,8 +186,6 @@ class FirstAppliance:
         self._last_seq = welcome.held
         self._outbox = Outbox(welcome.held, bytes_max=self._queue_bytes_max)
         self._begin_levels(welcome)
-        if self._through and welcome.mode is not None and welcome.mode is not self._policy.mode:
-            self._policy = mode_policy(welcome.mode, trio.current_time, through=True)
         self._connected(connection, session, welcome)
         return welcome, volumes
 
@@ -255,7 +256,7 @@ class FirstAppliance:
             return
         self._check_lost()
         if hurry:
-            self._hurry(seq, level)
+            self.hurry(seq, level)
         await self._progress.wait(seq, level, releasable=False)
 
     async def compared(self, seq: Seq) -> bytes:
@@ -329,10 +330,11 @@ class FirstAppliance:
         self._check_lost()
         if not self._goes_on():
             return False
-        self._hurry(seq, level)
+        self.hurry(seq, level)
         return await self._progress.wait(seq, level, releasable=True)
 
-    def _hurry(self, seq: Seq, level: Level) -> None:
+    def hurry(self, seq: Seq, level: Level) -> None:
+        """Has `seq` reach the level sooner than it would by itself; waits for nothing."""
         if seq > self._outbox.last_seq:
             self._close_aggregate()
         if level is Level.DURABLE and self._link is not None:
@@ -456,6 +458,12 @@ class FirstAppliance:
         """What the peer of a new session says it has; what the second appliance has behind a first one follows."""
         self._progress.queue(welcome.held)
         self._progress.advance(welcome.durable if self._through else welcome.held, welcome.durable)
+        if welcome.mode is not None and welcome.mode is not self._policy.mode:
+            # The mode was left to the peer. Nothing is open: towards a first appliance each record is a frame.
+            self._policy = mode_policy(welcome.mode, trio.current_time, through=True)
+            self._settle_waiters()
+        if self._on_progress is not None:
+            self._on_progress()
 
     def _fenced(self, text: str) -> Fenced:
         return Fenced(self._progress.received, Seq(self._outbox.last_seq + 1), text)
@@ -523,3 +531,5 @@ class FirstAppliance:
         link = self._link
         if link is not None and not link.sync_open and 2 * self._outbox.held_bytes > self._queue_bytes_max:
             link.ask_for_sync(ack.queued)
+        if self._on_progress is not None:
+            self._on_progress()
