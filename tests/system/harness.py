@@ -44,7 +44,8 @@ class Pids:
     """The processes behind a source mount."""
 
     mount: int
-    second: int
+    second: int | None
+    """The embedded second appliance; None while there is none, or where it is a service elsewhere."""
 
 
 class World:
@@ -61,6 +62,8 @@ class World:
         self.token = uuid4().hex
         self.environment = {**os.environ, TOKEN_NAME: self.token, "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"}
         self.environment["PATH"] = SEARCH_PATH
+        self.target: tuple[str | Path, ...] = ()
+        """Where a mount sends its records to, as options; by default `store`, embedded."""
         self._loop_mounts: list[Path] = []
 
     def run(
@@ -99,10 +102,11 @@ class World:
         return line.removeprefix("rewindfs: error: ")
 
     def mount(self, mode: str = "sync", *options: str | Path, wait_base: bool = True) -> Pids:
-        """Mounts `source` at `mnt` with `store`."""
+        """Mounts `source` at `mnt`, with `store` or the `target`."""
         log = ["--log-file", self.directory / "mount.log"]
         base = ["--wait-base"] if wait_base else []
-        self.rewindfs("mount", self.source, self.mnt, "--store", self.store, "--mode", mode, *base, *log, *options)
+        target = self.target or ("--store", self.store)
+        self.rewindfs("mount", self.source, self.mnt, *target, "--mode", mode, *base, *log, *options)
         return self.pids()
 
     def ask(self, command: str, **body: object) -> Any:
@@ -156,7 +160,7 @@ class World:
 
     def pids(self) -> Pids:
         pids = self.ask("status")["pids"]
-        return Pids(pids["mount"], pids["second"])
+        return Pids(pids["mount"], pids.get("second"))
 
     def browse(self) -> Path:
         """Mounts the snapshots of `store` at `snap`."""
@@ -168,7 +172,8 @@ class World:
         pids = self.pids()
         self.rewindfs("unmount", self.mnt)
         wait_for_end(pids.mount)
-        wait_for_end(pids.second)
+        if pids.second is not None:
+            wait_for_end(pids.second)
 
     def loop_mount(self, image: Path) -> Path:
         """Mounts the file system inside `image` on a loop device that goes when it is unmounted."""

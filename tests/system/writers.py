@@ -50,6 +50,8 @@ class Writer:
     blocks: int
     seed: int
     fsync_every: int = 50
+    pause: float = 0.0
+    """Seconds between two writes, so that a long run leaves room for others."""
     known: list[Known] = field(default_factory=list)
     error: OSError | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -84,6 +86,8 @@ class Writer:
                 self._write(fd, dice.randrange(self.blocks))
                 if self._counter % self.fsync_every == 0:
                     os.fsync(fd)
+                if self.pause:
+                    time.sleep(self.pause)
         except OSError as error:
             self.error = error
         finally:

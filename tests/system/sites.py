@@ -1,0 +1,150 @@
+"""Where chaos strikes: a mount with its appliances, whose processes can be killed, stopped and started one by one.
+
+A site is at `World.source`, `World.mnt` and `World.store`; it says which parts it has and which links lie between them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+from fusefs.mountpoint import is_dead, mount_at
+from tests.system.harness import World, wait_for_end
+
+MOUNT = "mount"
+FIRST = "first"
+SECOND = "second"
+COMMANDS = {
+    MOUNT: ["fusefs", "mount"],
+    FIRST: ["fusefs", "appliance", "first"],
+    SECOND: ["fusefs", "appliance", "second"],
+}
+"""How the command line of each part begins."""
+
+
+def command_of(pid: int) -> list[str]:
+    """The words of a process's command line; none when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+class Site(ABC):
+    """The processes and links of one protected directory."""
+
+    parts: tuple[str, ...]
+    """What can be killed and stopped; the mount is one of them."""
+    links: tuple[str, ...] = ()
+    """The faults that the network has here."""
+
+    def __init__(self, world: World, mode: str, options: tuple[str, ...]) -> None:
+        self.world = world
+        self.mode = mode
+        self.options = options
+        """Of `rewindfs mount`."""
+
+    def pid(self, part: str) -> int | None:
+        """The part's process; None while it has none. Asks nobody: they may all be stopped."""
+        words = COMMANDS[part]
+        for pid in self.world.processes():
+            command = command_of(pid)
+            if any(command[at : at + len(words)] == words for at in range(len(command))):
+                return pid
+        return None
+
+    @abstractmethod
+    def start(self) -> None:
+        """Starts every part that is not running; returns when the mount is ready, and knows of all of them."""
+
+    @abstractmethod
+    def restart(self, part: str) -> None:
+        """Ends the part in the orderly way and starts it again. The mount must not be in use for its own restart."""
+
+    def break_link(self, fault: str) -> None:
+        """Makes one of the faults in `links`."""
+        raise NotImplementedError(fault)
+
+    def heal_link(self) -> None:
+        """No fault is left on the network."""
+        return
+
+    def close(self) -> None:
+        """Unmounts in the orderly way, and ends the services."""
+        self.world.unmount()
+
+    def kill(self, part: str) -> bool:
+        """kill −9, and waits for the end. False when there was nothing to kill."""
+        if (pid := self.pid(part)) is None:
+            return False
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        wait_for_end(pid)
+        return True
+
+    def stop(self, part: str) -> Callable[[], None]:
+        """SIGSTOP; what is returned lets the process go on."""
+        pid = self.pid(part)
+        if pid is None:
+            return lambda: None
+        fd = os.pidfd_open(pid)
+        signal.pidfd_send_signal(fd, signal.SIGSTOP)
+
+        def go_on() -> None:
+            try:
+                signal.pidfd_send_signal(fd, signal.SIGCONT)
+            except ProcessLookupError:
+                pass  # it was killed meanwhile
+            finally:
+                os.close(fd)
+
+        return go_on
+
+    def mounted(self) -> bool:
+        """Whether a living process is behind the mountpoint."""
+        return mount_at(self.world.mnt) is not None and not is_dead(self.world.mnt)
+
+    def remount(self) -> None:
+        self.world.mount(self.mode, *self.options)
+
+    def wait_until_well(self) -> None:
+        """Until the mount says that it is protected, with the link it needs."""
+        self.world.wait_for_status(
+            lambda status: status["state"] == "protected" and status["link"] == "connected", "a protected mount"
+        )
+
+
+class Embedded(Site):
+    """Everything on one machine: the second appliance is the mount's child, which the mount starts again itself."""
+
+    parts = (MOUNT, SECOND)
+
+    def start(self) -> None:
+        if not self.mounted():
+            self.remount()
+        self.wait_until_well()
+
+    def restart(self, part: str) -> None:
+        if part == MOUNT:
+            self.world.unmount()
+        elif (pid := self.pid(part)) is not None:
+            os.kill(pid, signal.SIGTERM)
+            wait_for_end(pid)
+        self.start()
+
+    def kill(self, part: str) -> bool:
+        second = self.pid(SECOND)
+        killed = super().kill(part)
+        if killed and part == MOUNT and second is not None:
+            # It leaves with its parent. Stopped, it could not see that, and would keep the store.
+            try:
+                os.kill(second, signal.SIGCONT)
+            except ProcessLookupError:
+                return killed
+            wait_for_end(second)
+        return killed
