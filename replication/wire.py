@@ -23,6 +23,7 @@ from dedup.types import (
     WRITE_BYTES_MAX,
     Aggregate,
     Correct,
+    Epoch,
     Extent,
     Flush,
     Heartbeat,
@@ -33,6 +34,7 @@ from dedup.types import (
 )
 from replication.checks import (
     RARE_CHECKS,
+    U32_MAX,
     Malformed,
     check_ack,
     check_aggregate,
@@ -70,13 +72,16 @@ from replication.frame_layout import (
 )
 from replication.messages import (
     FRAME_BYTES_MAX,
+    PROTOCOL_VERSION,
     Ack,
     Compare,
     CompareResult,
+    Hello,
     Message,
     Offer,
     Piece,
     Remainder,
+    Role,
     SyncRequest,
     Wanted,
 )
@@ -247,6 +252,19 @@ def _decode_sync_request(chunk: Buffer, start: int, end: int) -> Message:
     return SyncRequest()
 
 
+def _decode_hello(chunk: Buffer, start: int, end: int) -> Message:
+    # Of another version no more than the version is understood, so that it can be refused in words.
+    try:
+        body = msgspec.msgpack.decode(bytes(memoryview(chunk)[start + HEADER.size : end]))
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        raise Malformed(str(error)) from error
+    version = body.get("version") if isinstance(body, dict) else None
+    if isinstance(version, int) and version != PROTOCOL_VERSION:
+        check_range("version", version, 0, U32_MAX)
+        return Hello(version, Role.READER, "", Epoch(0))
+    return _decode_own_hello(chunk, start, end)
+
+
 def _rare_decoder(cls: type) -> Callable[[Buffer, int, int], Message]:
     decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(cls)
     check = RARE_CHECKS[cls]
@@ -266,8 +284,11 @@ def _rare_decoder(cls: type) -> Callable[[Buffer, int, int], Message]:
     return decode
 
 
+_decode_own_hello: Final = _rare_decoder(Hello)
+
 _DECODERS: Final[dict[int, Callable[[Buffer, int, int], Message]]] = {
     **{int(kind): _rare_decoder(cls) for cls, (kind, _limit) in RARE.items()},
+    int(MessageType.HELLO): _decode_hello,
     _WRITE: _decode_write,
     _RECONCILE: _decode_write,
     int(MessageType.CORRECT): _decode_correct,

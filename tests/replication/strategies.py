@@ -29,6 +29,7 @@ from replication.messages import (
     COMPARE_BYTES_MAX,
     COMPARE_UNITS,
     DIGEST_BYTES,
+    PROTOCOL_VERSION,
     Ack,
     Compare,
     CompareResult,
@@ -151,7 +152,7 @@ remainders = st.builds(
 control = st.one_of(
     st.builds(
         Hello,
-        u32,
+        st.just(PROTOCOL_VERSION),
         st.just(Role.AGENT),
         names,
         st.integers(1, (1 << 32) - 1),
@@ -159,7 +160,13 @@ control = st.one_of(
         st.booleans(),
         st.none() | st.sampled_from(Mode),
     ),
-    st.builds(Hello, u32, st.sampled_from([Role.ADMIN, Role.READER]), st.one_of(st.just(""), names), st.just(0)),
+    st.builds(
+        Hello,
+        st.just(PROTOCOL_VERSION),
+        st.sampled_from([Role.ADMIN, Role.READER]),
+        st.one_of(st.just(""), names),
+        st.just(0),
+    ),
     st.builds(
         lambda version, store, epoch, held, unsynced, time, run, base, reconciling, following, key, mode: Welcome(
             version, store, epoch, held, max(0, held - unsynced), time, run, base, reconciling, following, key, mode

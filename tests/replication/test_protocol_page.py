@@ -59,7 +59,13 @@ def test_flags() -> None:
 
 def test_fixed_parts() -> None:
     rows = table("part", "fields")
-    structs = {"Header": frame_layout.HEADER, "Reconcile": frame_layout.WRITE, "Extent": frame_layout.EXTENT}
+    structs = {
+        "Header": frame_layout.HEADER,
+        "Reconcile": frame_layout.WRITE,
+        "Extent": frame_layout.EXTENT,
+        "Wanted": frame_layout.COMPARE_RESULT,
+        "Remainder": frame_layout.AGGREGATE,
+    }
     fixed = {name for name, cls in CLASSES.items() if cls not in RARE and name != "SyncRequest"}
     assert {row[0] for row in rows} == fixed | {"Header", "Extent"}
     for name, fields, length in rows:

@@ -36,6 +36,7 @@ from replication.errors import LocalProtocolError, ProtocolError
 from replication.frame_layout import AGGREGATE, COPY_BYTES_MAX, EXTENT, FRAME_LIMITS, HEADER, MessageType
 from replication.messages import (
     FRAME_BYTES_MAX,
+    PROTOCOL_VERSION,
     Ack,
     Compare,
     CompareResult,
@@ -265,13 +266,13 @@ BAD: list[Message] = [
     Ack(Seq(2), Seq(2), Seq(3), Seq(1)),
     Ack(Seq(3), Seq(1), Seq(3), Seq(2)),
     Ack(Seq(3), Seq(4), Seq(3), Seq(2)),
-    Hello(1, Role.AGENT, "g", 0, "a"),
-    Hello(1, Role.AGENT, "", 1, "a"),
-    Hello(1, Role.AGENT, "..", 1, "a"),
-    Hello(1, Role.AGENT, "g", 1),
-    Hello(1, Role.READER, "g", 0, "a"),
-    Hello(1, Role.READER, "g", 0, mode=Mode.SYNC),
-    Hello(1, Role.ADMIN, "g", 1),
+    Hello(PROTOCOL_VERSION, Role.AGENT, "g", 0, "a"),
+    Hello(PROTOCOL_VERSION, Role.AGENT, "", 1, "a"),
+    Hello(PROTOCOL_VERSION, Role.AGENT, "..", 1, "a"),
+    Hello(PROTOCOL_VERSION, Role.AGENT, "g", 1),
+    Hello(PROTOCOL_VERSION, Role.READER, "g", 0, "a"),
+    Hello(PROTOCOL_VERSION, Role.READER, "g", 0, mode=Mode.SYNC),
+    Hello(PROTOCOL_VERSION, Role.ADMIN, "g", 1),
     VolumePage((VolumeState(DISK, "a", 0, 0, 0, 0),) * 257, True),
     Request(0, "status", {}),
     Request(1, "", {}),
@@ -291,6 +292,16 @@ def test_what_the_peer_would_refuse_is_not_sent(message: Message) -> None:
 def rare(kind: MessageType, value: object) -> bytes:
     body = msgspec.msgpack.encode(value)
     return HEADER.pack(HEADER.size + len(body), kind, 0, 0) + body
+
+
+def test_of_a_hello_of_another_version_only_that_is_read() -> None:
+    body = msgspec.msgpack.encode({"version": PROTOCOL_VERSION + 1, "new": ["what", {"ever": 1}]})
+    frame = HEADER.pack(HEADER.size + len(body), MessageType.HELLO, 0, 0) + body
+    assert decode_all(frame) == [Hello(PROTOCOL_VERSION + 1, Role.READER, "", 0)]
+    for bad in ({"version": "1"}, {"version": -1}, {"version": 1 << 32}, {}, [PROTOCOL_VERSION + 1]):
+        body = msgspec.msgpack.encode(bad)
+        with pytest.raises(ProtocolError):
+            decode_all(HEADER.pack(HEADER.size + len(body), MessageType.HELLO, 0, 0) + body)
 
 
 @pytest.mark.parametrize("message", [one for one in BAD if isinstance(one, (Create, Rename, Bookmark, Hello, Request))])
