@@ -365,7 +365,7 @@ class FirstAppliance:
         )
 
     def _levels(self) -> tuple[Seq, ...]:
-        """What progress is seen by: where writes wait for a first appliance's word only, that one's taking them, too."""
+        """What progress is seen by: where writes wait for a first appliance's word only, that too."""
         own = self._through and self._policy.write_waits_for is Level.QUEUED
         return (self.received, self.durable, self._progress.queued if own else Seq(0))
 
