@@ -13,15 +13,14 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from replication.identity import Fingerprint, IdentityError
+from replication.identity import FINGERPRINT_PREFIX, Fingerprint, IdentityError
 
 NOT_BEFORE: Final = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
 NOT_AFTER: Final = datetime.datetime(2125, 1, 1, tzinfo=datetime.UTC)
 """A pinned key ends when it is revoked, not on a day; and a clock that is wrong must not break the link."""
-SUBJECT: Final = "rewindfs"
-"""All that a certificate tells of its owner: whoever knocks at a TLS port is shown it."""
 PEM_BYTES_MAX: Final = 64 << 10
 
 
@@ -36,7 +35,9 @@ class Certificate:
 def make_identity() -> tuple[bytes, Certificate]:
     """A new Ed25519 key with its self-signed certificate, both in PEM, and that certificate."""
     key = Ed25519PrivateKey.generate()
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SUBJECT)])
+    # Nothing about the machine, for whoever knocks at a TLS port is shown it; and a subject of its own, for that is
+    # what the TLS library looks a trusted certificate up by.
+    name = _subject(_fingerprint(key.public_key()))
     usage = dict.fromkeys(
         (
             "content_commitment",
@@ -117,15 +118,22 @@ def _checked(certificate: x509.Certificate, where: str) -> Certificate:
             f"{where} is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
             f"{certificate.not_valid_after_utc:%Y-%m-%d} only, and today is {now:%Y-%m-%d}"
         )
-    if not isinstance(certificate.public_key(), Ed25519PublicKey):
-        raise IdentityError(f"{where} is not of an Ed25519 key; make one with `rewindfs identity create`")
+    key = certificate.public_key()
+    if not isinstance(key, Ed25519PublicKey) or certificate.subject != _subject(_fingerprint(key)):
+        raise IdentityError(f"{where} is of another form; make one with `rewindfs identity create`")
     return _certificate(certificate)
 
 
 def _certificate(certificate: x509.Certificate) -> Certificate:
-    key = certificate.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    digest = base64.b64encode(hashlib.sha256(key).digest()).rstrip(b"=").decode()
     pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
-    return Certificate(pem, Fingerprint(f"SHA256:{digest}"))
+    return Certificate(pem, _fingerprint(certificate.public_key()))
+
+
+def _fingerprint(key: CertificatePublicKeyTypes) -> Fingerprint:
+    encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    digest = base64.b64encode(hashlib.sha256(encoded).digest()).rstrip(b"=").decode()
+    return Fingerprint(f"{FINGERPRINT_PREFIX}{digest}")
+
+
+def _subject(fingerprint: Fingerprint) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, fingerprint)])

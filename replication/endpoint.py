@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from replication.address import Address, UnixAddress, parse_address
-from replication.errors import ReplicationError
-from replication.identity import Identity
+from replication.identity import Identity, default_directory
 from replication.tcp import TcpListener, bind_tcp, connect_tcp
+from replication.tls import PIECE_BYTES, prove_client
+from replication.tls_listener import TlsListener
 from replication.transport import Connection, Listener, connect_unix, listen_unix
 
 
@@ -17,16 +18,17 @@ async def connect(
     """A connection to who listens at `address`; over tls:// to a peer that has proved its key.
 
     `identity` None is the one of `default_directory()`; only tls:// looks at it. `insecure_tcp` allows plain TCP beyond
-    the loopback. Takes at most 30 s. Raises LinkDown (later it may succeed; of it, Untrusted), AddressError,
-    IdentityError.
+    the loopback. Raises AddressError, else LinkDown, which may pass; of it `tls.Untrusted` where a key is missing or
+    not trusted. Takes at most 20 s.
     """
     place = address if isinstance(address, Address) else parse_address(address)
     if isinstance(place, UnixAddress):
         return await connect_unix(place.path)
     place.allow(insecure_tcp=insecure_tcp)
-    if place.tls:
-        raise ReplicationError("tls:// is not supported yet")
-    return await connect_tcp(place)
+    if not place.tls:
+        return await connect_tcp(place)
+    link = await connect_tcp(place, PIECE_BYTES)
+    return await prove_client(link, identity or Identity(default_directory()), place)
 
 
 async def listen(
@@ -45,6 +47,13 @@ async def listen(
     if isinstance(place, UnixAddress):
         return listen_unix(place.path, replace_stale=replace_stale)
     place.allow(insecure_tcp=insecure_tcp)
-    if place.tls:
-        raise ReplicationError("tls:// is not supported yet")
-    return TcpListener(*await bind_tcp(place))
+    sock, bound = await bind_tcp(place)
+    if not place.tls:
+        return TcpListener(sock, bound)
+    listener = TlsListener(sock, bound, identity or Identity(default_directory()))
+    try:
+        await listener.check()
+    except BaseException:
+        await listener.aclose()
+        raise
+    return listener

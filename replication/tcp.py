@@ -13,7 +13,7 @@ import trio
 
 from replication.address import NetworkAddress
 from replication.errors import LinkDown, ReplicationError
-from replication.transport import Listener, SocketConnection
+from replication.transport import RECEIVE_BYTES_MAX, Listener, SocketConnection
 
 CONNECT_SECONDS: Final = 10.0
 """How long a name, and then its addresses, may take to answer."""
@@ -24,7 +24,7 @@ PROBE_EVERY_SECONDS: Final = 5
 BACKLOG: Final = 128
 
 
-async def connect_tcp(address: NetworkAddress) -> SocketConnection:
+async def connect_tcp(address: NetworkAddress, receive_bytes_max: int = RECEIVE_BYTES_MAX) -> SocketConnection:
     """Connects to the first of the host's addresses that answers. Raises LinkDown."""
     if not address.port:
         raise LinkDown(f"cannot connect to {address}: port 0 is none; name the port")
@@ -37,10 +37,10 @@ async def connect_tcp(address: NetworkAddress) -> SocketConnection:
             raise LinkDown(f"cannot connect to {address}: {reason.strerror or reason}") from reason
     if stream is None:
         raise LinkDown(f"cannot connect to {address}: no answer within {CONNECT_SECONDS:g} s")
-    return connection_of(socket.socket(fileno=stream.socket.detach()))
+    return connection_of(socket.socket(fileno=stream.socket.detach()), receive_bytes_max)
 
 
-def connection_of(sock: socket.socket) -> SocketConnection:
+def connection_of(sock: socket.socket, receive_bytes_max: int = RECEIVE_BYTES_MAX) -> SocketConnection:
     """A connection over a connected TCP socket. Raises LinkDown where it broke meanwhile."""
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -48,7 +48,7 @@ def connection_of(sock: socket.socket) -> SocketConnection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_AFTER_SECONDS)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_EVERY_SECONDS)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_SECONDS * 1000)
-        return SocketConnection(sock)
+        return SocketConnection(sock, receive_bytes_max)
     except OSError as error:
         sock.close()
         raise LinkDown(f"the link to the peer broke: {error}") from error

@@ -78,7 +78,7 @@ class Connection(ABC):
 class SocketConnection(Connection):
     """A connected stream socket."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, receive_bytes_max: int = RECEIVE_BYTES_MAX) -> None:
         sock.setblocking(False)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
@@ -86,6 +86,7 @@ class SocketConnection(Connection):
         self._sending = False
         self._receiving = False
         self._receive_bytes = RECEIVE_BYTES_MIN
+        self._receive_bytes_max = receive_bytes_max
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
 
@@ -159,18 +160,29 @@ class SocketConnection(Connection):
         data = self._open_socket().recv(self._receive_bytes)
         # Large buffers only while they are filled: making one costs more than a small message.
         full = len(data) == self._receive_bytes
-        self._receive_bytes = RECEIVE_BYTES_MAX if full else RECEIVE_BYTES_MIN
+        self._receive_bytes = self._receive_bytes_max if full else RECEIVE_BYTES_MIN
         return data
+
+    def finish(self) -> None:
+        """Tells the peer that nothing more comes; `receive` goes on. Raises LinkDown."""
+        try:
+            self._open_socket().shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise LinkDown(f"the link to the peer broke: {error}") from error
 
     def _open_socket(self) -> socket.socket:
         if self._sock.fileno() < 0:
             raise LinkDown("the connection was closed")
         return self._sock
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
+        """`aclose`, which does not wait here."""
         if self._sock.fileno() >= 0:
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
+
+    async def aclose(self) -> None:
+        self.close()
 
 
 class MemoryConnection(Connection):
