@@ -1,7 +1,7 @@
-"""Asks a running second appliance: one connection, one request, one reply.
+"""Asks a running appliance, wherever it is: one connection, one request, one reply.
 
 A STORE given as a path finds its appliance at the socket in the store; with none running, NoAppliance tells the caller
-that it may take the store's lock and do the work itself.
+that it may take the store's lock and do the work itself. Over a network nobody can know that, and it is never said.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import Final
 
 import trio
 
+from dedup.layout import SOCKET_NAME
 from dedup.types import Epoch
+from replication.address import UNIX_PREFIX, AddressError, UnixAddress, parse_address
+from replication.endpoint import connect
 from replication.errors import HandshakeRefused, LinkDown, LinkReset, ProtocolError, ReplicationError, RequestRefused
+from replication.identity import Identity
 from replication.messages import PROTOCOL_VERSION, Failure, Hello, Message, Reply, Request, Role, Welcome
 from replication.session import Session, Side
-from replication.transport import Connection, connect_unix
+from replication.tls import Untrusted
+from replication.transport import Connection
 
-SOCKET_NAME: Final = "socket"
-"""The second appliance's socket within its store."""
-UNIX_PREFIX: Final = "unix:"
+__all__ = ["SOCKET_NAME", "UNIX_PREFIX", "NoAppliance", "exchange", "request", "socket_path"]
+
 REPLY_SECONDS: Final = 600.0
 """How long a reply may take, unless the caller knows better: a sync or checkpoint on a slow disk."""
 
@@ -32,21 +36,11 @@ class NoAppliance(ReplicationError):
 
 
 def socket_path(address: str | Path) -> Path:
-    """Where the appliance of `address` listens: `unix:PATH`, or a store's path.
-
-    Raises ReplicationError for an address that this version cannot connect to.
-    """
-    if isinstance(address, Path):
-        return address / SOCKET_NAME
-    if address.startswith(UNIX_PREFIX):
-        path = address.removeprefix(UNIX_PREFIX)
-        if not path:
-            raise ReplicationError(f"{address!r} names no socket; write unix:PATH")
-        return Path(path)
-    scheme, separator, _ = address.partition("://")
-    if separator:
-        raise ReplicationError(f"{address}: {scheme} is not supported yet; use unix:PATH or the store's path")
-    return Path(address) / SOCKET_NAME
+    """Where the appliance of `address` listens: `unix:PATH`, or a store's path. Raises AddressError for any other."""
+    place = parse_address(address)
+    if not isinstance(place, UnixAddress):
+        raise AddressError(f"{place} is not on this machine; use unix:PATH or the store's path")
+    return place.path
 
 
 async def request(
@@ -57,25 +51,28 @@ async def request(
     *,
     role: Role = Role.ADMIN,
     timeout: float = REPLY_SECONDS,
+    identity: Identity | None = None,
+    insecure_tcp: bool = False,
 ) -> dict[str, object]:
     """The reply of the appliance at `address` to one command (replication/commands.py lists them).
 
-    Raises NoAppliance (nobody listens there, nothing was done), RequestRefused (the appliance's own line),
-    HandshakeRefused, LinkReset (the connection broke or the time passed: whether it was done is unknown), LinkDown.
+    `identity` and `insecure_tcp` are as in `endpoint.connect`. Raises NoAppliance (nobody on this machine listens
+    there, nothing was done), RequestRefused (the appliance's own line), HandshakeRefused, AddressError, LinkReset (the
+    connection broke or the time passed: whether it was done is unknown), else LinkDown (nothing was done).
     """
-    path = socket_path(address)
+    place = parse_address(address)
     try:
-        connection = await connect_unix(path)
+        connection = await connect(place, identity=identity, insecure_tcp=insecure_tcp)
     except LinkDown as error:
         cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno in _NOBODY:
-            raise NoAppliance(f"no appliance runs at {path}") from error
+        if isinstance(place, UnixAddress) and isinstance(cause, OSError) and cause.errno in _NOBODY:
+            raise NoAppliance(f"no appliance runs at {place.path}") from error
         raise
     async with connection:
         with trio.move_on_after(timeout):
             return await exchange(connection, group or "", command, body or {}, role=role)
     raise LinkReset(
-        f"{command}: no answer from {path} within {timeout:g} s; look whether it was done before trying again"
+        f"{command}: no answer from {place} within {timeout:g} s; look whether it was done before trying again"
     )
 
 
@@ -101,6 +98,8 @@ async def _next(connection: Connection, session: Session, command: str) -> Messa
     while (message := session.next_event()) is None:
         try:
             data = await connection.receive()
+        except Untrusted:
+            raise  # before anything was asked
         except LinkDown as error:
             raise LinkReset(f"{command}: {error}; look whether it was done before trying again") from error
         if not data:
