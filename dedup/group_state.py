@@ -19,6 +19,7 @@ from dedup.errors import Damaged
 from dedup.metadata_journal import EntryKind, JournalPosition, Logged
 from dedup.overlay import Overlay
 from dedup.types import (
+    BASE_JOURNAL,
     BLOCK_BYTES,
     FINE_JOURNAL,
     Attributes,
@@ -37,6 +38,7 @@ from dedup.types import (
     JournalId,
     JournalSpec,
     JournalUse,
+    Owner,
     PointKind,
     ReconcileBegin,
     ReconcileEnd,
@@ -58,6 +60,8 @@ FINE = JournalSpec(FINE_JOURNAL, "fine", 0)
 """The every-write data journal that each group begins with."""
 PRESENT_RUNS_MAX = 1024
 """Runs of numbers of existing volumes that a checkpoint lists: some 10 KB at most."""
+OWNERS_MAX = 64
+"""Agents that are remembered to have fed a group: the newest."""
 BASE_NAME = "base"
 """Name of the base snapshot: the state at the end of the first full reconcile."""
 
@@ -80,6 +84,7 @@ class Checkpoint:
     logical_bytes: int
     journal: JournalId = FINE_JOURNAL
     journals: tuple[JournalSpec, ...] = (FINE,)
+    owners: tuple[str, ...] = ()
     present: tuple[tuple[VolumeId, VolumeId], ...] | None = field(default=None, compare=False)
     """(first, last) of each run of numbers of the volumes that exist, None when there are too many runs: so that they
     are found among all that came and went. Says nothing that `volumes` does not."""
@@ -103,6 +108,8 @@ class GroupState:
     journal: JournalId = FINE_JOURNAL
     """The data journal that the next IO goes to."""
     journals: tuple[JournalSpec, ...] = (FINE,)
+    owners: tuple[str, ...] = ()
+    """Agents that fed the group, the one that feeds it now last; at most OWNERS_MAX."""
     volumes: dict[VolumeId, VolumeState] = field(default_factory=dict)
     overlay: Overlay = field(default_factory=Overlay)
     records: int = 0
@@ -116,6 +123,7 @@ class GroupState:
     new_runs: list[RunStart] = field(default_factory=list)
     new_routes: list[Route] = field(default_factory=list)
     new_journals: list[JournalSpec] = field(default_factory=list)
+    new_owners: list[str] = field(default_factory=list)
 
     @classmethod
     def at(cls, checkpoint: Checkpoint, volumes: dict[VolumeId, VolumeState]) -> GroupState:
@@ -134,6 +142,7 @@ class GroupState:
             logical_bytes=checkpoint.logical_bytes,
             journal=checkpoint.journal,
             journals=checkpoint.journals,
+            owners=checkpoint.owners,
             volumes=volumes,
         )
 
@@ -154,6 +163,7 @@ class GroupState:
             logical_bytes=self.logical_bytes,
             journal=self.journal,
             journals=self.journals,
+            owners=self.owners,
             present=_runs_of(self.volumes),
         )
 
@@ -168,6 +178,7 @@ class GroupState:
         self.new_runs = []
         self.new_routes = []
         self.new_journals = []
+        self.new_owners = []
 
     @property
     def reconciling(self) -> bool:
@@ -219,6 +230,8 @@ class GroupState:
             self.new_routes += body.routes
             for spec in body.journals:
                 self._add_journal(spec)
+            for agent in body.owners:
+                self._own(agent)
         for extent in logged.extents:
             self.overlay.put(extent.volume, extent.offset // BLOCK_BYTES, extent.addresses)
 
@@ -247,7 +260,12 @@ class GroupState:
             runs=tuple(self.new_runs),
             journals=tuple(self.new_journals),
             routes=tuple(self.new_routes),
+            owners=tuple(self.new_owners[-OWNERS_MAX:]),
         )
+
+    def _own(self, agent: str) -> None:
+        self.new_owners.append(agent)
+        self.owners = (*(one for one in self.owners if one != agent), agent)[-OWNERS_MAX:]
 
     def _add_journal(self, spec: JournalSpec) -> None:
         self.new_journals.append(spec)
@@ -314,6 +332,8 @@ class GroupState:
             case BaseAdvance(base=base, base_time=base_time):
                 self.base = base
                 self.new_snapshots[BASE_NAME] = Snapshot(BASE_NAME, base, base_time, "base")
+            case Owner(agent=agent):
+                self._own(agent)
             case EpochStart():
                 self.epoch = body.epoch
                 if not body.clean:
@@ -360,6 +380,12 @@ class GroupState:
             self.new_snapshots[BASE_NAME] = Snapshot(BASE_NAME, seq, time, "base")
         elif gap is not None:
             self.new_gaps.append(replace(gap, last=Seq(seq - 1), to_time=time))
+
+
+def owner_entry(last: Logged, agent: str) -> Logged:
+    """The entry behind `last` that says who feeds the group from there on."""
+    body = Owner(last.seq, last.time, last.run, agent)
+    return Logged(EntryKind.OWNER, last.seq, last.seq, last.time, last.run, BASE_JOURNAL, (), body)
 
 
 _CONSOLIDATED = frozenset({EntryKind.CONSOLIDATED, EntryKind.CONSOLIDATED_MORE})

@@ -20,7 +20,7 @@ from dedup.catalog import Catalog
 from dedup.consolidator import remove_dead
 from dedup.errors import Damaged, NameRefused, StoreError, StoreFailed, UnknownName, Unreadable
 from dedup.granularity import check_granularity
-from dedup.group_state import BASE_NAME, GroupState
+from dedup.group_state import BASE_NAME, GroupState, owner_entry
 from dedup.journal_reader import chain_of, segments
 from dedup.layout import SEGMENT_HEADER_BYTES
 from dedup.manifest import Manifest, read_manifest
@@ -43,6 +43,7 @@ from dedup.types import (
     JournalCreate,
     JournalSpec,
     JournalUse,
+    Owner,
     Record,
     Seq,
     Snapshot,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-StoreEntry = SnapshotCreate | SnapshotDelete | BaseAdvance | JournalCreate | JournalUse
+StoreEntry = SnapshotCreate | SnapshotDelete | BaseAdvance | JournalCreate | JournalUse | Owner
 """What the store journals by itself."""
 _HEAD_LEAVES_MAX: Final = 256
 """Leaves of the last checkpoint's maps kept decoded for completing partial blocks: 1 MiB."""
@@ -79,6 +80,7 @@ class GroupWriter:
         self._durable = durable
         self._durable_position = journal.position
         self._head_leaves: dict[tuple[VolumeId, int], Addresses | None] = {}
+        self._first_owner = ""  # of a group that has no record yet: journalled with the first ones
 
     @classmethod
     def open(cls, store: Store, name: str) -> GroupWriter:
@@ -162,6 +164,11 @@ class GroupWriter:
         return self.state.epoch
 
     @property
+    def owners(self) -> tuple[str, ...]:
+        """The agents that fed the group; the last one feeds it now."""
+        return (self._first_owner,) if self._first_owner else self.state.owners
+
+    @property
     def time(self) -> TimeNs:
         """Time of the last record."""
         return self.state.time
@@ -205,7 +212,10 @@ class GroupWriter:
 
     def append(self, entries: Sequence[Logged]) -> None:
         """Journals entries whose blocks are in place, then applies them."""
+        if self._first_owner:
+            entries = [*entries, owner_entry(entries[-1], self._first_owner)]
         self._journal.append(entries)
+        self._first_owner = ""
         for entry in entries:
             self.state.apply(entry)
 
@@ -369,6 +379,16 @@ class GroupWriter:
             use = JournalUse(self.held, self.time, self.run, spec.journal)
             self._append_store_entry(EntryKind.JOURNAL_USE, use)
         return spec
+
+    # -- who feeds it ------------------------------------------------------------------------------------------------
+
+    def set_owner(self, agent: str) -> None:
+        """What follows `held` comes from this agent; durable when it returns, where there is a record already.
+        StoreFull, StoreFailed."""
+        if not self.held:
+            self._first_owner = agent  # an entry of seq 0 would lie before the journal's beginning
+        elif self.owners[-1:] != (agent,):
+            self._journal_store_entry(EntryKind.OWNER, Owner(self.held, self.time, self.run, agent))
 
     # -- history -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, NamedTuple, get_type_hints
+from typing import Any, Final, NamedTuple, Protocol, get_type_hints
 
 import msgspec
 import numpy as np
@@ -58,6 +58,7 @@ from dedup.types import (
     JournalId,
     JournalSpec,
     JournalUse,
+    Owner,
     Reconcile,
     ReconcileBegin,
     ReconcileEnd,
@@ -104,6 +105,7 @@ class EntryKind(IntEnum):
     JOURNAL_CREATE = 20
     JOURNAL_USE = 21
     BASE_ADVANCE = 22
+    OWNER = 23
 
     @property
     def consumes_seq(self) -> bool:
@@ -163,11 +165,15 @@ class Logged:
     body: Entry | None
 
 
+class _BodyDecoder(Protocol):
+    def decode(self, body: bytes, /) -> Any: ...
+
+
 class _Codec(NamedTuple):
     """How the body of one kind is written: its fields but seq, time and run, as a msgpack array of declared types."""
 
     type: type[Any]
-    decoder: msgspec.msgpack.Decoder[Any]
+    decoder: _BodyDecoder
     fields: Callable[[Any], tuple[object, ...]]
     make: Callable[..., Any]
 
@@ -190,11 +196,25 @@ _CONSOLIDATED_HEAD: Final = 3
 """Fields of Consolidated that the entry's header has: seq, time, run."""
 _CONSOLIDATED_NAMES: Final = tuple(field.name for field in dataclasses.fields(Consolidated))[_CONSOLIDATED_HEAD:]
 _CONSOLIDATED_TYPES: Final = get_type_hints(Consolidated)
-_CONSOLIDATED_SHAPE: Final = tuple[tuple(_CONSOLIDATED_TYPES[name] for name in _CONSOLIDATED_NAMES)]  # type: ignore[misc]
+_CONSOLIDATED_SHAPE: Final = tuple(_CONSOLIDATED_TYPES[name] for name in _CONSOLIDATED_NAMES)
+
+
+class _ConsolidatedDecoder:
+    """The first stores' have no owners, and one that changed none is written like theirs."""
+
+    _long: Final = msgspec.msgpack.Decoder(tuple[_CONSOLIDATED_SHAPE])  # type: ignore[valid-type]
+    _short: Final = msgspec.msgpack.Decoder(tuple[_CONSOLIDATED_SHAPE[:-1]])  # type: ignore[misc]
+
+    def decode(self, body: bytes, /) -> Any:
+        try:
+            return self._short.decode(body)
+        except msgspec.ValidationError:
+            return self._long.decode(body)
 
 
 def _consolidated_fields(body: Consolidated) -> tuple[object, ...]:
-    return tuple(getattr(body, name) for name in _CONSOLIDATED_NAMES)
+    fields = tuple(getattr(body, name) for name in _CONSOLIDATED_NAMES)
+    return fields if body.owners else fields[:-1]
 
 
 _CODECS: Final[dict[EntryKind, _Codec]] = {
@@ -271,7 +291,7 @@ _CODECS: Final[dict[EntryKind, _Codec]] = {
         lambda r: (_bytes(r.name),),
         lambda s, t, c, name: SnapshotDelete(s, t, c, _text(name)),
     ),
-    EntryKind.CONSOLIDATED: _codec(Consolidated, _CONSOLIDATED_SHAPE, _consolidated_fields, Consolidated),
+    EntryKind.CONSOLIDATED: _Codec(Consolidated, _ConsolidatedDecoder(), _consolidated_fields, Consolidated),
     EntryKind.JOURNAL_CREATE: _codec(
         JournalCreate,
         tuple[int, bytes, int],
@@ -288,6 +308,9 @@ _CODECS: Final[dict[EntryKind, _Codec]] = {
         tuple[int, int],
         lambda r: (r.base, r.base_time),
         lambda s, t, c, base, base_time: BaseAdvance(s, t, c, Seq(base), TimeNs(base_time)),
+    ),
+    EntryKind.OWNER: _codec(
+        Owner, tuple[bytes], lambda r: (_bytes(r.agent),), lambda s, t, c, agent: Owner(s, t, c, _text(agent))
     ),
 }
 

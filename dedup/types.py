@@ -44,6 +44,8 @@ AGGREGATE_BYTES_MAX: Final = 4 << 20
 """Largest payload of one aggregate, all extents together."""
 PATH_BYTES_MAX: Final = 4096
 NAME_BYTES_MAX: Final = 255
+AGENT_BYTES: Final = 32
+"""Hexadecimal digits of an agent's uuid."""
 VOLUME_BYTES_MAX: Final = 1 << 50
 """Largest size of a volume: 1 PiB."""
 
@@ -307,6 +309,16 @@ class BaseAdvance:
     base_time: TimeNs
 
 
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Store-made entry: what follows `seq` comes from that agent, and from no other one. Consumes no seq."""
+
+    seq: Seq
+    time: TimeNs
+    run: ClockRun
+    agent: str
+
+
 class PointKind(Enum):
     """What a recovery point is worth to a person."""
 
@@ -414,6 +426,7 @@ class Consolidated:
     runs: tuple[RunStart, ...] = ()
     journals: tuple[JournalSpec, ...] = ()
     routes: tuple[Route, ...] = ()
+    owners: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,5 +447,6 @@ Entry = (
     | JournalCreate
     | JournalUse
     | BaseAdvance
+    | Owner
 )
 """What the metadata journal holds."""

@@ -43,6 +43,7 @@ from dedup.types import (
     JournalId,
     JournalSpec,
     JournalUse,
+    Owner,
     PointKind,
     ReconcileBegin,
     ReconcileEnd,
@@ -137,6 +138,7 @@ ENTRIES: Final = (
     _noted(BaseAdvance(*_at(16), Seq(13), TimeNs(13_000))),
     _logged(EntryKind.CONSOLIDATED, 20, _CONSOLIDATED, _extent(ONE, 0, 8192), first=17),
     _logged(EntryKind.CONSOLIDATED_MORE, 20, None, _extent(ONE, 0, 8192)),
+    _noted(Owner(*_at(20), "0123456789abcdef" * 2)),
     _noted(Retire(*_at(21), ONE)),
     _noted(Heartbeat(*_at(22))),
 )
