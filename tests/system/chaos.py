@@ -27,7 +27,8 @@ from dedup.reader import GroupReader
 from dedup.types import Seq, TimeNs
 from tests.system.harness import World, image_bytes
 from tests.system.loads import JOURNALS, SUFFIXES, Fio, Orders, orders_in
-from tests.system.sites import MOUNT, Embedded, Site
+from tests.system.network import two_hosts
+from tests.system.sites import MOUNT, Embedded, Remote, Site
 from tests.system.writers import BLOCK, Writer
 
 DATABASE = "db/shop.db"
@@ -279,7 +280,7 @@ class Chaos:
         self.world.check_equal()
         gaps = self.world.gaps()
         self.findings.gaps = len(gaps)
-        if not self._profile.outages:
+        if self.site.spools or not self._profile.outages:
             assert len(gaps) <= self._mount_kills, f"{len(gaps)} gaps, {self._mount_kills} mounts killed: {gaps}"
         with self.world.reader() as group:
             found = self._orders_at(group, group.resolve("latest").seq)
@@ -323,9 +324,15 @@ class Chaos:
             return orders_in(copy)
 
 
-SITES: dict[str, Callable[[World, str, tuple[str, ...], ExitStack], Site]] = {
-    "embedded": lambda world, mode, options, _stack: Embedded(world, mode, options),
-}
+def site_of(name: str, world: World, mode: str, options: tuple[str, ...], stack: ExitStack) -> Site:
+    """One of SITES."""
+    if name == "embedded":
+        return Embedded(world, mode, options)
+    return Remote(world, mode, options, stack.enter_context(two_hosts(world)), first=name == "first")
+
+
+SITES = ("embedded", "remote", "first")
+"""All on one machine; a second appliance on another host; the same with a first appliance that spools."""
 
 
 def small_disk(world: World) -> None:
@@ -359,7 +366,7 @@ def strike(
         small_disk(world)
     with ExitStack() as stack:
         options = ("--outage-after", profile.outage_after)
-        return Chaos(world, SITES[site](world, mode, options, stack), seed, profile, with_fio=with_fio).run(
+        return Chaos(world, site_of(site, world, mode, options, stack), seed, profile, with_fio=with_fio).run(
             seconds, say
         )
 

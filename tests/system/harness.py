@@ -64,6 +64,8 @@ class World:
         self.environment["PATH"] = SEARCH_PATH
         self.target: tuple[str | Path, ...] = ()
         """Where a mount sends its records to, as options; by default `store`, embedded."""
+        self.enter: tuple[str, ...] = ()
+        """Words to start a mount with, where it is to run on another host; see `network.Host`."""
         self._loop_mounts: list[Path] = []
 
     def run(
@@ -106,7 +108,8 @@ class World:
         log = ["--log-file", self.directory / "mount.log"]
         base = ["--wait-base"] if wait_base else []
         target = self.target or ("--store", self.store)
-        self.rewindfs("mount", self.source, self.mnt, *target, "--mode", mode, *base, *log, *options)
+        command = (*self.enter, sys.executable, "-m", "fusefs", "mount", self.source, self.mnt, *target)
+        self.run(*command, "--mode", mode, *base, *log, *options)
         return self.pids()
 
     def ask(self, command: str, **body: object) -> Any:

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from fusefs.mountpoint import is_dead, mount_at
 from tests.system.harness import World, wait_for_end
+from tests.system.network import TwoHosts
 
 MOUNT = "mount"
 FIRST = "first"
 SECOND = "second"
+PORT = 7070
+IDENTITY = "REWINDFS_IDENTITY"
 COMMANDS = {
     MOUNT: ["fusefs", "mount"],
     FIRST: ["fusefs", "appliance", "first"],
@@ -40,6 +45,8 @@ class Site(ABC):
     """What can be killed and stopped; the mount is one of them."""
     links: tuple[str, ...] = ()
     """The faults that the network has here."""
+    spools = False
+    """Whether an outage of any length leaves no gap."""
 
     def __init__(self, world: World, mode: str, options: tuple[str, ...]) -> None:
         self.world = world
@@ -148,3 +155,96 @@ class Embedded(Site):
                 return killed
             wait_for_end(second)
         return killed
+
+
+class Remote(Site):
+    """Two hosts: the mount on one, the second appliance on the other, TLS between them; `first` puts a first appliance
+    with a spool on the mount's host."""
+
+    links = ("pulled", "lost", "lost up", "lost down")
+
+    def __init__(self, world: World, mode: str, options: tuple[str, ...], hosts: TwoHosts, *, first: bool) -> None:
+        super().__init__(world, mode, options)
+        self.parts = (MOUNT, FIRST, SECOND) if first else (MOUNT, SECOND)
+        self.spools = first
+        self._hosts = hosts
+        self._address = f"tls://{hosts.other.address}:{PORT}"
+        self._socket = world.directory / "first.sock"
+        self._identities = make_identities(world)
+        world.environment[IDENTITY] = str(self._identities.agent)
+        world.enter = hosts.one.enter
+        world.target = ("--appliance", f"unix:{self._socket}") if first else ("--store", self._address)
+
+    def start(self) -> None:
+        for part in (SECOND, FIRST):
+            if part in self.parts and self.pid(part) is None:
+                self._serve(part)
+        if not self.mounted():
+            self.remount()
+        self.wait_until_well()
+
+    def _serve(self, part: str) -> None:
+        world = self.world
+        if part == SECOND:
+            host, identity = self._hosts.other, self._identities.second
+            words = ("--store", world.store, "--listen", self._address)
+        else:
+            host, identity = self._hosts.one, self._identities.agent
+            spool = ("--spool", world.directory / "spool", "--spool-limit", "1G")
+            words = ("--listen", f"unix:{self._socket}", "--forward", self._address, "--mode", self.mode, *spool)
+        command = ("env", f"{IDENTITY}={identity}", sys.executable, "-m", "fusefs", "appliance", part, *words)
+        world.run(*host.enter, *command, "--log-file", world.directory / f"{part}.log")
+
+    def restart(self, part: str) -> None:
+        if part == MOUNT:
+            self.world.unmount()
+        else:
+            self._leave(part)
+        self.start()
+
+    def _leave(self, part: str) -> None:
+        if (pid := self.pid(part)) is not None:
+            os.kill(pid, signal.SIGTERM)
+            wait_for_end(pid)
+
+    def break_link(self, fault: str) -> None:
+        one, other = self._hosts.one, self._hosts.other
+        match fault:
+            case "pulled":
+                self._hosts.pull()
+            case "lost":
+                self._hosts.lose(one, other)
+            case "lost up":
+                self._hosts.lose(one)
+            case "lost down":
+                self._hosts.lose(other)
+
+    def heal_link(self) -> None:
+        self._hosts.heal()
+
+    def close(self) -> None:
+        super().close()
+        for part in (FIRST, SECOND):
+            if part in self.parts:
+                self._leave(part)
+
+
+@dataclass(frozen=True, slots=True)
+class Identities:
+    """Directories of identities that trust one another."""
+
+    agent: Path
+    second: Path
+
+
+def make_identities(world: World) -> Identities:
+    """An agent's, and that of the appliance that lets it append."""
+    made = Identities(world.directory / "agent-identity", world.directory / "second-identity")
+    for place, other, role in ((made.agent, made.second, ()), (made.second, made.agent, ("--role", "agent"))):
+        for identity in (place, other):
+            if not identity.exists():
+                world.rewindfs("identity", "create", "--identity", identity)
+        certificate = world.directory / f"{other.name}.pem"
+        certificate.write_text(world.rewindfs("identity", "show", "--identity", other).stdout)
+        world.rewindfs("identity", "trust", certificate, *role, "--identity", place)
+    return made
