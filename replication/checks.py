@@ -31,6 +31,7 @@ from replication.messages import (
     COMPARE_UNITS,
     DIGEST_BYTES,
     OFFER_BLOCKS_MAX,
+    SUM_UNITS,
     VOLUMES_PER_PAGE_MAX,
     Ack,
     Compare,
@@ -146,10 +147,16 @@ def check_ack(message: Ack) -> None:
         raise Malformed(f"{message}: durable is past kept, or kept past queued")
 
 
-def check_marks(seq: int, marks: bytes) -> None:
-    """What a CompareResult or a Wanted says: a 0 or 1 for each unit."""
+def check_answer(seq: int, marks: bytes) -> None:
+    """What a CompareResult says: a byte for each unit, or two. How many there must be, and what they may be, is known
+    by the Compare alone."""
     check_range("seq", seq, 1, U64_MAX)
-    check_range("units of an answer", len(marks), 1, COMPARE_BLOCKS_MAX)
+    check_range("bytes of an answer", len(marks), 1, COMPARE_BLOCKS_MAX)
+
+
+def check_marks(seq: int, marks: bytes) -> None:
+    """What a Wanted says: a 0 or 1 for each block."""
+    check_answer(seq, marks)
     if marks.strip(b"\0\1"):
         raise Malformed("an answer holds a byte other than 0 and 1")
 
@@ -164,13 +171,13 @@ def check_offer(message: Offer) -> None:
 def check_compare(message: Compare) -> None:
     check_stamp(message)
     check_volume(message.volume)
-    blocks, rest = divmod(len(message.digests), DIGEST_BYTES)
-    if rest or not 1 <= blocks <= COMPARE_BLOCKS_MAX:
-        raise Malformed(f"{len(message.digests)} bytes of digests are not 1..{COMPARE_BLOCKS_MAX} digests")
     if message.unit not in COMPARE_UNITS or message.offset % message.unit:
         raise Malformed(f"a compare of units of {message.unit} bytes at {message.offset}")
-    check_range("bytes of a compare", blocks * message.unit, 1, COMPARE_BYTES_MAX)
-    check_range_of_volume(message.offset, blocks * message.unit)
+    units, rest = divmod(len(message.digests), 2 * DIGEST_BYTES if message.unit in SUM_UNITS else DIGEST_BYTES)
+    if rest or not 1 <= units <= COMPARE_BLOCKS_MAX:
+        raise Malformed(f"{len(message.digests)} bytes of digests are not those of 1..{COMPARE_BLOCKS_MAX} units")
+    check_range("bytes of a compare", units * message.unit, 1, COMPARE_BYTES_MAX)
+    check_range_of_volume(message.offset, units * message.unit)
 
 
 def _utf8(what: str, text: str) -> bytes:

@@ -26,6 +26,7 @@ from replication.checks import (
     Malformed,
     check_ack,
     check_aggregate,
+    check_answer,
     check_compare,
     check_correct,
     check_extent,
@@ -251,15 +252,16 @@ def _encode_compare(message: Compare) -> list[Buffer]:
 
 
 def _encode_compare_result(message: CompareResult) -> list[Buffer]:
-    return _encode_marks(MessageType.COMPARE_RESULT, message.seq, message.differing)
+    check_answer(message.seq, message.differing)
+    return _encode_answer(MessageType.COMPARE_RESULT, message.seq, message.differing)
 
 
 def _encode_wanted(message: Wanted) -> list[Buffer]:
-    return _encode_marks(MessageType.WANTED, message.seq, message.missing)
+    check_marks(message.seq, message.missing)
+    return _encode_answer(MessageType.WANTED, message.seq, message.missing)
 
 
-def _encode_marks(kind: MessageType, seq: int, marks: bytes) -> list[Buffer]:
-    check_marks(seq, marks)
+def _encode_answer(kind: MessageType, seq: int, marks: bytes) -> list[Buffer]:
     return [COMPARE_RESULT.pack(COMPARE_RESULT.size + len(marks), kind, 0, 0, seq), marks]
 
 

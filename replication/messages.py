@@ -21,8 +21,10 @@ COMPARE_BLOCKS_MAX: Final = 1024
 """Digests of one Compare at most."""
 COMPARE_BYTES_MAX: Final = 4 << 20
 """Bytes of a volume that one Compare covers at most."""
-COMPARE_UNITS: Final = (4096, 128 << 10, 4 << 20)
-"""Bytes of a volume that one digest of a Compare may cover: asked from coarse to fine, what is equal costs little."""
+COMPARE_UNITS: Final = (4096, 64 << 10, 1 << 20, 4 << 20)
+"""Bytes of a volume that one unit of a Compare may have: asked from coarse to fine, what is equal costs little."""
+SUM_UNITS: Final = (64 << 10, 1 << 20)
+"""Units that are told by two sums each, not by a digest, so that one block alone that differs is found at once."""
 DIGEST_BYTES: Final = 16
 FINGERPRINT_BYTES: Final = 16
 OFFER_BLOCKS_MAX: Final = 1024
@@ -122,8 +124,8 @@ class Compare:
     """Digests of a range of the source, taken under the range lock at `seq`, which it consumes like a record.
 
     `offset` is a multiple of `unit`, one of COMPARE_UNITS; `digests` holds DIGEST_BYTES of keyed BLAKE2b for each unit,
-    what lies past the volume's end counting as zeros; the second appliance answers with a CompareResult of the same
-    seq.
+    or for one of SUM_UNITS two sums of so many bytes (digests.py), what lies past the volume's end counting as zeros;
+    the second appliance answers with a CompareResult of the same seq.
     """
 
     seq: Seq
@@ -137,7 +139,8 @@ class Compare:
 
 @dataclass(frozen=True, slots=True)
 class CompareResult:
-    """`differing[i]` is 1 where unit i of the Compare differs from what the store holds at that seq."""
+    """`differing[i]` is 1 where unit i of the Compare differs from what the store holds at that seq. Of SUM_UNITS each
+    has two bytes, a little-endian number: 0 equal, n only block n - 1 of the unit differs, 65535 more of it."""
 
     seq: Seq
     differing: bytes

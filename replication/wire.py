@@ -38,6 +38,7 @@ from replication.checks import (
     Malformed,
     check_ack,
     check_aggregate,
+    check_answer,
     check_compare,
     check_correct,
     check_extent,
@@ -227,18 +228,20 @@ def _decode_compare(chunk: Buffer, start: int, end: int) -> Message:
 
 
 def _decode_compare_result(chunk: Buffer, start: int, end: int) -> Message:
-    return CompareResult(*_marks(chunk, start, end))
+    seq, differing = _answer(chunk, start, end)
+    check_answer(seq, differing)
+    return CompareResult(seq, differing)
 
 
 def _decode_wanted(chunk: Buffer, start: int, end: int) -> Message:
-    return Wanted(*_marks(chunk, start, end))
-
-
-def _marks(chunk: Buffer, start: int, end: int) -> tuple[Seq, bytes]:
-    (*_, seq) = COMPARE_RESULT.unpack_from(chunk, start)
-    marks = bytes(memoryview(chunk)[start + COMPARE_RESULT.size : end])
+    seq, marks = _answer(chunk, start, end)
     check_marks(seq, marks)
-    return seq, marks
+    return Wanted(seq, marks)
+
+
+def _answer(chunk: Buffer, start: int, end: int) -> tuple[Seq, bytes]:
+    (*_, seq) = COMPARE_RESULT.unpack_from(chunk, start)
+    return seq, bytes(memoryview(chunk)[start + COMPARE_RESULT.size : end])
 
 
 def _decode_offer(chunk: Buffer, start: int, end: int) -> Message:

@@ -24,6 +24,7 @@ from dedup.types import (
     VolumeState,
     Write,
 )
+from replication.digests import answer_bytes
 from replication.frame_layout import OFFERED_BYTES
 from replication.messages import (
     COMPARE_BYTES_MAX,
@@ -126,7 +127,13 @@ records = st.one_of(
 states = st.builds(VolumeState, volume=volumes, path=paths, size=sizes, retired=st.booleans(), **owner)
 compares = st.builds(
     lambda seq, time, run, volume, at, unit, blocks: Compare(
-        seq, time, run, volume, at * unit, bytes(range(DIGEST_BYTES)) * min(blocks, COMPARE_BYTES_MAX // unit), unit
+        seq,
+        time,
+        run,
+        volume,
+        at * unit,
+        bytes(range(DIGEST_BYTES)) * (answer_bytes(unit) * min(blocks, COMPARE_BYTES_MAX // unit)),
+        unit,
     ),
     seqs,
     u64,
@@ -186,7 +193,7 @@ control = st.one_of(
     ),
     st.builds(VolumePage, st.lists(states, max_size=5).map(tuple), st.booleans()),
     compares,
-    st.builds(CompareResult, seqs, st.lists(st.sampled_from([0, 1]), min_size=1, max_size=40).map(bytes)),
+    st.builds(CompareResult, seqs, st.binary(min_size=1, max_size=40)),
     st.just(SyncRequest()),
     st.builds(
         lambda durable, ahead, kept, queued: Ack(
