@@ -13,7 +13,6 @@ from types import NoneType, UnionType
 from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
 from dedup.types import (
-    AGENT_BYTES,
     BLOCK_BYTES,
     NAME_BYTES_MAX,
     PATH_BYTES_MAX,
@@ -45,8 +44,8 @@ _LARGEST_NAMED: Final = {
 _LONGEST_NAMED: Final = {
     "name": NAME_BYTES_MAX,
     "forgotten": NAME_BYTES_MAX,
-    "agent": AGENT_BYTES,
-    "owners": AGENT_BYTES,
+    "agent": NAME_BYTES_MAX,
+    "owners": NAME_BYTES_MAX,
     "path": PATH_BYTES_MAX,
     "paths": PATH_BYTES_MAX,
     "moves": PATH_BYTES_MAX,

@@ -44,8 +44,6 @@ AGGREGATE_BYTES_MAX: Final = 4 << 20
 """Largest payload of one aggregate, all extents together."""
 PATH_BYTES_MAX: Final = 4096
 NAME_BYTES_MAX: Final = 255
-AGENT_BYTES: Final = 32
-"""Hexadecimal digits of an agent's uuid."""
 VOLUME_BYTES_MAX: Final = 1 << 50
 """Largest size of a volume: 1 PiB."""
 

@@ -9,9 +9,11 @@ Invariants:
   stops its own session only.
 - A peer can end nothing but its own session; only the store's failure, a signal or a bug ends the appliance.
 
-Fencing: an agent is admitted when its epoch is greater than the group's, or equal to it: the same agent connecting
-again. While an older session of the group lives, a newcomer of a higher epoch ends it; one of the same epoch waits
-`SAME_EPOCH_SECONDS` for it to end, and is refused when it has not; one of a lower epoch is refused.
+Fencing: a group belongs to one agent, as its journal says; another one is refused unless it takes the group over. An
+agent is admitted when its epoch is greater than the group's, or equal to it: the same start connecting again. While an
+older session of the group lives, a newcomer of a higher epoch ends it; one of the same epoch waits
+`SAME_EPOCH_SECONDS` for it to end, and is refused when it has not. Who was admitted once and is not any more, because
+of a higher epoch or another agent, is told FENCED: it must not come again.
 """
 
 from __future__ import annotations
@@ -38,6 +40,13 @@ if TYPE_CHECKING:
     from dedup.store import Store
 
 log = logging.getLogger("rewindfs.second_appliance")
+
+
+def fenced_text(hello: Hello) -> str:
+    """What an agent is told whose live session ends because of that newcomer."""
+    who = f"agent {hello.agent} has taken over" if hello.take_over else f"a newer start, epoch {hello.epoch}, feeds"
+    return f"{who} group {hello.group!r}; nothing more of this mount is recorded: unmount it"
+
 
 SESSIONS_MAX: Final = 64
 SAME_EPOCH_SECONDS: Final = 5.0
@@ -139,22 +148,47 @@ class SecondAppliance:
             raise Refused(str(error)) from error
         with trio.move_on_after(SAME_EPOCH_SECONDS):
             while True:
-                newest = max(group.epoch, self._fences.get(hello.group, Epoch(0)))
-                if hello.epoch < newest:
-                    raise Refused(f"epoch {hello.epoch} of group {hello.group!r} is over: epoch {newest} has begun")
+                self._check_fences(group, hello)
                 other = self._agents.get(hello.group)
                 if other is None:
                     # No await since the check: from here on the group is this session's.
                     self._fences[hello.group] = hello.epoch
                     self._agents[hello.group] = session
-                    return group
+                    break
                 if hello.epoch > other.epoch:
                     self._fences[hello.group] = hello.epoch
-                    other.end(ErrorCode.REFUSED, f"a newer agent, epoch {hello.epoch}, feeds group {hello.group!r}")
+                    other.end(ErrorCode.FENCED, fenced_text(hello))
                 elif other.waits_for_room:
                     other.drain(0)  # it does not listen, and so did not hear that its link broke
                 await other.ended.wait()
-        raise Refused(f"another agent of epoch {hello.epoch} feeds group {hello.group!r}; unmount that one first")
+        if self._agents.get(hello.group) is not session:
+            raise Refused(f"another agent of epoch {hello.epoch} feeds group {hello.group!r}; unmount that one first")
+        try:
+            await self.writer.run(group.set_owner, hello.agent)
+        except BaseException:
+            self.release(session, hello.group)
+            raise
+        return group
+
+    def _check_fences(self, group: GroupWriter, hello: Hello) -> None:
+        """Raises Refused for an agent whose group it is not, or not any more."""
+        name = hello.group
+        owner = group.owners[-1] if group.owners else hello.agent
+        newest = max(group.epoch, self._fences.get(name, Epoch(0)))
+        if hello.agent != owner and not hello.take_over:
+            if hello.agent in group.owners:
+                raise Refused(
+                    f"group {name!r} was taken over by agent {owner}; mount with --take-over to make this source, "
+                    f"agent {hello.agent}, feed it again: everything is compared then",
+                    ErrorCode.FENCED,
+                )
+            raise Refused(
+                f"group {name!r} is fed by agent {owner}, and this source is agent {hello.agent}: mount with "
+                "--take-over to make this source its agent, or choose another --name"
+            )
+        if hello.epoch < newest:
+            text = f"epoch {hello.epoch} of group {name!r} is over: epoch {newest} has begun"
+            raise Refused(text, ErrorCode.FENCED if hello.agent == owner else ErrorCode.REFUSED)
 
     def release(self, session: ServerSession, group: str) -> None:
         """The session feeds the group no longer."""

@@ -15,6 +15,7 @@ from dedup.verify import verify
 from tests.dedup import model
 from tests.dedup.model import Model
 from tests.dedup.thinned_world import STEP_NS, World
+from tests.golden.archive import unpack
 
 A, B = "a" * 32, "b" * 32
 
@@ -94,3 +95,16 @@ def test_an_owner_survives_consolidation(tmp_path: Path, monkeypatch: pytest.Mon
     assert store.group("g").owners == (A, B)
     store.close()
     assert verify(tmp_path / "store").ok
+
+
+def test_a_store_of_an_earlier_version_belongs_to_the_next_agent(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    unpack("v1-plain", path)
+    store = Store.open(path)
+    group = store.groups[0]
+    assert group.owners == ()
+    group.set_owner(A)
+    store = reopened(store)
+    assert store.group(group.name).owners == (A,)
+    store.close()
+    assert verify(path).ok

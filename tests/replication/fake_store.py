@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,15 @@ class FakeUsage:
     snapshots: int
 
 
+@dataclass(frozen=True)
+class FakeRange:
+    content: bytearray
+    is_hole: bool = False
+
+    def read(self) -> tuple[bytearray, frozenset[int]]:
+        return self.content, frozenset()
+
+
 @dataclass
 class FakeGroup:
     store: FakeStore
@@ -50,6 +59,10 @@ class FakeGroup:
     content: dict[VolumeId, bytearray] = field(default_factory=dict)
     listed: list[VolumeState] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    owners: tuple[str, ...] = ()
+
+    def set_owner(self, agent: str) -> None:
+        self.owners = (*(one for one in self.owners if one != agent), agent)
 
     def volumes(self) -> list[VolumeState]:
         return list(self.listed)
@@ -87,11 +100,12 @@ class FakeGroup:
         self.records.append(record)
         self.held, self.time, self.run = record.seq, record.time, record.run
 
-    def compare(self, volume: VolumeId, offset: int, blocks: int, digest: Callable[[bytes], bytes]) -> list[bytes]:
+    def held_range(self, volume: VolumeId, offset: int, blocks: int) -> FakeRange:
         if volume not in self.content:
             raise UnknownName(f"no volume {volume}")
-        data = bytes(self.content[volume][offset : offset + blocks * BLOCK_BYTES]).ljust(blocks * BLOCK_BYTES, b"\0")
-        return [digest(data[at : at + BLOCK_BYTES]) for at in range(0, len(data), BLOCK_BYTES)]
+        return FakeRange(
+            self.content[volume][offset : offset + blocks * BLOCK_BYTES].ljust(blocks * BLOCK_BYTES, b"\0")
+        )
 
     def create_snapshot(
         self, name: str | None, at: str = "latest", volume: str | None = None, keep_ns: int = 0

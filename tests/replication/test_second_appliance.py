@@ -93,9 +93,12 @@ class Peer:
             if message.received >= received and (durable is None or message.durable >= durable):
                 return message
 
-    async def greet(self, role: Role = Role.AGENT, group: str = "g", epoch: int = 1) -> Message | None:
+    async def greet(
+        self, role: Role = Role.AGENT, group: str = "g", epoch: int = 1, agent: str = "a", *, take_over: bool = False
+    ) -> Message | None:
         """Hello; then all volumes of the answer, when it is a Welcome to an agent."""
-        await self.say(Hello(PROTOCOL_VERSION, role, group, Epoch(epoch), "a" if role is Role.AGENT else ""))
+        name = agent if role is Role.AGENT else ""
+        await self.say(Hello(PROTOCOL_VERSION, role, group, Epoch(epoch), name, take_over))
         answer = await self.hear()
         if isinstance(answer, Welcome):
             self.welcome = answer
@@ -486,7 +489,7 @@ async def test_an_older_epoch_is_refused(store: FakeStore) -> None:
     async with running(store) as world:
         peer = await world.connect()
         answer = await peer.greet(epoch=4)
-        assert isinstance(answer, Failure) and answer.code is ErrorCode.REFUSED and "epoch 5" in answer.text
+        assert isinstance(answer, Failure) and answer.code is ErrorCode.FENCED and "epoch 5" in answer.text
         await world.agent(epoch=5)
 
 
@@ -496,7 +499,7 @@ async def test_a_newer_agent_ends_the_older_one_for_good(store: FakeStore) -> No
         new = await world.agent(epoch=2)
         while isinstance(answer := await old.hear(), Ack):
             pass
-        assert isinstance(answer, Failure) and answer.code is ErrorCode.REFUSED and "newer agent" in answer.text
+        assert isinstance(answer, Failure) and answer.code is ErrorCode.FENCED and "a newer start" in answer.text
         back = await world.connect()
         answer = await back.greet(epoch=1)
         assert isinstance(answer, Failure) and "epoch 2" in answer.text
