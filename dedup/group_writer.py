@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +22,7 @@ from dedup.consolidator import remove_dead
 from dedup.errors import Damaged, NameRefused, StoreError, StoreFailed, UnknownName, Unreadable
 from dedup.granularity import check_granularity
 from dedup.group_state import BASE_NAME, GroupState, owner_entry
+from dedup.held_range import HeldRange, addresses_in
 from dedup.journal_reader import chain_of, segments
 from dedup.layout import SEGMENT_HEADER_BYTES
 from dedup.manifest import Manifest, read_manifest
@@ -245,38 +247,32 @@ class GroupWriter:
         if found is not None:
             return found
         leaf, index = divmod(block, layout.LEAF_BLOCKS)
+        addresses = self._head_leaf(volume, leaf)
+        return HOLE if addresses is None else Address(int(addresses[index]))
+
+    def _head_leaf(self, volume: VolumeId, leaf: int) -> Addresses | None:
+        """As of the last checkpoint."""
         key = (volume, leaf)
         if key not in self._head_leaves:
             if len(self._head_leaves) >= _HEAD_LEAVES_MAX:
                 self._head_leaves.clear()
             with self.store.index.read() as txn:
                 self._head_leaves[key] = self.catalog.pointers.leaf(txn, volume, leaf, SEQ_MAX)
-        addresses = self._head_leaves[key]
-        return HOLE if addresses is None else Address(int(addresses[index]))
+        return self._head_leaves[key]
 
     def head_block(self, volume: VolumeId, block: int) -> bytes:
         """The block as of `held`, checked. Damaged if its stored bytes are not what they were."""
         address = self.head_address(volume, block)
         return layout.ZERO_BLOCK if address == HOLE else self.store.pool.read_block(address)
 
-    def compare(self, volume: VolumeId, offset: int, blocks: int, digest: Callable[[bytes], bytes]) -> list[bytes]:
-        """Digests of `blocks` blocks at `offset` (aligned) as of `held`; past the end they are of zeros.
-
-        A damaged block gets the digest of nothing, so that the source's block is sent again and heals it.
-        """
-        zeros = digest(layout.ZERO_BLOCK)
-        digests: list[bytes] = []
+    def held_range(self, volume: VolumeId, offset: int, blocks: int) -> HeldRange:
+        """`blocks` blocks at `offset` (aligned) as of `held`; past the end they are zeros. UnknownName."""
+        if volume not in self.state.volumes:
+            raise UnknownName(f"group {self.name} has no volume {volume}")
         first = offset // BLOCK_BYTES
-        for block in range(first, first + blocks):
-            if self.head_address(volume, block) == HOLE:
-                digests.append(zeros)
-                continue
-            try:
-                digests.append(digest(self.head_block(volume, block)))
-            except Damaged as damage:
-                log.error("group %s: %s; asking the source for it", self.name, damage)
-                digests.append(bytes(len(zeros)))
-        return digests
+        addresses = addresses_in(partial(self._head_leaf, volume), first, blocks)
+        self.state.overlay.cover(volume, first, addresses)
+        return HeldRange(self.store.pool, addresses)
 
     # -- names -------------------------------------------------------------------------------------------------------
 

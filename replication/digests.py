@@ -39,7 +39,7 @@ class Digester:
         """The keyed digest of some bytes, a block or more."""
         return hashlib.blake2b(content, key=self.key, digest_size=DIGEST_BYTES).digest()
 
-    def units(self, content: bytes | memoryview, unit: int) -> bytes:
+    def units(self, content: bytes | bytearray | memoryview, unit: int) -> bytes:
         """What a Compare says of the units of `content`, the last one completed with zeros."""
         view = memoryview(content)
         if len(view) % unit:

@@ -14,7 +14,6 @@ import logging
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, Protocol, cast, get_args
 
 import trio
@@ -36,14 +35,13 @@ from dedup.types import (
     Write,
 )
 from replication.commands import Caller, Commands
+from replication.comparing import Comparer
 from replication.errors import LinkDown, LocalProtocolError, ProtocolError, ReplicationError
 from replication.frame_layout import OFFERED_BYTES
 from replication.messages import (
-    DIGEST_BYTES,
     PROTOCOL_VERSION,
     VOLUMES_PER_PAGE_MAX,
     Compare,
-    CompareResult,
     ErrorCode,
     Failure,
     Hello,
@@ -66,6 +64,7 @@ from replication.transport import Connection
 
 if TYPE_CHECKING:
     from dedup.group_writer import GroupWriter
+    from dedup.held_range import HeldRange
 
 log = logging.getLogger("rewindfs.second_appliance")
 
@@ -124,6 +123,7 @@ class ServerSession:
         """Whether a batch waits until the store has room for it; nothing of it is in the store."""
         self._farewell: Failure | None = None
         self._digest_key = secrets.token_bytes(DIGEST_KEY_BYTES)
+        self._comparer = Comparer(host.writer, self._digest_key)
         self._sync_asked: Round | None = None
         self._name = "a session without Hello"
 
@@ -296,7 +296,7 @@ class ServerSession:
                 await self._ingest(group, batch, batch_bytes)
                 batch, batch_bytes = [], 0
             if isinstance(message, Compare):
-                await self._compare(group, message)
+                await self._compare(group, message, answers)
             elif isinstance(message, Offer):
                 await self._speech.say(Wanted(message.seq, b"\1" * (len(message.blocks) // OFFERED_BYTES)))
             elif isinstance(message, SyncRequest):
@@ -339,18 +339,14 @@ class ServerSession:
         finally:
             self._space.landed(growth)
 
-    async def _compare(self, group: GroupWriter | None, message: Compare) -> None:
+    async def _compare(self, group: GroupWriter | None, message: Compare, answers: trio.Nursery) -> None:
         assert group is not None, "the session's table lets only agents compare"
-        theirs = message.digests
-        blocks = len(theirs) // DIGEST_BYTES
-        ours = await self._writer.run(group.compare, message.volume, message.offset, blocks, self._digest)
-        differing = bytes(
-            ours[block] != theirs[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES] for block in range(blocks)
-        )
-        await self._speech.say(CompareResult(message.seq, differing))
+        held = await self._comparer.take(group, message)
+        answers.start_soon(self._answer_compare, group, message, held)
 
-    def _digest(self, block: bytes) -> bytes:
-        return blake2b(block, key=self._digest_key, digest_size=DIGEST_BYTES).digest()
+    async def _answer_compare(self, group: GroupWriter, message: Compare, held: HeldRange) -> None:
+        with self._guard():
+            await self._speech.say(await self._comparer.answer(group, message, held))
 
     def _sync(self, group: GroupWriter | None, answers: trio.Nursery) -> None:
         turn = self._writer.request_sync()
