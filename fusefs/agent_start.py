@@ -66,6 +66,7 @@ def plan(
         not welcome.has_base
         or welcome.held < last.durable
         or last.store != welcome.store
+        or last.others
         or intent.everything
         # A name that was being changed may have put another file in a volume's place.
         or intent.found_namespace

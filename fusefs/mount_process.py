@@ -32,7 +32,7 @@ from fusefs.volume_table import VolumeTable, list_volumes
 from replication.agent_link import AgentLink
 from replication.background import Ready
 from replication.control import request
-from replication.errors import HistoryLost
+from replication.errors import Fenced, HistoryLost
 from replication.first_appliance import FirstAppliance
 from replication.intent_log import IntentLog
 from replication.modes import Mode, Outage
@@ -69,6 +69,8 @@ class MountSettings:
     log_file: Path | None = None
     foreground: bool = False
     debug: bool = False
+    take_over: bool = False
+    """Feed the group from now on, whichever agent did before."""
 
 
 async def run_mount(settings: MountSettings, ready: Ready) -> None:
@@ -117,10 +119,11 @@ class MountProcess:
             group=settings.group,
             epoch=epoch,
             agent=self._state.state.source,
+            take_over=settings.take_over,
             mode=settings.mode,
             outage=settings.outage,
             outage_after=settings.outage_after,
-            on_lost=lambda error: log.critical("replication has ended: %s; unmount and mount again", error),
+            on_lost=_say_lost,
         )
         last = self._state.state
         welcome, known = await self.first.start()
@@ -131,6 +134,12 @@ class MountProcess:
                 "is compared, and what it lost is a gap",
                 welcome.held,
                 last.durable,
+            )
+        if last.others and last.store == welcome.store:
+            log.warning(
+                "the store was fed in the meantime by another agent, or by one with a newer copy of %s: everything is "
+                "compared",
+                self._state.path,
             )
         nursery.start_soon(self.first.run)
         files = await trio.to_thread.run_sync(list_volumes, settings.source)
@@ -314,6 +323,11 @@ class MountProcess:
         if not self.agent.link.equal:
             return "reconciling" if self._has_base else "initializing"
         return "protected"
+
+
+def _say_lost(error: HistoryLost) -> None:
+    advice = "" if isinstance(error, Fenced) else "; unmount and mount again"
+    log.critical("replication has ended: %s%s", error, advice)
 
 
 def _open_intent(path: Path) -> IntentLog:

@@ -58,7 +58,9 @@ class AgentState:
     """The content of agent.json. `store` is the store's uuid, empty before the first connection.
 
     `durable`: the second appliance had everything up to it durable when marks were last cleared from the intent log. A
-    store that holds less has lost what nothing marks any more.
+    store that holds less has lost what nothing marks any more. `others`: the store knows an epoch that this state does
+    not: another agent, or this one with a newer copy of its state, has fed the group; what is marked here is not all
+    that may differ.
     """
 
     version: int = STATE_VERSION
@@ -68,6 +70,7 @@ class AgentState:
     epoch: Epoch = Epoch(0)
     durable: Seq = Seq(0)
     clean: CleanEnd | None = None
+    others: bool = False
 
 
 class StateDirectory:
@@ -108,14 +111,15 @@ class StateDirectory:
     def begin_epoch(self, group: str, at_least: Epoch) -> Epoch:
         """A new epoch, durable: higher than any before, here and at the store (`at_least`).
 
-        The clean mark stays. In another group nothing of what was kept holds: it goes, and no store is known.
+        The clean mark stays. In another group nothing of what was kept holds: it goes, and no store is known. Where
+        somebody else has begun epochs there, that is kept in mind until `serving`.
         """
         with self._saving:
             state = self.state
             if group != state.group:
-                state = replace(state, store="", durable=Seq(0), clean=None)
+                state = replace(state, store="", durable=Seq(0), clean=None, others=False)
             epoch = Epoch(max(state.epoch, at_least) + 1)
-            self._save(replace(state, group=group, epoch=epoch))
+            self._save(replace(state, group=group, epoch=epoch, others=state.others or at_least > state.epoch))
             return epoch
 
     def serving(self, store: str) -> None:
@@ -123,7 +127,7 @@ class StateDirectory:
         group is replicated to `store`, and the clean mark is gone. Durable."""
         with self._saving:
             durable = self.state.durable if store == self.state.store else Seq(0)
-            self._save(replace(self.state, store=store, durable=durable, clean=None))
+            self._save(replace(self.state, store=store, durable=durable, clean=None, others=False))
 
     def marks_go(self, durable: Seq) -> None:
         """Call it before marks are cleared: the second appliance has everything up to `durable` durable. Durable."""

@@ -100,3 +100,23 @@ def test_gap_that_an_earlier_start_left_open_is_closed(left: Left) -> None:
     decided = left.start(replace(WELCOME, reconciling=True))
     assert not decided.clean
     assert not (decided.everything or decided.changed or decided.regions), "nothing else is owed"
+
+
+def test_where_another_agent_has_fed_the_group_everything_is_compared(left: Left) -> None:
+    """Whatever is marked here, and however clean the end was: marks say nothing of what others wrote."""
+    theirs = replace(WELCOME, epoch=Epoch(2))
+    assert left.start().clean
+    assert left.start(theirs).clean, "of an epoch that this source has begun itself"
+    theirs = replace(WELCOME, epoch=Epoch(9))
+    assert left.start(theirs).everything
+    # Killed before it could mark everything: the next start owes the same, though the epoch is known by now.
+    assert left.start(theirs).everything
+    assert left.start(theirs, served=True).everything
+    left.start(theirs, served=True)
+    assert not left.start(theirs).everything
+
+
+def test_another_agent_s_epochs_in_another_group_mean_nothing(left: Left) -> None:
+    assert left.start(replace(WELCOME, epoch=Epoch(9))).everything
+    left.start(group="other", served=True)
+    assert not left.start(group="other").everything
