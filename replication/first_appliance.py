@@ -47,6 +47,7 @@ from replication.messages import (
     Welcome,
 )
 from replication.modes import Mode, ModePolicy, Outage, mode_policy
+from replication.offering import Habit, Offering, Traffic
 from replication.outage_watch import OUTAGE_AFTER_SECONDS, OutageWatch
 from replication.outbox import FRAME_OVERHEAD_BYTES, QUEUE_BYTES_MAX, Frame, Outbox
 from replication.progress import Progress
@@ -82,6 +83,7 @@ class FirstAppliance:
         outage: Outage | None = None,
         outage_after: float = OUTAGE_AFTER_SECONDS,
         queue_bytes_max: int = QUEUE_BYTES_MAX,
+        offers: bool | None = None,
         on_change: Callable[[FirstApplianceStatus], None] | None = None,
         on_lost: Callable[[HistoryLost], None] | None = None,
         on_progress: Callable[[], None] | None = None,
@@ -89,10 +91,13 @@ class FirstAppliance:
         """`connect` opens a connection to the second appliance, or (`through`) to a first one on the way there; or it
         raises LinkDown. `epoch` is greater than any used before. `agent` feeds the group, or is to `take_over`.
         `mode` None leaves it to the first appliance that it goes `through`. `outage` None leaves it to the mode.
+        `offers`: whether an aggregate is offered before it is sent; None where the link is not a local one.
         `on_change` is called when the link or the outage changes, `on_lost` once, `on_progress` after each word of the
         peer about the levels; none may wait or raise."""
         self._connect = connect
         self._through = through
+        self._offers = offers
+        self._habit, self._traffic = Habit(), Traffic()
         self._hello = Hello(PROTOCOL_VERSION, Role.AGENT, group, epoch, agent, take_over, mode if through else None)
         self._policy: ModePolicy = mode_policy(mode or Mode.ASYNC, trio.current_time, through=through)
         self._outage_chosen = outage
@@ -174,6 +179,8 @@ class FirstAppliance:
             queued_records=self._outbox.records + self._policy.open_records,
             oldest_queued=None if oldest is None else oldest.time,
             error=self._error,
+            sent_bytes=self._traffic.sent,
+            saved_bytes=self._traffic.saved,
         )
 
     # --- what the agent does ---
@@ -404,12 +411,24 @@ class FirstAppliance:
 
     def _connected(self, connection: Connection, session: Session, welcome: Welcome) -> None:
         self._digest_key = welcome.digest_key
-        self._link = Link(connection, session, self._outbox, self._policy.gather_seconds)
+        self._link = Link(
+            connection,
+            session,
+            self._outbox,
+            self._policy.gather_seconds,
+            traffic=self._traffic,
+            offering=self._offering(connection, welcome.digest_key),
+        )
         # A full store takes the session and refuses the record: only progress, or nothing to do, shows that it is over.
         if self._link_state is not LinkState.FULL or not self._outbox.unheld:
             self._set_link_state(LinkState.CONNECTED, "")
         if self._progress.waiting:
             self._link.ask_for_sync(self._outbox.last_seq)
+
+    def _offering(self, connection: Connection, key: bytes) -> Offering | None:
+        """What offers aggregates on this connection. On the way to a first appliance there are none to offer."""
+        offers = not connection.is_local if self._offers is None else self._offers
+        return Offering(key, self._habit, self._traffic) if offers and not self._through else None
 
     async def _keep_link(self) -> None:
         backoff = RECONNECT_SECONDS_MIN

@@ -3,6 +3,7 @@
 Invariants:
 - One task sends. What `offer` puts on the socket itself goes out only while that task has nothing to send and no frame
   is cut, so frames never mix and never change places.
+- Where aggregates are offered first (`offering`), they and what is behind them wait for the answers.
 - A frame is counted by the session in the step in which its first byte may leave.
 - Whatever ends the session ends both tasks; the frames stay in the outbox.
 """
@@ -11,21 +12,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import trio
 
-from dedup.types import Seq, VolumeState
+from dedup.types import Aggregate, Seq, VolumeState
 from replication.errors import HandshakeRefused, LinkDown, ProtocolError
 from replication.messages import (
     Failure,
     Hello,
     Message,
+    Offer,
     Request,
     SyncRequest,
     VolumePage,
+    Wanted,
     Welcome,
 )
+from replication.offering import AHEAD_FRAMES, Offering, Traffic
 from replication.outbox import FRAME_OVERHEAD_BYTES, Frame, Outbox
 from replication.session import REQUESTS_OPEN_MAX, Session, Side, State
 from replication.transport import Connection
@@ -94,12 +99,24 @@ GATHER_BYTES: Final = 64 << 10
 class Link:
     """A streaming session. `offer` and `command` put things on their way; `run` moves them until the session ends."""
 
-    def __init__(self, connection: Connection, session: Session, outbox: Outbox, gather_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        session: Session,
+        outbox: Outbox,
+        gather_seconds: float = 0.0,
+        *,
+        traffic: Traffic | None = None,
+        offering: Offering | None = None,
+    ) -> None:
+        """`traffic` is counted on; without `offering` every frame goes as it is."""
         self.gather_seconds = gather_seconds
         """How long a frame may wait for company; may be changed at any time."""
         self._connection = connection
         self._session = session
         self._outbox = outbox
+        self._traffic = traffic or Traffic()
+        self._offering = offering
         self._requests: deque[Request] = deque()
         self._cut: list[Buffer] = []
         """The rest of a frame of which a part has left."""
@@ -136,7 +153,7 @@ class Link:
             return
         if not alone:
             self._rest = ANSWER_REST
-        elif not self._cut and not self.gather_seconds:
+        elif not self._cut and not self.gather_seconds and (self._offering is None or frame.kind is not Aggregate):
             self._send_now()
             if not self._cut and not self._due():
                 return
@@ -199,16 +216,26 @@ class Link:
         if self._wake is not None:
             self._wake.set()
 
+    def end(self, reason: Exception) -> None:
+        """Has `run` end, and return the reason."""
+        self._break(reason)
+
     async def run(self, handle: Callable[[Message], None]) -> Exception:
         """Sends and receives until the session ends; gives each message of the peer to `handle`. Returns why it ended:
         LinkDown, ProtocolError or SessionEnded. The connection is closed then. Cancelled, it closes it as well."""
-        self._handle = handle
+        handle = self._handle = partial(self._heard, handle)
         async with self._connection:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._until_broken, self._send)
                     nursery.start_soon(self._until_broken, self._receive, handle)
         return self._reason or LinkDown("the session ended")
+
+    def _heard(self, handle: Callable[[Message], None], message: Message) -> None:
+        if not isinstance(message, Wanted):
+            handle(message)
+        elif self._offering is not None and self._offering.answered(message):
+            self.wake()
 
     async def _until_broken(self, task: Callable[..., object], *args: object) -> None:
         try:
@@ -237,10 +264,14 @@ class Link:
 
     async def _send(self) -> None:
         while True:
+            offer = None
+            if self._offering is not None:
+                offer = await self._offering.prepare(self._outbox.ahead(AHEAD_FRAMES))
             if self._reason is not None:
                 await trio.sleep_forever()  # the session is over; the scope is cancelled
-            buffers = self._next_buffers()
+            buffers = self._next_buffers(offer)
             if buffers:
+                self._traffic.sent += sum(map(len, buffers))
                 await self._connection.send(buffers)
                 continue
             self._wake, self._hurry = trio.Event(), trio.Event()
@@ -265,6 +296,7 @@ class Link:
         except LinkDown as error:
             self._break(error)
             return
+        self._traffic.sent += sent
         if sent + FRAME_OVERHEAD_BYTES == frame.bytes:
             return
         for buffer in buffers:
@@ -277,8 +309,10 @@ class Link:
     def _due(self) -> bool:
         return self._sync_after is not None and self._sync_after <= self._outbox.sent_seq
 
-    def _next_buffers(self) -> list[Buffer]:
+    def _next_buffers(self, offer: Offer | None) -> list[Buffer]:
         buffers, self._cut = self._cut, []
+        if offer is not None:
+            buffers += self._session.send(offer)
         buffers += self._frames()
         while self._requests and self._session.requests_open < REQUESTS_OPEN_MAX:
             buffers += self._session.send(self._requests.popleft())
@@ -290,13 +324,25 @@ class Link:
 
     def _frames(self) -> list[Buffer]:
         buffers: list[Buffer] = []
-        for frame in self._outbox.take(SEND_BYTES):
+        for frame in self._next_frames():
             if frame.compare is not None:
                 buffers += self._session.send(frame.compare)
+            elif self._offering is not None:
+                buffers += self._offering.say(frame, self._session)
             else:
                 self._session.sending(frame.kind, frame.first_seq, frame.seq)
                 buffers += frame.buffers
         return buffers
+
+    def _next_frames(self) -> list[Frame]:
+        if self._offering is None:
+            return self._outbox.take(SEND_BYTES)
+        frames: list[Frame] = []
+        total = 0
+        while total < SEND_BYTES and (ahead := self._outbox.ahead(1)) and not self._offering.held_back(ahead[0]):
+            frames += self._outbox.take(0)
+            total += frames[-1].bytes
+        return frames
 
     async def _receive(self, handle: Callable[[Message], None]) -> None:
         while True:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Final
 
 from dedup.types import Aggregate, Heartbeat, Record, Seq, TimeNs
@@ -106,6 +106,10 @@ class Outbox:
         self.last_seq = frame.seq
         self.bytes += frame.bytes
         self._waiting.append(frame)
+
+    def ahead(self, count: int) -> list[Frame]:
+        """The frames that are to be sent next, at most so many."""
+        return list(islice(self._waiting, count))
 
     def take(self, bytes_max: int) -> list[Frame]:
         """The next frames to send, in order, at least one if any waits, and no more than about `bytes_max`. They count

@@ -38,3 +38,7 @@ class FirstApplianceStatus:
     """Time of the oldest queued frame."""
     error: str
     """Why the link is not connected; empty when it is."""
+    sent_bytes: int = 0
+    """Put on the wire so far: frames, over all links."""
+    saved_bytes: int = 0
+    """What offers of blocks have kept off the wire, less what they cost."""

@@ -43,6 +43,9 @@ class Connection(ABC):
     """Whose key the other end has proved to hold: set before `receive` returns its first byte, and for a connection
     that `connect` gave, at once. None where nobody proves anything: Unix sockets, plain TCP, memory."""
 
+    is_local = False
+    """Whether it ends on this host for certain, so that bytes cost little more than a copy."""
+
     @abstractmethod
     async def send(self, buffers: Sequence[Buffer]) -> None:
         """Puts all of the buffers on the stream, in order. May return without a checkpoint when the link takes them at
@@ -83,6 +86,7 @@ class SocketConnection(Connection):
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
         self._sock = sock
+        self.is_local = sock.family == socket.AF_UNIX
         self._sending = False
         self._receiving = False
         self._receive_bytes = RECEIVE_BYTES_MIN
