@@ -7,6 +7,8 @@ Invariants:
   by more than one record (`bounded`): whoever appends asked for room, and between `room` returning and `append` there
   is no await.
 - What the mode says is said by its policy alone.
+- With a spool, what an outage leaves in the queue goes to its disk and comes back from there (see `spooler`). Reading
+  back takes memory of its own, a quarter of the queue at most.
 - LOST is final: the store's history and the queue no longer meet, and no call waits any more. The agent makes a new
   first appliance in a new epoch and reconciles.
 """
@@ -54,6 +56,9 @@ from replication.progress import Progress
 from replication.questions import Questions
 from replication.room import RoomQueue
 from replication.session import Session
+from replication.spool import Spool
+from replication.spool_file import Origin
+from replication.spooler import Spooler, drain_older
 from replication.status import FirstApplianceStatus, LinkState
 from replication.transport import Connection
 
@@ -84,6 +89,7 @@ class FirstAppliance:
         outage_after: float = OUTAGE_AFTER_SECONDS,
         queue_bytes_max: int = QUEUE_BYTES_MAX,
         offers: bool | None = None,
+        spool: Spool | None = None,
         on_change: Callable[[FirstApplianceStatus], None] | None = None,
         on_lost: Callable[[HistoryLost], None] | None = None,
         on_progress: Callable[[], None] | None = None,
@@ -92,8 +98,9 @@ class FirstAppliance:
         raises LinkDown. `epoch` is greater than any used before. `agent` feeds the group, or is to `take_over`.
         `mode` None leaves it to the first appliance that it goes `through`. `outage` None leaves it to the mode.
         `offers`: whether an aggregate is offered before it is sent; None where the link is not a local one.
-        `on_change` is called when the link or the outage changes, `on_lost` once, `on_progress` after each word of the
-        peer about the levels; none may wait or raise."""
+        `spool` is where an outage's records go; the caller opens it before and closes it after `run`. What it holds of
+        an older epoch is sent by `start`. `on_change` is called when the link or the outage changes, `on_lost` once,
+        `on_progress` after each rise of the levels; none may wait or raise."""
         self._connect = connect
         self._through = through
         self._offers = offers
@@ -120,6 +127,14 @@ class FirstAppliance:
         self._room = RoomQueue()
         self._aggregate_opened = trio.Event()
         self._questions = Questions()
+        self._spooler: Spooler | None = None
+        if spool is not None:
+            self._spooler = Spooler(
+                spool,
+                on_kept=self._spooled,
+                on_unsent=lambda compare: self._questions.not_compared(compare.seq),
+                on_lost=self._spool_lost,
+            )
         self._probe: tuple[Seq, float] | None = None
         """A record on its way, and when it set out: what the round trip is measured by."""
 
@@ -144,6 +159,11 @@ class FirstAppliance:
         return self._policy.outage if self._outage_chosen is None else self._outage_chosen
 
     @property
+    def waits_for_second(self) -> bool:
+        """Whether each write waits for the second appliance's word, however long that takes."""
+        return self._policy.write_waits_for is not Level.QUEUED and self._policy.patience_seconds is None
+
+    @property
     def last_seq(self) -> Seq:
         """Of the newest record taken; at first what the store held."""
         return self._last_seq
@@ -157,6 +177,11 @@ class FirstAppliance:
         return self._progress.durable
 
     @property
+    def kept(self) -> Seq:
+        """Everything up to here is on a disk, of this side's or a peer's."""
+        return max(self._outbox.kept_seq, self._outbox.spooled_seq)
+
+    @property
     def queued_bytes(self) -> int:
         return self._outbox.bytes + self._policy.open_bytes
 
@@ -166,7 +191,7 @@ class FirstAppliance:
         return self._digest_key
 
     def status(self) -> FirstApplianceStatus:
-        oldest = self._outbox.oldest
+        spool = None if self._spooler is None else self._spooler.spool
         return FirstApplianceStatus(
             link=self._link_state,
             outage=self._watch.lasts,
@@ -177,24 +202,38 @@ class FirstAppliance:
             durable=self._progress.durable,
             queued_bytes=self.queued_bytes,
             queued_records=self._outbox.records + self._policy.open_records,
-            oldest_queued=None if oldest is None else oldest.time,
+            oldest_queued=self._outbox.oldest_time,
             error=self._error,
             sent_bytes=self._traffic.sent,
             saved_bytes=self._traffic.saved,
+            spool_bytes=0 if spool is None else spool.bytes,
+            spool_limit=0 if spool is None else spool.limit,
+            spool_error="" if spool is None else spool.failed or spool.damage,
         )
 
     # --- what the agent does ---
 
     async def start(self) -> tuple[Welcome, list[VolumeState]]:
-        """Connects for the first time. What the store holds, from which the agent numbers on: the first record is
-        Welcome.held + 1. Raises LinkDown, ProtocolError or HandshakeRefused; it may be tried again."""
+        """Connects for the first time. What the store holds, or the spool past it, from which the agent numbers on: the
+        first record is Welcome.held + 1. Raises LinkDown, ProtocolError or HandshakeRefused; it may be tried again.
+        SpoolError where the spool cannot be used."""
+        if self._spooler is not None:
+            await drain_older(self._spooler.spool, self._hello, self._older)
         connection, session, welcome, volumes = await self._open()
         self._store = welcome.store
-        self._last_seq = welcome.held
         self._outbox = Outbox(welcome.held, bytes_max=self._queue_bytes_max)
+        if self._spooler is not None:
+            origin = Origin(self._hello.group, self._hello.agent, self._hello.epoch, welcome.store)
+            try:
+                await self._spooler.begin(self._outbox, origin, welcome)
+            except BaseException:
+                await connection.aclose()
+                raise
+        self._last_seq = self._outbox.last_seq
         self._begin_levels(welcome)
+        self._progress.queue(self._last_seq)
         self._connected(connection, session, welcome)
-        return welcome, volumes
+        return replace(welcome, held=self._last_seq), volumes
 
     async def room(self, nbytes: int) -> bool:
         """Waits until the queue can take a record of `nbytes` payload; at once, without a checkpoint, when it can.
@@ -206,7 +245,7 @@ class FirstAppliance:
         """
         if self.has_room(nbytes):
             return True
-        return await self._room.wait(lambda: self._fits(nbytes), self._goes_on)
+        return await self._room.wait(lambda: self._fits(nbytes), self._room_comes)
 
     def has_room(self, nbytes: int) -> bool:
         """Whether `room` would say True at once, so that a record may be appended in this step. False in an outage."""
@@ -299,6 +338,8 @@ class FirstAppliance:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch.run)
             nursery.start_soon(self._close_aggregates_in_time)
+            if self._spooler is not None:
+                nursery.start_soon(self._spooler.run)
             await self._keep_link()
             nursery.cancel_scope.cancel()
 
@@ -309,6 +350,8 @@ class FirstAppliance:
             self._link.offer(frame)
         else:
             self._outbox.append(frame)
+        if self._spooler is not None:
+            self._spooler.appended()
 
     def _fits(self, nbytes: int) -> bool:
         queued = self._outbox.bytes + self._policy.open_bytes
@@ -354,6 +397,10 @@ class FirstAppliance:
             raise self._outage_error()
         return not (self._watch.lasts and self.outage_policy is Outage.CONTINUE)
 
+    def _room_comes(self) -> bool:
+        """As `_goes_on`, for who waits for room; a spool that takes the queue makes some, outage or not."""
+        return self._goes_on() or (self._spooler is not None and self._spooler.takes_more)
+
     def _check_lost(self) -> None:
         if self._lost is not None:
             raise self._lost
@@ -379,6 +426,8 @@ class FirstAppliance:
     def _outage_changed(self) -> None:
         if self._watch.lasts:
             log.warning("policy: %s", self.outage_policy.value)
+        if self._spooler is not None:
+            self._spooler.outage(self._watch.lasts)
         self._settle_waiters()
         self._changed()
 
@@ -424,6 +473,8 @@ class FirstAppliance:
             self._set_link_state(LinkState.CONNECTED, "")
         if self._progress.waiting:
             self._link.ask_for_sync(self._outbox.last_seq)
+        if self._spooler is not None:
+            self._spooler.link_up(self._link.wake)
 
     def _offering(self, connection: Connection, key: bytes) -> Offering | None:
         """What offers aggregates on this connection. On the way to a first appliance there are none to offer."""
@@ -489,11 +540,15 @@ class FirstAppliance:
 
     def _disconnected(self, reason: Exception) -> None:
         self._link = None
+        if self._spooler is not None:
+            self._spooler.link_down()
         full = isinstance(reason, SessionEnded) and reason.failure.code is ErrorCode.STORE_FULL
         self._set_link_state(LinkState.FULL if full else LinkState.DOWN, str(reason))
         self._questions.fail_all(LinkReset(f"the link broke before the answer came: {reason}"))
         self._probe = None
-        if isinstance(reason, SessionEnded) and reason.failure.code is ErrorCode.FENCED:
+        if isinstance(reason, HistoryLost):
+            self._lose(reason)
+        elif isinstance(reason, SessionEnded) and reason.failure.code is ErrorCode.FENCED:
             self._lose(self._fenced(str(reason)))
 
     def _lose(self, error: HistoryLost) -> None:
@@ -519,6 +574,34 @@ class FirstAppliance:
     def _changed(self) -> None:
         if self._on_change is not None:
             self._on_change(self.status())
+
+    # --- the spool ---
+
+    def _older(self, origin: Origin) -> FirstAppliance:
+        """What sends the records of an older epoch."""
+        assert self._spooler is not None
+        return FirstAppliance(
+            self._connect,
+            group=origin.group,
+            epoch=origin.epoch,
+            agent=origin.agent,
+            through=self._through,
+            mode=None,
+            queue_bytes_max=self._queue_bytes_max,
+            spool=self._spooler.spool,
+        )
+
+    def _spooled(self) -> None:
+        """Frames have left memory for the disk, or cannot any more."""
+        self._room.ask_all()
+        if self._on_progress is not None:
+            self._on_progress()
+
+    def _spool_lost(self, error: HistoryLost) -> None:
+        if self._link is not None:
+            self._link.end(error)
+        else:
+            self._lose(error)
 
     # --- what the second appliance says ---
 
@@ -547,6 +630,8 @@ class FirstAppliance:
                 self._watch.set(False)
         if room:
             self._room.offer()
+        if self._spooler is not None:
+            self._spooler.acknowledged()
         link = self._link
         if link is not None and not link.sync_open and 2 * self._outbox.held_bytes > self._queue_bytes_max:
             link.ask_for_sync(ack.queued)

@@ -307,7 +307,7 @@ class Link:
                 sent = 0
 
     def _due(self) -> bool:
-        return self._sync_after is not None and self._sync_after <= self._outbox.sent_seq
+        return self._sync_after is not None and self._sync_after <= self._session.last_seq
 
     def _next_buffers(self, offer: Offer | None) -> list[Buffer]:
         buffers, self._cut = self._cut, []

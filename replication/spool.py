@@ -150,7 +150,7 @@ class Spool:
             return 0
         frames = frames[:taken]
         try:
-            if not self._segments or self._segments[-1].bytes >= SPOOL_SEGMENT_BYTES:
+            if self._needs_segment:
                 self._start_segment(frames[0].first_seq, origin)
             self._write(frames)
         except StoreFull:
@@ -205,14 +205,17 @@ class Spool:
             if at > from_seq:
                 return [entry.frame for entry in entries if from_seq <= entry.frame.seq <= self.last_seq]
 
+    def can_drop(self, seq: Seq) -> bool:
+        """Whether `drop_through` would remove anything. No IO."""
+        if not self._segments:
+            return False
+        following = self._after(self._segments[0].head.first_seq)
+        return (self.last_seq if following is None else following - 1) <= seq
+
     def drop_through(self, seq: Seq) -> None:
         """The records up to `seq` are needed no more: removes the segments that hold no others, durably, oldest first.
         Raises SpoolFailed."""
-        while self._segments:
-            following = self._after(self._segments[0].head.first_seq)
-            last = self.last_seq if following is None else following - 1
-            if last > seq:
-                return
+        while self.can_drop(seq):
             self._remove_first()
 
     def discard(self) -> None:
@@ -237,9 +240,13 @@ class Spool:
                 raise LocalProtocolError("a Compare is worth nothing in another session")
             expected = Seq(frame.seq + 1)
 
+    @property
+    def _needs_segment(self) -> bool:
+        return not self._segments or self._segments[-1].bytes >= SPOOL_SEGMENT_BYTES
+
     def _fitting(self, frames: Sequence[Frame]) -> int:
         """How many of the frames the limit allows."""
-        room = self.limit - self.bytes - (0 if self._segments else SEGMENT.size)
+        room = self.limit - self.bytes - (SEGMENT.size if self._needs_segment else 0)
         if entry_bytes(frames) <= room:
             return len(frames)
         for count, frame in enumerate(frames):

@@ -36,10 +36,10 @@ SEGMENT: Final = Fields(
     ("epoch", "I"),
     ("first_seq", "Q"),
     ("seed", "Q"),
-    ("agent", "32s"),
+    ("agent", "255s"),
     ("group", "255s"),
     ("store", "255s"),
-    ("reserved", "2s"),
+    ("reserved", "3s"),
     ("checksum", "Q"),
 )
 ENTRY: Final = Fields(
@@ -74,7 +74,6 @@ class Origin:
 
     group: str
     agent: str
-    """The agent's uuid, 32 hexadecimal digits; empty when it has none."""
     epoch: Epoch
     store: str
     """What the second appliance's Welcome called its store."""

@@ -42,3 +42,9 @@ class FirstApplianceStatus:
     """Put on the wire so far: frames, over all links."""
     saved_bytes: int = 0
     """What offers of blocks have kept off the wire, less what they cost."""
+    spool_bytes: int = 0
+    """What the spool's files take."""
+    spool_limit: int = 0
+    """Most that they may take; 0 when there is no spool."""
+    spool_error: str = ""
+    """Why the spool takes nothing more, or what of it is lost."""

@@ -70,6 +70,12 @@ def segments(directory: Path) -> list[Path]:
 
 
 @pytest.fixture
+def no_waiting() -> Iterator[None]:
+    with unsynced():
+        yield
+
+
+@pytest.fixture
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(replication.spool, "SPOOL_SEGMENT_BYTES", 1500)
     yield
@@ -236,7 +242,7 @@ def test_a_newer_format_is_left_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == data
 
 
-def test_cut_at_every_byte_what_is_whole_stays(tmp_path: Path) -> None:
+def test_cut_at_every_byte_what_is_whole_stays(tmp_path: Path, no_waiting: None) -> None:
     frames = writes(1, 4, 20)
     fill(tmp_path, [frames[:2], frames[2:]])
     path = segments(tmp_path)[0]
@@ -256,7 +262,9 @@ def test_cut_at_every_byte_what_is_whole_stays(tmp_path: Path) -> None:
         spool.close()
 
 
-def test_no_flipped_bit_gives_wrong_bytes_and_what_was_synced_is_said_to_be_lost(tmp_path: Path) -> None:
+def test_no_flipped_bit_gives_wrong_bytes_and_what_was_synced_is_said_to_be_lost(
+    tmp_path: Path, no_waiting: None
+) -> None:
     frames = writes(1, 4, 20)
     fill(tmp_path, [frames[:2], frames[2:]])
     path = segments(tmp_path)[0]
