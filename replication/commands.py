@@ -22,6 +22,8 @@ A body and a reply are JSON-like. Times are integers of nanoseconds, sizes bytes
     heal.wanted      {}                                        → {"ranges": [[volume, offset, length], …]} of the
                                                                  agent's volumes: damaged at the store, and wanted
                                                                  once more
+    report           {kind, group?, volume?, at?, start?}      → {"head", "rows", "next"}: a page of what reports.py
+                                                                 makes: points, snapshots, map, store
     retention.show   {}                                        → dedup.retention.Policy
     retention.set    {some fields of Policy}                   → the whole of it, durable and in force
 
@@ -50,6 +52,8 @@ from dedup.retention import changed_policy, policy_fields
 from dedup.types import BLOCK_BYTES, JournalSpec
 from replication.maintenance import Maintenance
 from replication.messages import Role
+from replication.report_process import ReportProcesses
+from replication.reports import Subject
 from replication.space_gate import SpaceGate
 from replication.store_writer import StoreWriter
 
@@ -92,6 +96,7 @@ class Commands:
         self._sessions = sessions
         self._space = space
         self._maintenance = maintenance
+        self._reports = ReportProcesses(writer.store.path)
         self._reserved: dict[tuple[str, str], float] = {}
 
     async def run(self, caller: Caller, command: str, body: Body) -> Body:
@@ -151,6 +156,16 @@ class Commands:
         name = _text(body, "name")
         await self._writer.run(group.delete_snapshot, name)
         return {"group": group.name, "name": name}
+
+    async def _report(self, caller: Caller, body: Body) -> Body:
+        named = caller.role is Role.AGENT or bool(_text(body, "group", caller.group))
+        subject = Subject(
+            _text(body, "kind"),
+            self._group(caller, body).name if named else None,
+            _text(body, "volume", "") or None,
+            _text(body, "at", "latest"),
+        )
+        return await self._reports.page(subject, _count(body, "start"))
 
     async def _retention_show(self, caller: Caller, body: Body) -> Body:
         return policy_fields(self._space.policy)
@@ -282,6 +297,7 @@ _COMMANDS: Final[dict[str, tuple[frozenset[Role], _Function]]] = {
     "sync": (_NOT_READER, Commands._sync),
     "heal.note": (_ADMIN, Commands._heal_note),
     "heal.wanted": (frozenset({Role.AGENT}), Commands._heal_wanted),
+    "report": (_ALL, Commands._report),
     "checkpoint": (_ADMIN, Commands._checkpoint),
     "snapshot.create": (_ADMIN, Commands._snapshot_create),
     "snapshot.delete": (_ADMIN, Commands._snapshot_delete),

@@ -6,19 +6,21 @@ What changes the store goes through its second appliance where one runs, and tak
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import click
 import trio
 
-from dedup.cli import store_path
 from dedup.granularity import EVERY_WRITE, granularity_ns, journal_fields
 from dedup.group_writer import GroupWriter
 from dedup.reader import StoreReader
 from dedup.terminal import group_option, json_option, print_json, print_table, shown
 from dedup.types import JournalSpec
-from replication.control import UNIX_PREFIX, request
+from replication.address import store_path
 from replication.errors import ProtocolError
-from replication.store_command import on_group
+from replication.messages import Role
+from replication.route import Route, route_options
+from replication.store_command import ask, on_group
 
 
 @click.group()
@@ -37,12 +39,13 @@ def journal() -> None:
 )
 @group_option
 @json_option
-def create(store: str, name: str, granularity: str, group: str | None, as_json: bool) -> None:
+@route_options
+def create(store: str, name: str, granularity: str, group: str | None, as_json: bool, route: Route) -> None:
     """Give a group of STORE the further data journal NAME, which receives once it is used. Durable when it returns."""
     width = granularity_ns(granularity)
     body: dict[str, object] = {"name": name, "granularity_ns": width}
     made = on_group(
-        store, group, "journal.create", body, lambda writer: _fields(writer, writer.create_journal(name, width))
+        store, group, "journal.create", body, lambda writer: _fields(writer, writer.create_journal(name, width)), route
     )
     _print_one(made, as_json)
 
@@ -52,13 +55,14 @@ def create(store: str, name: str, granularity: str, group: str | None, as_json: 
 @click.argument("name", metavar="NAME")
 @group_option
 @json_option
-def use(store: str, name: str, group: str | None, as_json: bool) -> None:
+@route_options
+def use(store: str, name: str, group: str | None, as_json: bool, route: Route) -> None:
     """Route what a group of STORE receives from now on to its data journal NAME.
 
     The others stay able to receive: switching back and forth needs no pause. Durable when it returns.
     """
     used = on_group(
-        store, group, "journal.use", {"name": name}, lambda writer: _fields(writer, writer.use_journal(name))
+        store, group, "journal.use", {"name": name}, lambda writer: _fields(writer, writer.use_journal(name)), route
     )
     _print_one(used, as_json)
 
@@ -67,9 +71,11 @@ def use(store: str, name: str, group: str | None, as_json: bool) -> None:
 @click.argument("store", metavar="STORE")
 @group_option
 @json_option
-def list_(store: str, group: str | None, as_json: bool) -> None:
+@route_options
+def list_(store: str, group: str | None, as_json: bool, route: Route) -> None:
     """List the data journals of STORE: how fine each is, and which one receives."""
-    listed = _listed_by_appliance(store, group) if store.startswith(UNIX_PREFIX) else _listed(store, group)
+    path = store_path(store)
+    listed = _listed_by_appliance(store, group, route) if path is None else _listed(path, group)
     if as_json:
         print_json(listed)
         return
@@ -80,8 +86,8 @@ def list_(store: str, group: str | None, as_json: bool) -> None:
     print_table(["group", "journal", "granularity", ""], rows)
 
 
-def _listed(store: str, group: str | None) -> list[dict[str, object]]:
-    reader = StoreReader.open(store_path(store))
+def _listed(store: Path, group: str | None) -> list[dict[str, object]]:
+    reader = StoreReader.open(store)
     try:
         names = reader.groups() if group is None else [group]
         states = [(name, reader.group(name).state) for name in names]
@@ -90,8 +96,8 @@ def _listed(store: str, group: str | None) -> list[dict[str, object]]:
     return [{"group": name, **journal_fields(spec, state.journal)} for name, state in states for spec in state.journals]
 
 
-def _listed_by_appliance(address: str, group: str | None) -> list[dict[str, object]]:
-    reply = trio.run(partial(request, address, group, "journal.list"))
+def _listed_by_appliance(address: str, group: str | None, route: Route) -> list[dict[str, object]]:
+    reply = trio.run(partial(ask, address, group, "journal.list", {}, route, role=Role.READER))
     listed = reply.get("journals")
     if not isinstance(listed, list) or not all(isinstance(row, dict) for row in listed):
         raise ProtocolError(f"the appliance's reply to journal.list has no journals: {reply}")

@@ -12,6 +12,7 @@ import click
 from dedup.consolidation_report import consolidate_here, foresee_here
 from dedup.gc import collect, collected_fields
 from dedup.terminal import json_option, print_json, shown, size_text
+from replication.route import Route, route_options
 from replication.store_command import on_store
 
 LONG_SECONDS: Final = 7 * 24 * 3600.0
@@ -22,7 +23,8 @@ LONG_SECONDS: Final = 7 * 24 * 3600.0
 @click.argument("store", metavar="STORE")
 @click.option("--dry-run", is_flag=True, help="Only say what would be thinned and freed.")
 @json_option
-def consolidate(store: str, dry_run: bool, as_json: bool) -> None:
+@route_options
+def consolidate(store: str, dry_run: bool, as_json: bool, route: Route) -> None:
     """Thin the history of STORE as `rewindfs retention show` says, in use or not, and free what that leaves.
 
     An appliance does so by itself as history grows older. Safe to interrupt.
@@ -33,6 +35,7 @@ def consolidate(store: str, dry_run: bool, as_json: bool) -> None:
         {"dry_run": dry_run},
         foresee_here if dry_run else consolidate_here,
         timeout=LONG_SECONDS,
+        route=route,
     )
     if as_json:
         print_json(document)
@@ -53,7 +56,8 @@ def consolidate(store: str, dry_run: bool, as_json: bool) -> None:
 @click.argument("store", metavar="STORE")
 @click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
 @json_option
-def gc(store: str, dry_run: bool, as_json: bool) -> None:
+@route_options
+def gc(store: str, dry_run: bool, as_json: bool, route: Route) -> None:
     """Free what no recovery point of STORE needs any more, in use or not. Safe to interrupt."""
     document = on_store(
         store,
@@ -61,6 +65,7 @@ def gc(store: str, dry_run: bool, as_json: bool) -> None:
         {"dry_run": dry_run},
         lambda opened: collected_fields(collect(opened, dry_run=dry_run), dry_run=dry_run),
         timeout=LONG_SECONDS,
+        route=route,
     )
     if as_json:
         print_json(document)

@@ -24,7 +24,11 @@ from dedup.moment import duration_ns, duration_text
 from dedup.retention import AtLimit, Policy, changed_policy, load_policy, policy_fields, save_policy
 from dedup.storage import Storage
 from dedup.terminal import json_option, print_json, size_text
-from replication.control import UNIX_PREFIX, NoAppliance, request
+from replication.address import store_path
+from replication.control import NoAppliance
+from replication.messages import Role
+from replication.route import Route, route_options
+from replication.store_command import ask
 
 _NS: Final = 1_000_000_000
 _SIZE: Final = re.compile(r"(\d{1,19})(?:\.(\d{1,9}))?([KMGTP]?)(?:iB|B)?", re.IGNORECASE)
@@ -76,14 +80,17 @@ def retention() -> None:
 @retention.command()
 @click.argument("store", metavar="STORE")
 @json_option
-def show(store: str, as_json: bool) -> None:
+@route_options
+def show(store: str, as_json: bool, route: Route) -> None:
     """Show the policy of STORE."""
-    if store.startswith(UNIX_PREFIX) or "://" in store:
-        policy = changed_policy(Policy(), trio.run(partial(request, store, None, "retention.show")))
+    path = store_path(store)
+    if path is None:
+        shown = trio.run(partial(ask, store, None, "retention.show", {}, route, role=Role.READER))
+        policy = changed_policy(Policy(), shown)
     else:
         storage = Storage()
-        read_marker(storage, Path(store))
-        policy = load_policy(storage, Path(store))
+        read_marker(storage, path)
+        policy = load_policy(storage, path)
     _print(policy, as_json)
 
 
@@ -99,7 +106,8 @@ def show(store: str, as_json: bool) -> None:
     "--at-limit", type=click.Choice([one.value for one in AtLimit]), help="What writes meet at the hard limit."
 )
 @json_option
-def set_(store: str, as_json: bool, **options: Any) -> None:
+@route_options
+def set_(store: str, as_json: bool, route: Route, **options: Any) -> None:
     """Change the policy of STORE; what is not given stays as it is. In force when it returns."""
     changes = {name: value for name, value in options.items() if value is not None}
     for name in ("soft_limit_bytes", "hard_limit_bytes"):
@@ -107,17 +115,18 @@ def set_(store: str, as_json: bool, **options: Any) -> None:
             changes[name] = None
     if not changes:
         raise click.UsageError("nothing to set: give a tier, a limit or --at-limit")
-    _print(_set(store, changes), as_json)
+    _print(_set(store, changes, route), as_json)
 
 
-def _set(address: str, changes: dict[str, object]) -> Policy:
+def _set(address: str, changes: dict[str, object], route: Route) -> Policy:
     """Asks the appliance; with none running, writes the file under the store's lock."""
     try:
-        return changed_policy(Policy(), trio.run(partial(request, address, None, "retention.set", changes)))
+        return changed_policy(Policy(), trio.run(partial(ask, address, None, "retention.set", changes, route)))
     except NoAppliance:
-        if address.startswith(UNIX_PREFIX):
+        path = store_path(address)
+        if path is None:
             raise
-    storage, path = Storage(), Path(address)
+    storage = Storage()
     read_marker(storage, path)
     with _locked(storage, path):
         try:

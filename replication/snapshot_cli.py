@@ -6,20 +6,17 @@ What changes the store goes through its second appliance where one runs, and tak
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable
 
 import click
 
-from dedup.cli import store_path
-from dedup.errors import UnknownName
 from dedup.group_writer import GroupWriter
 from dedup.moment import duration_ns, rfc3339
-from dedup.reader import GroupReader, StoreReader
-from dedup.snapshot_map import snapshot_map
 from dedup.terminal import group_option, json_option, print_json, print_json_list, print_table, shown, size_text
-from dedup.types import Moment, Snapshot, TimeNs, VolumeId, VolumeState
+from dedup.types import TimeNs
 from replication.errors import ProtocolError
+from replication.reports import Report, Subject, open_report, whole_snapshots
+from replication.route import Route, route_options
 from replication.store_command import on_group
 
 
@@ -36,8 +33,16 @@ def snapshot() -> None:
 @click.option("--keep", metavar="DURATION", help="Retention forgets it after so long, e.g. 90d; by default never.")
 @group_option
 @json_option
+@route_options
 def create(
-    store: str, at: str, name: str | None, volume: str | None, keep: str | None, group: str | None, as_json: bool
+    store: str,
+    at: str,
+    name: str | None,
+    volume: str | None,
+    keep: str | None,
+    group: str | None,
+    as_json: bool,
+    route: Route,
 ) -> None:
     """Keep a recovery point of STORE as a snapshot. Copies nothing; durable when it returns."""
     kept_ns = 0 if keep is None else duration_ns(keep)
@@ -51,7 +56,7 @@ def create(
         made = writer.create_snapshot(name, at, volume, kept_ns)
         return {"group": writer.name, "name": made.name, "seq": made.seq, "time": made.time, "kind": made.kind}
 
-    made = on_group(store, group, "snapshot.create", body, here)
+    made = on_group(store, group, "snapshot.create", body, here, route)
     time = made.get("time")
     if not isinstance(time, int):
         raise ProtocolError(f"the appliance's reply to snapshot.create has no time: {made}")
@@ -73,9 +78,10 @@ def create(
 @click.argument("store", metavar="STORE")
 @click.argument("name", metavar="NAME")
 @group_option
-def delete(store: str, name: str, group: str | None) -> None:
+@route_options
+def delete(store: str, name: str, group: str | None, route: Route) -> None:
     """Forget the snapshot or bookmark NAME; the recovery point itself stays as long as its data journal keeps it."""
-    on_group(store, group, "snapshot.delete", {"name": name}, lambda writer: _delete(writer, name))
+    on_group(store, group, "snapshot.delete", {"name": name}, lambda writer: _delete(writer, name), route)
 
 
 def _delete(writer: GroupWriter, name: str) -> dict[str, object]:
@@ -87,45 +93,15 @@ def _delete(writer: GroupWriter, name: str) -> dict[str, object]:
 @click.argument("store", metavar="STORE")
 @group_option
 @json_option
-def list_(store: str, group: str | None, as_json: bool) -> None:
+@route_options
+def list_(store: str, group: str | None, as_json: bool, route: Route) -> None:
     """List the snapshots of STORE: the base, bookmarks and snapshots, and what changed from one to the next."""
-    reader = StoreReader.open(store_path(store))
-    try:
-        names = reader.groups() if group is None else [group]
-        listed = (row for name in names for row in _listed(reader.group(name)))
+    with open_report(store, Subject("snapshots", group), route) as report:
+        listed = whole_snapshots(report)
         if as_json:
             print_json_list(listed)
         else:
             _print_list(listed)
-    finally:
-        reader.close()
-
-
-def _listed(group: GroupReader) -> Iterator[dict[str, object]]:
-    before: Snapshot | None = None
-    for found in group.snapshots():
-        volumes = [
-            {"volume": path, "size": volume.size, "changed_bytes": _changed(group, volume.volume, before, found)}
-            for path, volume in sorted(group.volumes_at(found.seq).items())
-            if found.volume in (None, volume.volume)
-        ]
-        yield {
-            "name": found.name,
-            "time": rfc3339(found.time),
-            "seq": found.seq,
-            "kind": found.kind,
-            "group": group.name,
-            "volumes": volumes,
-            "keep_until": None if found.keep_until is None else rfc3339(found.keep_until),
-        }
-        before = found
-
-
-def _changed(group: GroupReader, volume: VolumeId, before: Snapshot | None, now: Snapshot) -> int:
-    """Bytes of blocks that changed since the snapshot before, or all that are no holes where it had no such volume."""
-    if before is None or group.view(before.seq).volume(volume) is None:
-        return group.changed_bytes(volume, None, now.seq)
-    return group.changed_bytes(volume, before.seq, now.seq)
 
 
 def _print_list(listed: Iterable[dict[str, object]]) -> None:
@@ -152,34 +128,28 @@ def _print_list(listed: Iterable[dict[str, object]]) -> None:
 @click.option("--at", "at", required=True, metavar="TIME", help="The moment.")
 @group_option
 @json_option
-def map_(store: str, volume: str, at: str, group: str | None, as_json: bool) -> None:
+@route_options
+def map_(store: str, volume: str, at: str, group: str | None, as_json: bool, route: Route) -> None:
     """Show where each range of VOLUME lies at TIME: a hole, the base, or which data journal."""
-    reader = StoreReader.open(store_path(store))
-    try:
-        chosen = reader.group(group)
-        moment = chosen.resolve(at)
-        volumes = chosen.volumes_at(moment.seq)
-        if volume not in volumes:
-            known = ", ".join(sorted(volumes)) or "none"
-            raise UnknownName(f"group {chosen.name} had no volume {volume!r} at seq={moment.seq}; it had: {known}")
-        _print_map(reader, chosen, volumes[volume], moment, as_json)
-    finally:
-        reader.close()
+    with open_report(store, Subject("map", group, volume, at), route) as report:
+        _print_map(report, as_json)
 
 
-def _print_map(reader: StoreReader, group: GroupReader, volume: VolumeState, moment: Moment, as_json: bool) -> None:
+def _print_map(report: Report, as_json: bool) -> None:
     """Range by range, as they are found: a large volume may have millions."""
-    found = snapshot_map(reader, group, volume, moment.seq)
+    head = report.head
+    ranges = (one for _, one in report.rows)
     if not as_json:
-        click.echo(f"{shown(volume.path)}  seq={moment.seq}  {rfc3339(moment.time)}  {size_text(volume.size)}")
-        for one in found:
-            where = "" if one.kind == "hole" else f"  {one.journal}  container {one.container} slot {one.slot}"
-            click.echo(f"{one.offset:>16}  {one.length:>14}  {one.kind:<7}{where}")
+        click.echo(f"{shown(head['volume'])}  seq={head['seq']}  {head['time']}  {size_text(head['size'])}")
+        for one in ranges:
+            assert isinstance(one, dict)
+            kind = one["kind"]
+            where = "" if kind == "hole" else f"  {one['journal']}  container {one['container']} slot {one['slot']}"
+            click.echo(f"{one['offset']:>16}  {one['length']:>14}  {kind:<7}{where}")
         return
-    head = {"volume": volume.path, "seq": moment.seq, "time": rfc3339(moment.time)}
-    click.echo(json.dumps(head)[:-1] + ', "ranges": [', nl=False)
+    click.echo(json.dumps({key: head[key] for key in ("volume", "seq", "time")})[:-1] + ', "ranges": [', nl=False)
     separator = "\n"
-    for one in found:
-        click.echo(separator + json.dumps(asdict(one)), nl=False)
+    for one in ranges:
+        click.echo(separator + json.dumps(one), nl=False)
         separator = ",\n"
     click.echo("]}")

@@ -9,10 +9,13 @@ from typing import Any
 
 import trio
 
-from dedup.errors import StoreBusy, UnknownName
+from dedup.errors import StoreBusy, StoreError, UnknownName
 from dedup.group_writer import GroupWriter
 from dedup.store import Store
-from replication.control import REPLY_SECONDS, UNIX_PREFIX, NoAppliance, request
+from replication.address import store_path
+from replication.control import REPLY_SECONDS, NoAppliance, request
+from replication.messages import Role
+from replication.route import Route
 
 
 def on_store(
@@ -23,18 +26,20 @@ def on_store(
     *,
     group: str | None = None,
     timeout: float = REPLY_SECONDS,
+    route: Route = Route(),  # noqa: B008
 ) -> dict[str, Any]:
     """The reply of the appliance at `address`; with none running, what `here` gives, which has the store's lock.
 
     StoreBusy when an appliance just starts or leaves; else what the command raises.
     """
     try:
-        return trio.run(partial(request, address, group, command, body, timeout=timeout))
+        return trio.run(partial(ask, address, group, command, body, route, timeout=timeout))
     except NoAppliance:
-        if address.startswith(UNIX_PREFIX):
+        path = store_path(address)
+        if path is None:
             raise
     try:
-        store = Store.open(Path(address))
+        store = Store.open(path)
     except StoreBusy as error:
         raise StoreBusy(f"{error}, and it does not answer: an appliance that starts or ends? try again") from error
     try:
@@ -52,9 +57,42 @@ def on_group(
     command: str,
     body: dict[str, object],
     here: Callable[[GroupWriter], dict[str, object]],
+    route: Route = Route(),  # noqa: B008
 ) -> dict[str, Any]:
     """The same of one group: the one of that name, or the only one. UnknownName."""
-    return on_store(address, command, body, lambda store: here(_group_of(store, group)), group=group)
+    return on_store(address, command, body, lambda store: here(_group_of(store, group)), group=group, route=route)
+
+
+async def ask(
+    address: str,
+    group: str | None,
+    command: str,
+    body: dict[str, object],
+    route: Route,
+    *,
+    role: Role = Role.ADMIN,
+    timeout: float = REPLY_SECONDS,
+) -> dict[str, Any]:
+    """`control.request` by that route."""
+    return await request(
+        address,
+        group,
+        command,
+        body,
+        role=role,
+        timeout=timeout,
+        identity=route.identity,
+        insecure_tcp=route.insecure_tcp,
+    )
+
+
+def local_store(address: str) -> Path:
+    """The store's path. StoreError for an appliance's address: the command reads the store's own files."""
+    path = store_path(address)
+    if path is None:
+        raise StoreError(f"{address}: this command reads the store itself, which an address cannot give it; run it on "
+                         "the store's host, with the store's path")  # fmt: skip
+    return path
 
 
 def _group_of(store: Store, name: str | None) -> GroupWriter:

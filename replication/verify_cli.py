@@ -15,7 +15,6 @@ from typing import Final
 import click
 import trio
 
-from dedup.cli import show_report, store_path
 from dedup.damage import Repair, Report
 from dedup.errors import StoreBusy
 from dedup.repair import repair
@@ -23,8 +22,10 @@ from dedup.storage import Storage
 from dedup.terminal import json_option, terminal_progress
 from dedup.verify import Progress, inspect
 from dedup.verify import verify as verify_store
+from dedup.verify_report import show_report
 from replication.control import NoAppliance, request
 from replication.errors import ProtocolError
+from replication.store_command import local_store
 
 ADDRESSES_MAX: Final = 16_384
 """Damaged blocks named to the appliance at a time."""
@@ -48,7 +49,7 @@ def verify(
     """Check STORE, in use or not. Exits 1 when it is damaged, and says which snapshots and volumes that concerns."""
     if accept_loss and not repairing:
         raise click.UsageError("--accept-loss is a part of --repair")
-    path = store_path(store)
+    path = local_store(store)
     with terminal_progress() as progress:
         if repairing:
             report = _repair(path, read_data, accept_loss, progress)

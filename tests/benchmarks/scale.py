@@ -204,7 +204,7 @@ def _list_versions(path: Path) -> Timed:
 
 
 def _command(*args: str) -> Timed:
-    import dedup.cli  # noqa: F401 - what a command loads when it is first used
+    import replication.points_cli  # noqa: F401 - what a command loads when it is first used
     import replication.snapshot_cli  # noqa: F401
     from fusefs.cli import rewindfs
 

@@ -17,12 +17,13 @@ import pytest
 from click.testing import CliRunner
 
 from dedup import layout
-from dedup.cli import points, store_path
 from dedup.errors import BadTime, MomentRefused, NameRefused, NotAStore, StoreBusy, StoreError, UnknownName
 from dedup.store import Store
 from dedup.terminal import shown, size_text
 from dedup.types import Bookmark, ContainerId, Epoch, EpochStart, ReconcileEnd, VolumeId
+from replication.points_cli import points
 from replication.snapshot_cli import snapshot
+from replication.store_command import local_store
 from replication.verify_cli import verify
 from tests.dedup.model import Model
 
@@ -278,11 +279,11 @@ def test_verify_shapes(store: Path) -> None:
 @pytest.mark.parametrize("address", ["unix:/run/x", "tls://host:1", "tcp://host:1"])
 def test_an_address_is_no_path(address: str) -> None:
     with pytest.raises(StoreError, match="store's path"):
-        store_path(address)
+        local_store(address)
 
 
 def test_a_path_is_a_path() -> None:
-    assert store_path("/a/b:c") == Path("/a/b:c") and store_path("unix") == Path("unix")
+    assert local_store("/a/b:c") == Path("/a/b:c") and local_store("unix") == Path("unix")
 
 
 def test_texts_for_a_terminal() -> None:

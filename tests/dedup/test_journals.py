@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
-from dedup.cli import points_json
 from dedup.consolidator import consolidate
 from dedup.container import ContainerReader
 from dedup.errors import BadGranularity, NameRefused, StoreFailed, UnknownName
@@ -23,6 +22,7 @@ from dedup.granularity import EVERY_WRITE, granularity_ns, granularity_text
 from dedup.group_state import FINE
 from dedup.manifest import Manifest, SegmentRow
 from dedup.points import routes_needed_since, stretches
+from dedup.points_report import points_json
 from dedup.reader import GroupReader, StoreReader
 from dedup.retention import FOREVER, Policy
 from dedup.snapshot_map import MapRange, snapshot_map

@@ -11,10 +11,10 @@ import pytest
 import trio
 from click.testing import CliRunner
 
-from dedup.errors import BadGranularity, NameRefused, StoreError, UnknownName
+from dedup.errors import BadGranularity, NameRefused, UnknownName
 from dedup.store import Store
 from replication.control import NoAppliance, request
-from replication.errors import RequestRefused
+from replication.errors import LinkDown, RequestRefused
 from replication.journal_cli import journal
 from replication.messages import Role
 from replication.second_appliance import SecondAppliance
@@ -86,8 +86,8 @@ def test_what_is_refused(store: Path) -> None:
         run("use", store, "n")
     with pytest.raises(NoAppliance):
         run("list", f"unix:{store}/socket")
-    with pytest.raises(StoreError, match="store's path"):
-        run("list", "tls://host:1")
+    with pytest.raises(LinkDown, match="cannot connect"):
+        run("list", "tcp://127.0.0.1:1")
     assert listed(store) == [FINE]
 
 

@@ -1,0 +1,104 @@
+"""`rewindfs status`: how a mount, or a store, is doing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dedup.errors import RewindError
+from dedup.terminal import json_option
+from fusefs.mount_cli import Duration, print_json, tell
+from fusefs.mountpoint import mount_at
+from replication.address import store_path
+from replication.reports import Subject, open_report
+from replication.route import Route, route_options
+
+NOTHING_KNOWN: dict[str, Any] = {"oldest": None, "newest": None, "covered_until": None, "gaps": None}
+"""What is said of a group's points where its store cannot be asked."""
+
+
+@click.command()
+@click.argument("place", metavar="MOUNTPOINT|STORE")
+@json_option
+@click.option("--fail-on-lag", type=Duration(), help="Exit 1 when the store is behind by more than this.")
+@click.option("--watch", is_flag=True, help="Again each second, until interrupted.")
+@route_options
+def status(place: str, as_json: bool, fail_on_lag: float | None, watch: bool, route: Route) -> None:
+    """How a mount or a store is doing."""
+    while True:
+        report = store_status(place, route) if is_store(place) else mount_status(Path(place))
+        print_json(report) if as_json else click.echo(describe(report))
+        lag: Any = report["lag"]
+        if fail_on_lag is not None and lag is not None and lag["seconds"] > fail_on_lag:
+            raise RewindError(f"{place}: the store is {lag['seconds']:.1f} s behind")
+        if not watch:
+            return
+        time.sleep(1)
+
+
+def is_store(place: str) -> bool:
+    """Whether that is a store, or an appliance's address, and no mountpoint."""
+    path = store_path(place)
+    # The mount table first: a mount whose process has died answers no other question.
+    return path is None or (mount_at(path) is None and (path / "STORE").exists())
+
+
+def mount_status(mountpoint: Path) -> dict[str, Any]:
+    """The report on a source mount. Its keys are a contract: more may come, none goes."""
+    report: dict[str, Any] = tell(mountpoint, "status", {})
+    oldest = report.pop("oldest_queued")
+    report["lag"]["seconds"] = 0.0 if oldest is None else max(0.0, (time.time_ns() - oldest) / 1e9)
+    path = report.pop("store_path")
+    store = report.pop("store_report", None)
+    if path is not None:
+        with open_report(path, Subject("store", report["group"])) as made:
+            store = made.document()
+    if store is None:
+        # Of a store elsewhere nothing is known while the link is down.
+        return {**report, **NOTHING_KNOWN, "store": None, "space": None}
+    (points,) = store["groups"]
+    return {**report, **points, "store": store["store"], "space": store["space"]}
+
+
+def store_status(address: str, route: Route) -> dict[str, Any]:
+    """The report on a store alone."""
+    with open_report(address, Subject("store"), route) as made:
+        store = made.document()
+    several: dict[str, Any] = {"group": None, "oldest": None, "newest": None, "gaps": 0}
+    only = store["groups"][0] if len(store["groups"]) == 1 else several
+    unknown = {"mode": None, "state": None, "link": None, "lag": None, "intent_bytes": None, "reconcile": None}
+    return {**unknown, "seq": None, "durable_seq": None, **only, **store}
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    lines = []
+    if report["state"]:
+        lines.append(f"{report['group']}: {report['state']}, {report['mode']}, link {report['link']}")
+        if report["error"] and report["link"] != "connected":
+            lines.append(f"  {report['error']}")
+        lag = report["lag"]
+        lines.append(f"  behind by {lag['seconds']:.1f} s, {lag['records']} records, {lag['bytes']} bytes")
+        lines.append(f"  seq {report['seq']}, durable {report['durable_seq']}")
+        if report["reconcile"]:
+            lines.append(f"  reconcile: {report['reconcile']['done']} of {report['reconcile']['total']} bytes")
+    elif report["group"]:
+        lines.append(f"{report['group']}: not mounted through here")
+    lines.append(
+        f"  recovery points from {report['oldest'] or '-'} to {report['newest'] or '-'}, {report['gaps']} gaps"
+    )
+    store = report["store"]
+    lines.append(
+        f"  store {store['path']}: {store['bytes']} bytes for {store['logical_bytes']} written "
+        f"(deduplication {store['dedup_ratio']:.2f}), {store['snapshots']} snapshots"
+    )
+    space = report["space"]
+    if space["state"] != "ok":
+        where = "above its soft" if space["state"] == "soft" else "at its hard"
+        lines.append(f"  the store is {where} limit of {space[space['state'] + '_limit']} bytes")
+    if "error" in space:
+        lines.append(f"  {space['error']}")
+    return "\n".join(lines)
