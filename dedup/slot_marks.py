@@ -62,6 +62,25 @@ class SlotMarks:
             return np.zeros(0, dtype=np.int64)
         return np.flatnonzero(np.unpackbits(row, bitorder="little"))
 
+    def has(self, addresses: Addresses) -> NDArray[np.bool_]:
+        """Which of the addresses are marked."""
+        self._flush()
+        found = np.zeros(len(addresses), dtype=np.bool_)
+        containers = addresses >> np.uint64(SLOT_BITS)
+        for container in np.unique(containers).tolist():
+            row = self._rows.get(container)
+            if row is not None:
+                chosen = np.flatnonzero(containers == container)
+                slots = (addresses[chosen] & np.uint64(SLOT_MASK)).astype(np.int64)
+                chosen, slots = chosen[slots < SLOTS_MAX], slots[slots < SLOTS_MAX]
+                found[chosen] = (row[slots >> 3] >> (slots & 7).astype(np.uint8)) & 1
+        return found
+
+    @property
+    def containers(self) -> int:
+        """Containers that have a mark, those apart that were added since the last look."""
+        return len(self._rows)
+
     def __len__(self) -> int:
         self._flush()
         return sum(int(np.unpackbits(row).sum()) for row in self._rows.values())

@@ -31,6 +31,7 @@ from dedup.group_writer import GroupWriter
 from dedup.healing import Healer
 from dedup.ingest import Ingest
 from dedup.marker import create_marker, read_marker, refuse_network
+from dedup.own_blocks import OwnBlocks
 from dedup.reindex import ANCHOR_POINTERS, ANCHOR_RECORDS
 from dedup.settling import settle
 from dedup.storage import Storage
@@ -86,6 +87,7 @@ class Store:
         self._data_journals = {BASE_JOURNAL: self.base_journal, FINE_JOURNAL: self.fine_journal}
         """Those that have received since the store was opened; each stays able to."""
         self.ingest = Ingest(self.fingerprints, self.pool, self.base_journal, self.healer)
+        self.own_blocks = OwnBlocks(self)
         self._groups: dict[str, GroupWriter] = {}
         self._checkpointed_at = time.monotonic()
 
@@ -248,6 +250,7 @@ class Store:
         except StoreFailed as error:
             self.fail(str(error))
             raise
+        self.own_blocks.note(group, entries)
 
     def usage(self) -> StoreUsage:
         """Sizes now; walks the store's files."""

@@ -37,7 +37,7 @@ from dedup.types import (
 from replication.commands import Caller, Commands
 from replication.comparing import Comparer
 from replication.errors import LinkDown, LocalProtocolError, ProtocolError, ReplicationError
-from replication.frame_layout import OFFERED_BYTES
+from replication.held_blocks import HeldBlocks
 from replication.messages import (
     PROTOCOL_VERSION,
     VOLUMES_PER_PAGE_MAX,
@@ -47,12 +47,12 @@ from replication.messages import (
     Hello,
     Message,
     Offer,
+    Remainder,
     Reply,
     Request,
     Role,
     SyncRequest,
     VolumePage,
-    Wanted,
     Welcome,
 )
 from replication.session import Session, Side
@@ -65,6 +65,7 @@ from replication.transport import Connection
 if TYPE_CHECKING:
     from dedup.group_writer import GroupWriter
     from dedup.held_range import HeldRange
+    from dedup.pointer_map import Addresses
 
 log = logging.getLogger("rewindfs.second_appliance")
 
@@ -124,6 +125,7 @@ class ServerSession:
         self._farewell: Failure | None = None
         self._digest_key = secrets.token_bytes(DIGEST_KEY_BYTES)
         self._comparer = Comparer(host.writer, self._digest_key)
+        self._held = HeldBlocks(host.writer, self._session, self._digest_key)
         self._sync_asked: Round | None = None
         self._name = "a session without Hello"
 
@@ -288,8 +290,9 @@ class ServerSession:
                 batch.append(Heartbeat(message.seq, message.time, message.run))
                 batch_bytes += RECORD_BYTES
             elif not isinstance(message, (Request, SyncRequest, Failure, Offer)):
-                batch.append(self._record(message))
-                batch_bytes += _weight(message)
+                record = self._record(message)
+                batch.append(record)
+                batch_bytes += _weight(record)
                 if len(batch) < BATCH_RECORDS_MAX and batch_bytes < BATCH_BYTES_MAX:
                     continue
             if batch:
@@ -298,7 +301,7 @@ class ServerSession:
             if isinstance(message, Compare):
                 await self._compare(group, message, answers)
             elif isinstance(message, Offer):
-                await self._speech.say(Wanted(message.seq, b"\1" * (len(message.blocks) // OFFERED_BYTES)))
+                await self._offer(group, message, answers)
             elif isinstance(message, SyncRequest):
                 self._sync(group, answers)
             elif isinstance(message, Request):
@@ -311,6 +314,8 @@ class ServerSession:
             await self._ingest(group, batch, batch_bytes)
 
     def _record(self, message: Message) -> Record:
+        if isinstance(message, Remainder):
+            return self._held.completed(message)
         if not isinstance(message, get_args(Record)):
             raise ProtocolError(f"{type(message).__name__} is no record")
         if isinstance(message, EpochStart) and message.epoch > self.epoch:
@@ -347,6 +352,15 @@ class ServerSession:
     async def _answer_compare(self, group: GroupWriter, message: Compare, held: HeldRange) -> None:
         with self._guard():
             await self._speech.say(await self._comparer.answer(group, message, held))
+
+    async def _offer(self, group: GroupWriter | None, message: Offer, answers: trio.Nursery) -> None:
+        assert group is not None, "the session's table lets only agents offer"
+        candidates = await self._held.take(group, message)
+        answers.start_soon(self._answer_offer, message, candidates)
+
+    async def _answer_offer(self, message: Offer, candidates: Addresses) -> None:
+        with self._guard():
+            await self._speech.say(await self._held.answer(message, candidates))
 
     def _sync(self, group: GroupWriter | None, answers: trio.Nursery) -> None:
         turn = self._writer.request_sync()
@@ -385,7 +399,7 @@ class ServerSession:
                 )
 
 
-def _weight(message: Message) -> int:
+def _weight(message: Record) -> int:
     """What a record counts in a batch: bytes of volumes it covers, zeros too, for they cost pointers."""
     if isinstance(message, (Write, Reconcile, Correct)):
         return RECORD_BYTES + message.extent.length
