@@ -288,7 +288,8 @@ class FirstAppliance:
             return await self._reached(seq, level)
         with trio.move_on_after(policy.patience_seconds):
             return await self._reached(seq, level)
-        self._observe(policy, policy.patience_seconds)
+        # It takes longer, who knows how long: the double brings the mean above the limit, if that goes on.
+        self._observe(policy, 2 * policy.patience_seconds)
         return await self._reached(seq, Level.QUEUED)
 
     async def flushed(self, seq: Seq) -> bool:
@@ -381,7 +382,8 @@ class FirstAppliance:
         if not self._goes_on():
             return False
         self.hurry(seq, level)
-        return await self._progress.wait(seq, level, releasable=True)
+        # Released without an outage: the policy has changed its mind, and what is held here will do.
+        return await self._progress.wait(seq, level, releasable=True) or not self._watch.lasts
 
     def hurry(self, seq: Seq, level: Level) -> None:
         """Has `seq` reach the level sooner than it would by itself; waits for nothing."""

@@ -41,6 +41,8 @@ class ScriptedSecond:
         """Acknowledge each record as received."""
         self.syncs = True
         """Answer a SyncRequest."""
+        self.delay = 0.0
+        """Seconds until a record is answered."""
         self.reachable = True
         self._reading = trio.Event()
         self._reading.set()
@@ -138,6 +140,7 @@ class ScriptedSecond:
                 if self.fails_records is not None:
                     await self.say(Failure(self.fails_records, "the disk is full, says the test"))
                     raise LinkDown("failed")
+                await trio.sleep(self.delay)
                 self.log.append(message)  # type: ignore[arg-type]
                 self.held = message.seq  # type: ignore[union-attr]
                 if isinstance(message, Compare):
