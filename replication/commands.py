@@ -35,7 +35,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
@@ -52,6 +51,7 @@ from dedup.retention import changed_policy, policy_fields
 from dedup.types import BLOCK_BYTES, JournalSpec
 from replication.maintenance import Maintenance
 from replication.messages import Role
+from replication.permissions import Caller
 from replication.report_process import ReportProcesses
 from replication.reports import Subject
 from replication.space_gate import SpaceGate
@@ -71,14 +71,6 @@ HEAL_RANGES_MAX: Final = 4096
 
 class BadRequest(RewindError):
     """The request is none that this version knows, lacks a field, or is not for this role."""
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks. `group` is the one of an agent's session, or the one a command named; empty: none."""
-
-    role: Role
-    group: str
 
 
 class Commands:
@@ -107,6 +99,8 @@ class Commands:
         roles, function = entry
         if caller.role not in roles:
             raise BadRequest(f"{command} is not for the role {caller.role.value}")
+        if caller.limited and command in _WHOLE_STORE:
+            raise BadRequest(f"{command} is about all groups of the store, and this key is trusted with some of them")
         return await function(self, caller, body)
 
     async def _name_check(self, caller: Caller, body: Body) -> Body:
@@ -126,10 +120,11 @@ class Commands:
         usage = await self._writer.run(self._writer.store.usage)
         sessions = self._sessions()
         groups = [group for group in self._writer.store.groups if caller.group in ("", group.name)]
+        groups = [group for group in groups if caller.may_touch(group.name)]
         return {
             "store": {**dataclasses.asdict(usage), "uuid": self._writer.store.uuid},
             "groups": [_group_status(group, sessions.get(group.name, 0)) for group in groups],
-            "sessions": sessions[""],
+            "sessions": sum(sessions[group.name] for group in groups) if caller.limited else sessions[""],
             "pid": os.getpid(),
             "space": self._space.status(usage.bytes),
         }
@@ -158,14 +153,15 @@ class Commands:
         return {"group": group.name, "name": name}
 
     async def _report(self, caller: Caller, body: Body) -> Body:
-        named = caller.role is Role.AGENT or bool(_text(body, "group", caller.group))
+        named = caller.limited or bool(_text(body, "group", caller.group))
         subject = Subject(
             _text(body, "kind"),
             self._group(caller, body).name if named else None,
             _text(body, "volume", "") or None,
             _text(body, "at", "latest"),
         )
-        return await self._reports.page(subject, _count(body, "start"))
+        page = await self._reports.page(subject, _count(body, "start"))
+        return without_others(page) if caller.limited else page
 
     async def _retention_show(self, caller: Caller, body: Body) -> Body:
         return policy_fields(self._space.policy)
@@ -233,7 +229,7 @@ class Commands:
     def _group(self, caller: Caller, body: Body) -> GroupWriter:
         """The group meant; never makes one."""
         name = caller.group if caller.role is Role.AGENT else _text(body, "group", caller.group)
-        known = {group.name: group for group in self._writer.store.groups}
+        known = {group.name: group for group in self._writer.store.groups if caller.may_touch(group.name)}
         if not name and len(known) == 1:
             return next(iter(known.values()))
         if name in known:
@@ -252,6 +248,15 @@ class Commands:
     def _check_reservation(self, group: str, name: str) -> None:
         if self._reserved.get((group, name), 0.0) > trio.current_time():
             raise NameRefused(f"the name {name!r} is being given to a bookmark; choose another one")
+
+
+def without_others(page: Body) -> Body:
+    """The page of a map without the names of other groups: blocks may lie in a data journal of theirs."""
+    rows = page.get("rows")
+    for _, row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict) and "/" in str(row.get("journal")):
+            row["journal"] = "another group's"
+    return page
 
 
 def _count(body: Body, key: str) -> int:
@@ -288,6 +293,8 @@ def _group_status(group: GroupWriter, agents: int) -> Body:
 
 
 _Function = Callable[[Commands, Caller, Body], Awaitable[Body]]
+_WHOLE_STORE: Final = frozenset({"checkpoint", "consolidate", "gc", "heal.note", "retention.set"})
+"""Not for whom some groups are closed."""
 _ALL: Final = frozenset(Role)
 _ADMIN: Final = frozenset({Role.ADMIN})
 _NOT_READER: Final = frozenset({Role.ADMIN, Role.AGENT})

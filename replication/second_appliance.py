@@ -28,6 +28,7 @@ import trio
 from dedup.errors import StoreError, StoreFailed, StoreFull
 from dedup.types import Epoch
 from replication.commands import Commands
+from replication.identity import Fingerprint
 from replication.maintenance import Maintenance
 from replication.messages import ErrorCode, Hello
 from replication.server_session import Refused, ServerSession
@@ -49,6 +50,10 @@ def fenced_text(hello: Hello) -> str:
 
 
 SESSIONS_MAX: Final = 64
+PEER_SESSIONS_MAX: Final = 16
+"""Sessions of one key at a time: nobody can take all of them."""
+UNGREETED_MAX: Final = 64
+"""Connections that have not said Hello. One more ends the oldest of them: they cost little and come from anybody."""
 SAME_EPOCH_SECONDS: Final = 5.0
 DRAIN_SECONDS: Final = 10.0
 """How long `stop` lets sessions finish their batch and the answers to it."""
@@ -75,6 +80,8 @@ class SecondAppliance:
         self._sessions_max = sessions_max
         self._maintain = maintain
         self._sessions: set[ServerSession] = set()
+        self._ungreeted: dict[ServerSession, None] = {}
+        self._peers: dict[ServerSession, Fingerprint] = {}
         self._agents: dict[str, ServerSession] = {}
         self._fences: dict[str, Epoch] = {}
         self._stop = trio.Event()
@@ -126,17 +133,33 @@ class SecondAppliance:
     async def serve_connection(self, connection: Connection) -> None:
         """One session, from Hello to its end; closes the connection. Raises nothing of the peer's making."""
         session = ServerSession(self, connection)
-        if len(self._sessions) >= self._sessions_max:
-            session.end(ErrorCode.REFUSED, f"{self._sessions_max} sessions are open already; try again later")
+        if len(self._ungreeted) >= UNGREETED_MAX:
+            oldest = next(iter(self._ungreeted))
+            del self._ungreeted[oldest]
+            oldest.end(ErrorCode.REFUSED, f"{UNGREETED_MAX} connections that came later wait without a Hello, too")
         self._sessions.add(session)
+        self._ungreeted[session] = None
         try:
             if self._stop.is_set():
                 session.drain(0)
             await session.run()
         finally:
             self._sessions.discard(session)
+            self._ungreeted.pop(session, None)
+            self._peers.pop(session, None)
             left, self._left = self._left, trio.Event()
             left.set()
+
+    def greeted(self, session: ServerSession) -> None:
+        """The session has said Hello, and may do what it said. Raises Refused when there are too many."""
+        if len(self._sessions) - len(self._ungreeted) >= self._sessions_max:
+            raise Refused(f"{self._sessions_max} sessions are open already; try again later")
+        peer = session.peer
+        if peer is not None:
+            if sum(one == peer.fingerprint for one in self._peers.values()) >= PEER_SESSIONS_MAX:
+                raise Refused(f"{peer.name} has {PEER_SESSIONS_MAX} sessions open already; try again later")
+            self._peers[session] = peer.fingerprint
+        self._ungreeted.pop(session, None)
 
     async def admit(self, session: ServerSession, hello: Hello) -> GroupWriter:
         """The group that an agent may feed from now on, alone. Raises Refused, or what the store raises."""

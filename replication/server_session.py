@@ -34,10 +34,11 @@ from dedup.types import (
     VolumeId,
     Write,
 )
-from replication.commands import Caller, Commands
+from replication.commands import Commands
 from replication.comparing import Comparer
 from replication.errors import LinkDown, LocalProtocolError, ProtocolError, ReplicationError
 from replication.held_blocks import HeldBlocks
+from replication.identity import Peer
 from replication.messages import (
     PROTOCOL_VERSION,
     VOLUMES_PER_PAGE_MAX,
@@ -55,6 +56,7 @@ from replication.messages import (
     VolumePage,
     Welcome,
 )
+from replication.permissions import Caller, NotAllowed, check_peer
 from replication.session import Session, Side
 from replication.session_hearing import Hearing
 from replication.session_speech import Speech
@@ -75,6 +77,14 @@ HELLO_SECONDS: Final = 10.0
 """How long a peer may take to say Hello."""
 CONTROL_IDLE_SECONDS: Final = 600.0
 """How long an admin's or reader's session may say nothing. An agent's may do so for ever."""
+FRAME_IDLE_SECONDS: Final = 60.0
+"""How long a peer may say nothing in the middle of a frame."""
+HELLO_BYTES_MAX: Final = 4096
+"""Most that a peer may say before it is welcomed."""
+ANSWERS_MAX: Final = 4
+"""Commands of one session that run, or whose reply waits for the peer to read, at a time."""
+MESSAGES_ROW: Final = 1024
+"""After so many messages in a row other sessions have their turn."""
 FAREWELL_SECONDS: Final = 2.0
 """How long a session that is being ended may take to send what it owes, its Failure included."""
 DIGEST_KEY_BYTES: Final = 32
@@ -97,6 +107,9 @@ class Host(Protocol):
     writer: StoreWriter
     commands: Commands
     space: SpaceGate
+
+    def greeted(self, session: ServerSession) -> None:
+        """The session has said Hello, and may do what it said. Raises Refused."""
 
     async def admit(self, session: ServerSession, hello: Hello) -> GroupWriter:
         """The group that the agent may feed from now on, alone. Raises Refused, StoreError."""
@@ -127,7 +140,13 @@ class ServerSession:
         self._comparer = Comparer(host.writer, self._digest_key)
         self._held = HeldBlocks(host.writer, self._session, self._digest_key)
         self._sync_asked: Round | None = None
+        self._answering = trio.CapacityLimiter(ANSWERS_MAX)
         self._name = "a session without Hello"
+
+    @property
+    def peer(self) -> Peer | None:
+        """Who the other end has proved to be; known once it has said Hello."""
+        return self._connection.peer
 
     def end(self, code: ErrorCode, text: str) -> None:
         """End it soon, with this Failure as its last word; a batch that is being ingested is finished."""
@@ -169,6 +188,8 @@ class ServerSession:
             self.end(ErrorCode.PROTOCOL, str(error))
         except Refused as error:
             self.end(error.code, str(error))
+        except NotAllowed as error:
+            self.end(ErrorCode.REFUSED, str(error))
         except StoreFull as error:
             self.end(ErrorCode.STORE_FULL, str(error))
         except (StoreFailed, Damaged) as error:
@@ -185,6 +206,10 @@ class ServerSession:
             text = f"protocol version {hello.version} is not spoken here, {PROTOCOL_VERSION} is; use equal versions"
             raise Refused(text, ErrorCode.VERSION)
         self._name = f"{hello.role.value} of {hello.group or 'no group'}, epoch {hello.epoch}"
+        if self.peer is not None:
+            self._name += f", {self.peer.name}"
+        check_peer(self.peer, hello.role, hello.group)
+        self._host.greeted(self)
         if hello.role is Role.AGENT:
             await self._serve_agent(hello)
         else:
@@ -193,7 +218,11 @@ class ServerSession:
     async def _hello(self) -> Hello | None:
         """The first message, or None when there is none and nothing to say about it."""
         with trio.move_on_after(HELLO_SECONDS) as self._hearing.scope:
+            heard = 0
             while data := await self._hearing.receive():
+                heard += len(data)
+                if heard > HELLO_BYTES_MAX:
+                    raise ProtocolError(f"more than {HELLO_BYTES_MAX} bytes before the Welcome")
                 self._session.receive_data(data)
                 message = self._session.next_event()
                 if isinstance(message, Hello):
@@ -212,7 +241,7 @@ class ServerSession:
                 nursery.start_soon(self._tell_durable, group)
                 async with trio.open_nursery() as answers:
                     with self._guard():
-                        await self._stream(Caller(Role.AGENT, hello.group), group, answers)
+                        await self._stream(self._caller(hello), group, answers)
                 nursery.cancel_scope.cancel()
         finally:
             self._host.release(self, hello.group)
@@ -236,7 +265,10 @@ class ServerSession:
         )
         async with trio.open_nursery() as answers:
             with self._guard():
-                await self._stream(Caller(hello.role, hello.group), None, answers)
+                await self._stream(self._caller(hello), None, answers)
+
+    def _caller(self, hello: Hello) -> Caller:
+        return Caller(hello.role, hello.group, self.peer)
 
     async def _welcome(self, group: GroupWriter) -> None:
         # One synchronous look: what is listed is what exists at `held`.
@@ -262,17 +294,23 @@ class ServerSession:
             await self._speech.say(VolumePage(tuple(volumes[start:end]), last=end >= len(volumes)))
 
     async def _stream(self, caller: Caller, group: GroupWriter | None, answers: trio.Nursery) -> None:
+        for_ever = float("inf")
+        idle = CONTROL_IDLE_SECONDS if group is None else for_ever
         with trio.CancelScope() as self._hearing.scope:
             while True:
                 await self._take(caller, group, answers)
-                if group is None:
-                    self._hearing.scope.deadline = trio.current_time() + CONTROL_IDLE_SECONDS
+                patience = FRAME_IDLE_SECONDS if self._session.incomplete else idle
+                if patience != for_ever:
+                    self._hearing.scope.deadline = trio.current_time() + patience
                 data = await self._hearing.receive()
                 if not data:
                     return
-                if group is None:
-                    self._hearing.scope.deadline = float("inf")
+                if patience != for_ever:
+                    self._hearing.scope.deadline = for_ever
                 self._session.receive_data(data)
+        if not self._hearing.stopped:
+            what = "in the middle of a frame" if self._session.incomplete else "and asked for nothing"
+            raise ProtocolError(f"the peer said nothing for {patience:g} s {what}")
 
     async def _take(self, caller: Caller, group: GroupWriter | None, answers: trio.Nursery) -> None:
         """Everything that has arrived completely, the records in batches."""
@@ -281,6 +319,8 @@ class ServerSession:
         next_event = self._session.next_event
         while (message := next_event()) is not None and self._farewell is None:
             taken += 1
+            if not taken % MESSAGES_ROW:
+                await trio.lowlevel.checkpoint()
             if type(message) is Write:
                 batch.append(message)
                 batch_bytes += RECORD_BYTES + message.extent.length
@@ -385,18 +425,20 @@ class ServerSession:
 
     async def _answer(self, caller: Caller, request: Request) -> None:
         with self._guard():
-            try:
-                reply = Reply(request.id, await self._host.commands.run(caller, request.command, request.body))
-            except StoreFailed:
-                raise
-            except RewindError as error:
-                reply = Reply(request.id, {}, _line(str(error)) or type(error).__name__)
-            try:
-                await self._speech.say(reply)
-            except LocalProtocolError as error:
-                await self._speech.say(
-                    Reply(request.id, {}, _line(f"{request.command} has no answer that fits: {error}"))
-                )
+            async with self._answering:
+                await self._reply(caller, request)
+
+    async def _reply(self, caller: Caller, request: Request) -> None:
+        try:
+            reply = Reply(request.id, await self._host.commands.run(caller, request.command, request.body))
+        except StoreFailed:
+            raise
+        except RewindError as error:
+            reply = Reply(request.id, {}, _line(str(error)) or type(error).__name__)
+        try:
+            await self._speech.say(reply)
+        except LocalProtocolError as error:
+            await self._speech.say(Reply(request.id, {}, _line(f"{request.command} has no answer that fits: {error}")))
 
 
 def _weight(message: Record) -> int:

@@ -177,6 +177,11 @@ class Session:
             raise LocalProtocolError(f"record {first_seq}..{seq} does not follow {self.last_seq}")
         self._pass(seq)
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether the peer has begun a frame and not ended it."""
+        return self._decoder.incomplete
+
     def receive_data(self, data: Buffer) -> None:
         """Takes what arrived; read the events after each call. `data` must not change afterwards."""
         self._decoder.receive_data(data)

@@ -2,6 +2,7 @@
 
 Invariants:
 - One task sends at a time; the others wait their turn. A message is made when its turn has come.
+- A peer that takes nothing for STALL_SECONDS, and some more for what is long, has broken the link.
 - `cut` is true from a message's first byte to its last, and for ever when the sending failed or was cancelled between:
   then nothing more can be said, for the peer would read it as a part of that message.
 """
@@ -9,8 +10,8 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 import trio
 
@@ -21,6 +22,10 @@ from replication.messages import Ack, Failure, Message
 from replication.session import Session
 from replication.transport import Connection
 from replication.wire import Buffer, encode
+
+STALL_SECONDS: Final = 60.0
+STALL_BYTES_PER_SECOND: Final = 16 << 10
+"""A link that is slower than this is none."""
 
 log = logging.getLogger("rewindfs.second_appliance")
 
@@ -75,9 +80,16 @@ class Speech:
     async def _say_rest(self, rest: Buffer) -> None:
         self._turn.acquire_nowait()
         try:
-            await self._connection.send([rest])
+            await self._send([rest])
         finally:
             self._turn.release()
+
+    async def _send(self, buffers: Sequence[Buffer]) -> None:
+        seconds = STALL_SECONDS + sum(map(len, buffers)) / STALL_BYTES_PER_SECOND
+        with trio.move_on_after(seconds):
+            await self._connection.send(buffers)
+            return
+        raise LinkDown(f"the peer has taken nothing of what it was sent for {seconds:.0f} s")
 
     async def _say(self, make: Callable[[], Message]) -> None:
         try:
@@ -87,7 +99,7 @@ class Speech:
         try:
             frame = self._session.send(make())
             self.cut = True
-            await self._connection.send(frame)
+            await self._send(frame)
             self.cut = False
         finally:
             self._turn.release()

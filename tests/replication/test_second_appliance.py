@@ -235,7 +235,7 @@ async def test_sessions_are_bounded(store: FakeStore) -> None:
     async with running(store, sessions_max=2) as world:
         first, second = await world.agent("a"), await world.agent("b")
         third = await world.connect()
-        answer = await third.hear()
+        answer = await third.greet(group="c")
         assert isinstance(answer, Failure) and answer.code is ErrorCode.REFUSED and "2 sessions" in answer.text
         await first.connection.aclose()
         await second.say(beat(1))
