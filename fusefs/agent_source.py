@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import trio
 
-from dedup.types import VolumeId
+from dedup.types import VOLUME_BYTES_MAX, VolumeId
 from fusefs.agent import Agent
 
 
@@ -22,7 +22,8 @@ class AgentSource:
     @asynccontextmanager
     async def opened(self, volume: VolumeId) -> AsyncIterator[int | None]:
         """The volume's file while the context lasts, wherever it is renamed meanwhile; None when it is gone."""
-        claim = await self.agent.lock.claim_volume(volume)
+        # Past where anybody writes: only what changes names is held off, which locks the whole group.
+        claim = await self.agent.lock.claim(volume, VOLUME_BYTES_MAX, 1)
         try:
             known = self.agent.volumes.get(volume)
             fd = None
