@@ -307,6 +307,11 @@ class MountProcess:
             "error": status.error,
             "oldest_queued": oldest,
             "lag": {"bytes": status.queued_bytes, "records": status.queued_records},
+            "wire": {
+                "written_bytes": status.written_bytes,
+                "sent_bytes": status.sent_bytes,
+                "saved_bytes": status.saved_bytes,
+            },
             "seq": self.agent.link.last,
             "durable_seq": status.durable,
             "intent_bytes": sum(map(len, self.agent.intent.marked().values())) * REGION_BYTES,

@@ -22,7 +22,7 @@ from typing import Final
 
 import trio
 
-from dedup.types import Aggregate, Epoch, Record, Seq, VolumeState
+from dedup.types import Aggregate, Epoch, Record, Seq, VolumeState, Write
 from replication.errors import (
     Fenced,
     HandshakeRefused,
@@ -204,6 +204,7 @@ class FirstAppliance:
             queued_records=self._outbox.records + self._policy.open_records,
             oldest_queued=self._outbox.oldest_time,
             error=self._error,
+            written_bytes=self._traffic.written,
             sent_bytes=self._traffic.sent,
             saved_bytes=self._traffic.saved,
             spool_bytes=0 if spool is None else spool.bytes,
@@ -267,6 +268,8 @@ class FirstAppliance:
         policy = self._policy
         frames = policy.add(record)
         self._last_seq = record.seq
+        if isinstance(record, Write):
+            self._traffic.written += record.extent.length
         if not self._through:
             self._progress.queue(record.seq)
         if self._probe is None:

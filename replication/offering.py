@@ -42,8 +42,10 @@ REST_EVERY: Final = 16
 
 @dataclass(slots=True)
 class Traffic:
-    """What went over the links of one first appliance, in bytes, since it was made."""
+    """What one first appliance has sent over its links, and of how much, in bytes, since it was made."""
 
+    written: int = 0
+    """Data of writes that was to be forwarded."""
     sent: int = 0
     """Frames, given to the connection."""
     saved: int = 0

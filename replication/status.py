@@ -38,6 +38,8 @@ class FirstApplianceStatus:
     """Time of the oldest queued frame."""
     error: str
     """Why the link is not connected; empty when it is."""
+    written_bytes: int = 0
+    """Data of the writes taken so far."""
     sent_bytes: int = 0
     """Put on the wire so far: frames, over all links."""
     saved_bytes: int = 0
