@@ -6,6 +6,7 @@ otherwise, each within PEER_SECONDS.
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Final
 
@@ -34,7 +35,7 @@ async def connect_tcp(address: NetworkAddress, receive_bytes_max: int = RECEIVE_
             stream = await trio.open_tcp_stream(address.host, address.port)
         except OSError as error:
             reason = _first(error)
-            raise LinkDown(f"cannot connect to {address}: {reason.strerror or reason}") from reason
+            raise LinkDown(f"cannot connect to {address}: {_text(reason)}") from reason
     if stream is None:
         raise LinkDown(f"cannot connect to {address}: no answer within {CONNECT_SECONDS:g} s")
     return connection_of(socket.socket(fileno=stream.socket.detach()), receive_bytes_max)
@@ -74,7 +75,7 @@ async def bind_tcp(address: NetworkAddress) -> tuple[socket.socket, NetworkAddre
         if sock is not None:
             sock.close()
         if isinstance(error, OSError):
-            raise ReplicationError(f"cannot listen at {address}: {error.strerror or error}") from error
+            raise ReplicationError(f"cannot listen at {address}: {_text(error)}") from error
         raise
 
 
@@ -96,3 +97,8 @@ def _first(error: OSError) -> OSError:
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
     return cause if isinstance(cause, OSError) else error
+
+
+def _text(error: OSError) -> str:
+    # Without the address, of which the caller's line tells; a failed look-up has no errno but a negative one.
+    return os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)

@@ -124,7 +124,7 @@ class TlsConnection(Connection):
 
     async def prove(self) -> None:
         """Returns when both sides have proved themselves. Raises LinkDown, of it Untrusted; the connection is closed
-        then, as it is when this is cancelled."""
+        then, as it is when this is cancelled in the middle."""
         async with self._proving:
             if self._engine is not None:
                 return

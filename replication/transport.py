@@ -251,6 +251,8 @@ class Listener(ABC):
     async def _accept_socket(self) -> socket.socket:
         await trio.lowlevel.checkpoint()
         while True:
+            if self._sock.fileno() < 0:
+                raise trio.ClosedResourceError("the listener was closed")
             try:
                 return self._sock.accept()[0]
             except BlockingIOError:

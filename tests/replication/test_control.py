@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import trio
 
+from replication.address import AddressError
 from replication.control import NoAppliance, request, socket_path
-from replication.errors import HandshakeRefused, LinkReset, ReplicationError, RequestRefused
+from replication.endpoint import listen
+from replication.errors import HandshakeRefused, LinkDown, LinkReset, RequestRefused
 from replication.messages import ErrorCode, Role
 from replication.second_appliance import SecondAppliance
+from replication.tls import Untrusted
 from replication.transport import listen_unix
 from tests.replication.fake_store import FakeStore
+from tests.replication.links import make_friends, make_identity
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def test_where_an_appliance_listens() -> None:
     assert socket_path("/s") == Path("/s/socket")
     assert socket_path("unix:/run/x") == Path("/run/x")
     for address in ("unix:", "tls://host:1", "tcp://host:1"):
-        with pytest.raises(ReplicationError):
+        with pytest.raises(AddressError):
             socket_path(address)
 
 
@@ -111,3 +115,47 @@ async def test_an_appliance_that_breaks_off_or_says_nothing_is_no_refusal(tmp_pa
             await request(tmp_path, None, "sync", timeout=0.05)
         nursery.cancel_scope.cancel()
     await listener.aclose()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "tls"])
+async def test_a_request_over_a_network(store: FakeStore, tmp_path: Path, kind: str) -> None:
+    client, server = make_friends(tmp_path, role=Role.ADMIN)
+    listener = await listen(f"{kind}://127.0.0.1:0", identity=server)
+    appliance = SecondAppliance(store)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(appliance.serve, [listener])
+        address = str(listener.address)
+        status = await request(address, None, "status", identity=client)
+        assert status["sessions"] == 1
+        made = await request(address, "g", "snapshot.create", {"name": "n"}, identity=client)
+        assert made["name"] == "n"
+        with pytest.raises(RequestRefused, match="already has"):
+            await request(address, None, "name.check", {"name": "n"}, identity=client)
+        if kind == "tls":
+            stranger = make_identity(tmp_path / "stranger")
+            stranger.trust(server.certificate(), role=None, server=True)
+            with pytest.raises(Untrusted, match="does not trust this machine's key"):
+                await request(address, None, "status", identity=stranger)
+        appliance.stop()
+    # Nobody knows from here whether an appliance runs: a command must not take the store's lock instead.
+    with pytest.raises(LinkDown, match="Connection refused"):
+        await request(address, None, "status", identity=client)
+
+
+async def test_plain_tcp_to_elsewhere_is_not_even_tried() -> None:
+    with pytest.raises(AddressError, match="--insecure-tcp"):
+        await request("tcp://192.0.2.1:1", None, "status")
+
+
+async def test_the_default_identity_serves_commands_without_an_option(
+    store: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = make_friends(tmp_path, role=Role.ADMIN)
+    monkeypatch.setenv("REWINDFS_IDENTITY", str(server.directory))
+    listener = await listen("tls://127.0.0.1:0")
+    monkeypatch.setenv("REWINDFS_IDENTITY", str(client.directory))
+    appliance = SecondAppliance(store)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(appliance.serve, [listener])
+        assert (await request(str(listener.address), None, "status"))["sessions"] == 1
+        appliance.stop()
