@@ -19,7 +19,7 @@ from dedup.types import Seq
 from replication.errors import LinkDown
 from replication.frame_layout import ACK
 from replication.messages import Ack, Failure, Message
-from replication.session import Session
+from replication.session import Session, State
 from replication.transport import Connection
 from replication.wire import Buffer, encode
 
@@ -57,7 +57,7 @@ class Speech:
         """Sends how far the group has come by the time it is sent. Raises LinkDown."""
         if not self._turn.locked():
             # Nobody is sending, and nobody can begin before the next await: no lock, when the link takes all of it.
-            frame = self._session.send(_levels(group))
+            frame = self._frame(_levels(group))
             self.cut = True
             sent = self._connection.send_nowait(frame)
             if sent < ACK.size:
@@ -76,6 +76,11 @@ class Speech:
             await self._connection.send(encode(failure))
         except LinkDown as error:
             log.info("%s could not be told: %s", failure.code.name, error)
+
+    def _frame(self, message: Message) -> list[Buffer]:
+        if self._session.state is State.CLOSED:
+            raise LinkDown("the peer left before it was answered")
+        return self._session.send(message)
 
     async def _say_rest(self, rest: Buffer) -> None:
         self._turn.acquire_nowait()
@@ -97,7 +102,7 @@ class Speech:
         except trio.WouldBlock:
             await self._turn.acquire()
         try:
-            frame = self._session.send(make())
+            frame = self._frame(make())
             self.cut = True
             await self._send(frame)
             self.cut = False
