@@ -101,4 +101,6 @@ def _first(error: OSError) -> OSError:
 
 def _text(error: OSError) -> str:
     # Without the address, of which the caller's line tells; a failed look-up has no errno but a negative one.
-    return os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return error.strerror or str(error)
