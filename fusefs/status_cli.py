@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dedup.errors import RewindError
-from dedup.terminal import json_option
+from dedup.terminal import json_option, size_text
 from fusefs.mount_cli import Duration, print_json, tell
 from fusefs.mountpoint import mount_at
 from replication.address import store_path
@@ -48,7 +48,7 @@ def is_store(place: str) -> bool:
 
 def mount_status(mountpoint: Path) -> dict[str, Any]:
     """The report on a source mount. Its keys are a contract: more may come, none goes."""
-    report: dict[str, Any] = tell(mountpoint, "status", {})
+    report: dict[str, Any] = tell(mountpoint, "status", {"store": True})
     oldest = report.pop("oldest_queued")
     report["lag"]["seconds"] = 0.0 if oldest is None else max(0.0, (time.time_ns() - oldest) / 1e9)
     path = report.pop("store_path")
@@ -75,30 +75,51 @@ def store_status(address: str, route: Route) -> dict[str, Any]:
 
 def describe(report: dict[str, Any]) -> str:
     """The report for a person."""
-    lines = []
-    if report["state"]:
-        lines.append(f"{report['group']}: {report['state']}, {report['mode']}, link {report['link']}")
-        if report["error"] and report["link"] != "connected":
-            lines.append(f"  {report['error']}")
-        lag = report["lag"]
-        lines.append(f"  behind by {lag['seconds']:.1f} s, {lag['records']} records, {lag['bytes']} bytes")
-        lines.append(f"  seq {report['seq']}, durable {report['durable_seq']}")
-        if report["reconcile"]:
-            lines.append(f"  reconcile: {report['reconcile']['done']} of {report['reconcile']['total']} bytes")
-    elif report["group"]:
+    lines = _mount_lines(report) if report["state"] else []
+    if not lines and report["group"]:
         lines.append(f"{report['group']}: not mounted through here")
-    lines.append(
-        f"  recovery points from {report['oldest'] or '-'} to {report['newest'] or '-'}, {report['gaps']} gaps"
-    )
-    store = report["store"]
-    lines.append(
+    if report["store"] is None:
+        lines.append("  the store cannot be asked now")
+    else:
+        lines += _store_lines(report)
+    return "\n".join(lines)
+
+
+def _mount_lines(report: dict[str, Any]) -> list[str]:
+    mode = report["mode"]
+    if mode == "auto":
+        mode += " (sync now)" if report["waits_for"] == "received" else " (async now)"
+    lines = [f"{report['group']}: {report['state']}, {mode}, link {report['link']}"]
+    if report["error"] and report["link"] != "connected":
+        lines.append(f"  {report['error']}")
+    beyond = report.get("second")
+    if beyond:
+        why = f": {beyond['error']}" if beyond["error"] else ""
+        lines.append(f"  first appliance: its link to the second one is {beyond['link']}{why}")
+        if beyond["queued_records"] or beyond["spool_bytes"]:
+            spooled = size_text(beyond["spool_bytes"])
+            lines.append(f"  first appliance: keeps {beyond['queued_records']} records, {spooled} spooled")
+    lag, wire = report["lag"], report["wire"]
+    lines.append(f"  behind by {lag['seconds']:.1f} s, {lag['records']} records, {lag['bytes']} bytes")
+    lines.append(f"  seq {report['seq']}, durable {report['durable_seq']}")
+    if wire["saved_bytes"] > 0:
+        sent, saved = size_text(wire["sent_bytes"]), size_text(wire["saved_bytes"])
+        lines.append(f"  {sent} sent; {saved} more but for what the second appliance held already")
+    if report["reconcile"]:
+        lines.append(f"  reconcile: {report['reconcile']['done']} of {report['reconcile']['total']} bytes")
+    return lines
+
+
+def _store_lines(report: dict[str, Any]) -> list[str]:
+    store, space = report["store"], report["space"]
+    lines = [
+        f"  recovery points from {report['oldest'] or '-'} to {report['newest'] or '-'}, {report['gaps']} gaps",
         f"  store {store['path']}: {store['bytes']} bytes for {store['logical_bytes']} written "
-        f"(deduplication {store['dedup_ratio']:.2f}), {store['snapshots']} snapshots"
-    )
-    space = report["space"]
+        f"(deduplication {store['dedup_ratio']:.2f}), {store['snapshots']} snapshots",
+    ]
     if space["state"] != "ok":
         where = "above its soft" if space["state"] == "soft" else "at its hard"
         lines.append(f"  the store is {where} limit of {space[space['state'] + '_limit']} bytes")
     if "error" in space:
         lines.append(f"  {space['error']}")
-    return "\n".join(lines)
+    return lines
