@@ -2,8 +2,9 @@
 
 Invariants:
 - seq, time and place in the queue are given in one synchronous step, so their orders are the same (`order`);
-- once a change has gone unrecorded (an outage whose policy is to continue), the next records are the corrections that
-  are owed and a ReconcileBegin: the gap is in the history before anything that follows it (`gap-is-said`);
+- once a change has gone unrecorded (an outage whose policy is to continue), the next records are a ReconcileBegin and
+  the corrections that are owed: the gap is in the history before anything that follows it (`gap-is-said`), and a
+  correction that does not say what a range holds is in it, too;
 - `spells` grows with each such time: a reconcile whose work was chosen in an earlier spell must not end the gap.
 """
 
@@ -76,9 +77,9 @@ class AgentLink:
         if self._unrecorded:
             self._unrecorded = False
             owed, self._owed = self._owed, []
+            self.put(lambda seq, time, run: ReconcileBegin(seq, time, run, self._reason))
             for build in owed:
                 self.put(build)
-            self.put(lambda seq, time, run: ReconcileBegin(seq, time, run, self._reason))
             self.gap_opened.set()
         return True
 
@@ -91,7 +92,7 @@ class AgentLink:
 
     def owe(self, correction: Build) -> None:
         """A record says what the source did not take, and the truth cannot be recorded now. `correction` is recorded
-        first of all once it can, and a reconcile follows. It is small: nobody asks for its room."""
+        once it can, behind the beginning of the gap, and a reconcile follows. It is small: nobody asks for its room."""
         self._owed.append(correction)
         self._go_unrecorded("a change that the source refused, and that could not be corrected at once")
 

@@ -109,7 +109,7 @@ async def test_owed_correction_comes_first_of_all() -> None:
         await link.room(1)
     first.answer = True
     assert await link.room(1)
-    assert [type(record) for record in first.records] == [Write, Correct, ReconcileBegin]
+    assert [type(record) for record in first.records] == [Write, ReconcileBegin, Correct]
     with pytest.raises(RewindError, match="reconcile"):
         link.require_equal()
 
