@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,8 +30,7 @@ from fusefs.state_directory import StateDirectory
 from fusefs.volume_table import VolumeTable, list_volumes
 from replication.agent_link import AgentLink
 from replication.background import Ready
-from replication.control import request
-from replication.errors import Fenced, HistoryLost
+from replication.errors import Fenced, HistoryLost, LinkDown, RequestRefused
 from replication.first_appliance import FirstAppliance
 from replication.intent_log import IntentLog
 from replication.modes import Mode, Outage
@@ -41,7 +39,8 @@ from replication.record_clock import RecordClock
 from replication.region_tracker import REGION_BYTES, RegionTracker
 from replication.status import LinkState
 from replication.supervisor import Supervisor
-from replication.transport import Listener, connect_unix, listen_unix
+from replication.target import Target
+from replication.transport import Listener, listen_unix
 
 log = logging.getLogger("rewindfs.mount")
 
@@ -49,6 +48,8 @@ TASKS_MAX: Final = 256
 """Requests that pyfuse3 serves at a time. A waiting writer holds one; if more threads than this write at once during a
 long wait, the rest waits in the kernel."""
 DRAIN_SECONDS: Final = 60.0
+ASK_SECONDS: Final = 5.0
+"""How long a status waits for what an appliance elsewhere has to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,10 @@ class MountSettings:
 
     source: Path
     mountpoint: Path
-    store: Path
+    target: Target
     group: str
-    mode: Mode
+    mode: Mode | None
+    """None: what the first appliance elsewhere does; async where there is none."""
     outage: Outage | None = None
     outage_after: float = 10.0
     writeback: bool = False
@@ -78,10 +80,15 @@ async def run_mount(settings: MountSettings, ready: Ready) -> None:
     state = await trio.to_thread.run_sync(StateDirectory.open, settings.source)
     try:
         async with trio.open_nursery() as nursery:
-            supervisor = Supervisor(
-                settings.store, log_file=settings.log_file, foreground=settings.foreground, debug=settings.debug
-            )
-            await nursery.start(supervisor.serve)
+            supervisor = None
+            if settings.target.store is not None:
+                supervisor = Supervisor(
+                    settings.target.store,
+                    log_file=settings.log_file,
+                    foreground=settings.foreground,
+                    debug=settings.debug,
+                )
+                await nursery.start(supervisor.serve)
             mount = MountProcess(settings, state, supervisor)
             await mount.start(nursery)
             await mount.serve(ready)
@@ -97,7 +104,7 @@ class MountProcess:
     first: FirstAppliance
     _work: Sequence[Work]
 
-    def __init__(self, settings: MountSettings, state: StateDirectory, supervisor: Supervisor) -> None:
+    def __init__(self, settings: MountSettings, state: StateDirectory, supervisor: Supervisor | None) -> None:
         self._settings = settings
         self._state = state
         self._supervisor = supervisor
@@ -115,12 +122,13 @@ class MountProcess:
         settings = self._settings
         epoch = await trio.to_thread.run_sync(self._state.begin_epoch, settings.group, await self._stored_epoch())
         self.first = FirstAppliance(
-            partial(connect_unix, self._supervisor.socket),
+            settings.target.connect,
             group=settings.group,
             epoch=epoch,
             agent=self._state.state.source,
             take_over=settings.take_over,
-            mode=settings.mode,
+            through=settings.target.through,
+            mode=settings.mode if settings.target.through else settings.mode or Mode.ASYNC,
             outage=settings.outage,
             outage_after=settings.outage_after,
             on_lost=_say_lost,
@@ -156,7 +164,7 @@ class MountProcess:
 
     async def _stored_epoch(self) -> Epoch:
         """The group's last epoch at the store: the state directory may have been lost, or restored from a copy."""
-        status = await request(self._settings.store, None, "status")
+        status = await self._settings.target.ask(self._settings.group, "status")
         groups: Any = status["groups"]
         return Epoch(max((group["epoch"] for group in groups if group["group"] == self._settings.group), default=0))
 
@@ -274,6 +282,9 @@ class MountProcess:
 
     async def _mode(self, body: Body) -> Body:
         self.first.switch_mode(Mode(body.get("mode")))
+        if self._settings.target.through and self.first.link is LinkState.CONNECTED:
+            # With the link down it is said when it connects again.
+            await self.first.request("mode.set", {"mode": self.first.mode.value})
         return {"mode": self.first.mode.value}
 
     async def _unmount(self, body: Body) -> Body:
@@ -288,23 +299,28 @@ class MountProcess:
         return {"durable_seq": self.first.durable}
 
     def _second_pid(self) -> int | None:
-        process = self._supervisor.process
+        process = None if self._supervisor is None else self._supervisor.process
         return None if process is None else process.pid
 
     async def _status(self, body: Body) -> Body:
+        settings = self._settings
         status = self.first.status()
+        beyond = await self._beyond()
         reconciling = not self.agent.link.equal
         oldest = status.oldest_queued
         return {
-            "group": self._settings.group,
-            "source": str(self._settings.source),
-            "mountpoint": str(self._settings.mountpoint),
-            "store_path": str(self._settings.store),
+            "group": settings.group,
+            "source": str(settings.source),
+            "mountpoint": str(settings.mountpoint),
+            "store_path": None if settings.target.store is None else str(settings.target.store),
+            "store_report": await self._store_report() if body.get("store") else None,
+            "target": str(settings.target.address),
             "mode": status.mode.value,
             "waits_for": status.waits_for.name.lower(),
-            "state": self._state_word(status.link, status.outage),
+            "state": self._state_word(status.link, status.outage, beyond),
             "link": status.link.value,
             "error": status.error,
+            "second": beyond,
             "oldest_queued": oldest,
             "lag": {"bytes": status.queued_bytes, "records": status.queued_records},
             "wire": {
@@ -320,14 +336,43 @@ class MountProcess:
             "pids": {"mount": os.getpid(), "second": self._second_pid()},
         }
 
-    def _state_word(self, link: LinkState, outage: bool) -> str:
+    async def _beyond(self) -> Body | None:
+        """What the first appliance elsewhere says of its link to the second one; None without such, or without news."""
+        return await self._asked("link.status", {}) if self._settings.target.through else None
+
+    async def _store_report(self) -> Body | None:
+        """What a second appliance elsewhere says of its store; None while it cannot be asked."""
+        if self._settings.target.store is not None:
+            return None
+        page = await self._asked("report", {"kind": "store", "group": self._settings.group, "start": 0}) or {}
+        head, rows = page.get("head"), page.get("rows")
+        if not isinstance(head, dict) or not isinstance(rows, list):
+            return None
+        for name, row in rows:
+            head.setdefault(name, []).append(row)
+        return head
+
+    async def _asked(self, command: str, body: Body) -> Body | None:
+        with trio.move_on_after(ASK_SECONDS):
+            try:
+                return await self.first.request(command, body)
+            except (LinkDown, RequestRefused, HistoryLost) as error:
+                log.debug("%s: %s", command, error)
+        return None
+
+    def _state_word(self, link: LinkState, outage: bool, beyond: Body | None) -> str:
         if link is LinkState.LOST or self.agent.link.degraded:
             return "degraded"
-        if outage or link is LinkState.FULL:
+        if outage or link is LinkState.FULL or self._is_cut_beyond(beyond):
             return "blocked" if self.first.outage_policy is Outage.BLOCK else "degraded"
         if not self.agent.link.equal:
             return "reconciling" if self._has_base else "initializing"
         return "protected"
+
+    def _is_cut_beyond(self, beyond: Body | None) -> bool:
+        """Whether the link behind the first appliance elsewhere has been down for as long as an outage takes."""
+        down: Any = (beyond or {}).get("down_seconds")
+        return down is not None and down >= self._settings.outage_after
 
 
 def _say_lost(error: HistoryLost) -> None:

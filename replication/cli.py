@@ -1,22 +1,24 @@
-"""The commands of this package: `appliance second`."""
+"""The commands that run an appliance: `appliance second`; `appliance first` is in first_cli.py."""
 
 from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import trio
 
-from dedup.errors import RewindError
 from dedup.store import Store
+from replication.address import Address, UnixAddress
 from replication.background import Ready, cause, explain, run
-from replication.control import SOCKET_NAME, UNIX_PREFIX, NoAppliance, request, socket_path
-from replication.errors import ReplicationError
+from replication.control import SOCKET_NAME
+from replication.first_cli import first
+from replication.listening import listen_addresses, open_listeners
+from replication.route import Route, route_options
 from replication.second_appliance import SecondAppliance
 from replication.supervisor import Guardian
-from replication.transport import Listener, listen_unix
 
 log = logging.getLogger("rewindfs.appliance")
 
@@ -26,9 +28,13 @@ def appliance() -> None:
     """Run an appliance as a process of its own."""
 
 
+appliance.add_command(first)
+
+
 @appliance.command()
 @click.option("--store", required=True, type=click.Path(path_type=Path, file_okay=False), help="Made if absent.")
-@click.option("--listen", "listen", multiple=True, metavar="ADDR", help="unix:PATH; the store's own socket always is.")
+@click.option("--listen", "listen", multiple=True, metavar="ADDR", help="Besides the store's own socket.")
+@route_options
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Log there instead of to stderr.")
 @click.option("--ready-fd", type=int, hidden=True)
@@ -38,6 +44,7 @@ def second(
     context: click.Context,
     store: Path,
     listen: tuple[str, ...],
+    route: Route,
     foreground: bool,
     log_file: Path | None,
     ready_fd: int | None,
@@ -48,17 +55,13 @@ def second(
         raise click.UsageError("--ready-fd needs -f")
     debug = debug or bool((context.obj or {}).get("debug"))
     store = store.absolute()
-    sockets = [store / SOCKET_NAME]
-    for address in listen:
-        if not address.startswith(UNIX_PREFIX):
-            raise ReplicationError(f"cannot listen at {address!r}: use unix:PATH")
-        if (path := socket_path(address).absolute()) not in sockets:
-            sockets.append(path)
+    own = UnixAddress(store / SOCKET_NAME)
+    addresses = [own, *(place for place in listen_addresses(listen, route) if place != own)]
     guardian = Guardian(ready_fd)
 
     async def main(ready: Ready) -> None:
         try:
-            await _serve(store, sockets, ready, guardian)
+            await _serve(store, addresses, route, ready, guardian)
         except BaseException as error:
             guardian.failed(explain(cause(error)))
             if ready_fd is not None:
@@ -69,20 +72,14 @@ def second(
     run(main, foreground=foreground, log_file=log_file, debug=debug)
 
 
-async def _serve(path: Path, sockets: list[Path], ready: Ready, guardian: Guardian) -> None:
+async def _serve(path: Path, addresses: Sequence[Address], route: Route, ready: Ready, guardian: Guardian) -> None:
     """The second appliance's process: opens the store, serves it, closes it."""
     store = await trio.to_thread.run_sync(_open_or_make, path)
     failed = True
     try:
         appliance = SecondAppliance(store, maintain=True)
-        listeners: list[Listener] = []
-        try:
-            for place in sockets:
-                listeners.append(await _listen(place, own=place.parent == path))
-        except BaseException:
-            for listener in listeners:
-                await listener.aclose()
-            raise
+        # The store's lock says that nobody else listens within it.
+        listeners = await open_listeners(addresses, route, own=path / SOCKET_NAME)
         async with trio.open_nursery() as nursery:
             await nursery.start(_watch_signals, appliance, ready)
             nursery.start_soon(guardian.watch, appliance.stop)
@@ -103,21 +100,6 @@ def _open_or_make(path: Path) -> Store:
     if not path.exists() or not any(path.iterdir()):
         Store.create(path)
     return Store.open(path)
-
-
-async def _listen(path: Path, *, own: bool) -> Listener:
-    """The listener at `path`. `own`: within the store, whose lock says that nobody else listens there."""
-    stale = own
-    if not own and path.is_socket():
-        try:
-            await request(f"{UNIX_PREFIX}{path}", None, "status", timeout=5)
-        except NoAppliance:
-            stale = True
-        except RewindError as error:
-            raise ReplicationError(f"cannot listen at {path}: another process does") from error
-        else:
-            raise ReplicationError(f"cannot listen at {path}: another appliance does")
-    return listen_unix(path, replace_stale=stale)
 
 
 async def _watch_signals(

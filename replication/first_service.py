@@ -1,0 +1,294 @@
+"""A first appliance as a service: agents' records on their way to the second appliance, each agent with its own queue.
+
+Invariants:
+- one-writer: a group has one Relay, and that one feeder. Who may feed a group is for the second appliance to say; while
+  it has not said so to a newcomer, whoever feeds the group goes on.
+- A Relay is given up only when all it took is durable, when its history is lost, when another agent has taken the group
+  over, or when a newer start of its own agent has waited for it in vain, which reconciles what is marked.
+- bounded: sessions, groups, and the bytes of each queue have limits.
+
+An agent that connects again, in its epoch, goes on with its Relay, without the second appliance. One that comes in a
+newer epoch waits until the records of the older one are through, for they precede its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from replication.errors import HandshakeRefused, HistoryLost, LinkDown, ProtocolError
+from replication.identity import Peer
+from replication.messages import ErrorCode, Hello, Role
+from replication.modes import Mode
+from replication.outbox import QUEUE_BYTES_MAX
+from replication.relay import UPSTREAM_SECONDS, Connect, Relay
+from replication.relay_control import relay_control
+from replication.relay_session import RelaySession
+from replication.server_end import Refused, ServerEnd
+from replication.status import LinkState
+from replication.transport import Connection, Listener
+
+log = logging.getLogger("rewindfs.first_service")
+
+SESSIONS_MAX: Final = 64
+GROUPS_MAX: Final = 64
+"""Most groups whose records are kept at a time; times the bytes of a queue, that is what memory they take."""
+SAME_EPOCH_SECONDS: Final = 5.0
+"""How long an agent that connects again waits for its connection before to be seen to have ended."""
+OLDER_EPOCH_SECONDS: Final = 3.0
+"""How long a newer epoch waits, each time it asks, for the records of the older one."""
+DISCARD_SECONDS: Final = 60.0
+"""How long it asks again, while they do not get through, before they are discarded."""
+IDLE_SECONDS: Final = 60.0
+"""How long a Relay that has nothing to do is kept for its agent."""
+DRAIN_SECONDS: Final = 10.0
+"""How long `stop` waits until what was taken is durable."""
+
+
+@dataclass(slots=True)
+class _Seat:
+    """One group's place. Whoever admits an agent to it holds the lock."""
+
+    lock: trio.Lock = field(default_factory=trio.Lock)
+    relay: Relay | None = None
+    users: int = 0
+    """Sessions that are admitted, or wait for it."""
+
+
+class FirstService:
+    """Serves agents, and passes on the commands of others."""
+
+    def __init__(
+        self,
+        connect: Connect,
+        *,
+        mode: Mode = Mode.ASYNC,
+        queue_bytes_max: int = QUEUE_BYTES_MAX,
+        sessions_max: int = SESSIONS_MAX,
+    ) -> None:
+        """`connect` opens a connection to the second appliance. `mode` is for agents that leave it to this side,
+        `queue_bytes_max` for each group."""
+        self.connect = connect
+        self._mode = mode
+        self._queue_bytes_max = queue_bytes_max
+        self._sessions_max = sessions_max
+        self._ends: set[ServerEnd] = set()
+        self._seats: dict[str, _Seat] = {}
+        self._relays: trio.Nursery | None = None
+        self._stop = trio.Event()
+        self._left = trio.Event()
+
+    def stop(self) -> None:
+        """Have `serve` take nothing more, make durable what it has taken if it can, and return."""
+        self._stop.set()
+
+    def relays(self) -> list[Relay]:
+        """Those that there are now."""
+        return [seat.relay for seat in self._seats.values() if seat.relay is not None]
+
+    async def serve(
+        self, listeners: Sequence[Listener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serves until `stop`; closes the listeners."""
+        async with trio.open_nursery() as self._relays:
+            self._relays.start_soon(self._close_idle)
+            async with trio.open_nursery() as sessions:
+                try:
+                    async with trio.open_nursery() as accepting:
+                        for listener in listeners:
+                            accepting.start_soon(self._accept, listener, sessions)
+                        task_status.started()
+                        await self._stop.wait()
+                        accepting.cancel_scope.cancel()
+                finally:
+                    for listener in listeners:
+                        await listener.aclose()
+                for end in self._ends:
+                    end.end(ErrorCode.UNAVAILABLE, "this first appliance is leaving; connect again later")
+                while self._ends:
+                    await self._left.wait()
+                sessions.cancel_scope.cancel()
+            await self._drain()
+            self._relays.cancel_scope.cancel()
+
+    async def serve_connection(self, connection: Connection) -> None:
+        """One session, from Hello to its end; closes the connection. Raises nothing of the peer's making."""
+        end = ServerEnd(connection)
+        if len(self._ends) >= self._sessions_max:
+            end.end(ErrorCode.REFUSED, f"{self._sessions_max} sessions are open already; try again later")
+        self._ends.add(end)
+        try:
+            await end.run(lambda: self._converse(end))
+        finally:
+            self._ends.discard(end)
+            left, self._left = self._left, trio.Event()
+            left.set()
+
+    # --- who is let in ---
+
+    async def _converse(self, end: ServerEnd) -> None:
+        hello = await end.hello()
+        if hello is None:
+            return
+        _check_peer(end.connection.peer, hello)
+        if hello.role is Role.AGENT:
+            await self._serve_agent(end, hello)
+        else:
+            await relay_control(end, hello, self.connect)
+
+    async def _serve_agent(self, end: ServerEnd, hello: Hello) -> None:
+        seat = self._seats.get(hello.group)
+        if seat is None:
+            if len(self._seats) >= GROUPS_MAX:
+                raise Refused(f"{GROUPS_MAX} groups are served here already; use another first appliance")
+            seat = self._seats[hello.group] = _Seat()
+        seat.users += 1
+        try:
+            async with seat.lock:
+                relay = await self._admit(seat, hello)
+                session = RelaySession(end, relay)
+                relay.feed(session)
+            await session.run()
+        finally:
+            seat.users -= 1
+            self._tidy(hello.group, seat)
+
+    async def _admit(self, seat: _Seat, hello: Hello) -> Relay:
+        """The relay that the agent may feed: nobody feeds it now. Raises Refused."""
+        relay = seat.relay
+        if relay is not None and relay.agent == hello.agent:
+            if hello.epoch < relay.epoch:
+                raise Refused(f"epoch {hello.epoch} of group {hello.group!r} is over: epoch {relay.epoch} has begun")
+            if hello.epoch > relay.epoch:
+                await self._end_older(relay, hello)
+            elif await self._goes_on(relay, hello):
+                return relay
+        return await self._begin(seat, hello)
+
+    async def _goes_on(self, relay: Relay, hello: Hello) -> bool:
+        """Whether the agent, connecting again, can go on with its relay. Raises Refused."""
+        if relay.feeder is not None:
+            with trio.move_on_after(SAME_EPOCH_SECONDS):
+                await relay.feeder.ended.wait()
+        if relay.feeder is not None:
+            text = f"another agent of epoch {hello.epoch} feeds group {hello.group!r}; unmount that one first"
+            raise Refused(text)
+        if relay.lost is not None or relay.ended.is_set():
+            return False
+        if hello.mode is not None and hello.mode is not relay.first.mode:
+            relay.first.switch_mode(hello.mode)
+        return True
+
+    async def _begin(self, seat: _Seat, hello: Hello) -> Relay:
+        """A new relay, once the second appliance has taken the agent in; then whoever fed the group is out."""
+        assert self._relays is not None, "serve runs"
+        relay = Relay(self.connect, hello, self._mode, bytes_max=self._queue_bytes_max)
+        try:
+            with trio.fail_after(UPSTREAM_SECONDS):
+                await relay.start()
+        except HandshakeRefused as error:
+            raise Refused(str(error), error.code) from error
+        except trio.TooSlowError as error:
+            text = f"the second appliance does not answer within {UPSTREAM_SECONDS:g} s"
+            raise Refused(text, ErrorCode.UNAVAILABLE) from error
+        except (LinkDown, ProtocolError) as error:
+            text = f"the first appliance cannot reach the second one: {error}"
+            raise Refused(text, ErrorCode.UNAVAILABLE) from error
+        other, seat.relay = seat.relay, relay
+        self._relays.start_soon(self._run, hello.group, seat, relay)
+        if other is not None:
+            if other.feeder is not None:
+                other.feeder.end(ErrorCode.FENCED, f"another agent feeds group {hello.group!r} now")
+            other.close()
+        return relay
+
+    async def _end_older(self, relay: Relay, hello: Hello) -> None:
+        """Sees that what is left of the agent's older epoch is durable, or is no more. Raises Refused."""
+        if relay.feeder is not None:
+            relay.feeder.end(ErrorCode.REFUSED, f"a newer start of the agent, epoch {hello.epoch}, feeds the group")
+            await relay.feeder.ended.wait()
+        with trio.move_on_after(OLDER_EPOCH_SECONDS):
+            try:
+                await relay.first.drain()
+            except HistoryLost as error:
+                log.warning("group %r: %s", hello.group, error)
+        status = relay.first.status()
+        if not relay.settled and relay.lost is None:
+            left = f"{status.queued_records} records of the agent's start before"
+            if status.link is not LinkState.CONNECTED:
+                text = f"{left} are kept here, and the second appliance cannot be reached: {status.error}"
+                raise Refused(text, ErrorCode.UNAVAILABLE)
+            now = trio.current_time()
+            relay.leaves_by = relay.leaves_by or now + DISCARD_SECONDS
+            if now < relay.leaves_by:
+                raise Refused(f"{left} are on their way to the second appliance; try again", ErrorCode.UNAVAILABLE)
+            log.warning("group %r: %s were not sent in time and are discarded", hello.group, left)
+        relay.close()
+        await relay.ended.wait()
+
+    # --- what there is ---
+
+    async def _run(self, group: str, seat: _Seat, relay: Relay) -> None:
+        log.info("group %r: records of epoch %d go on from %d", group, relay.epoch, relay.first.last_seq + 1)
+        await relay.run()
+        if seat.relay is relay:
+            seat.relay = None
+        self._tidy(group, seat)
+
+    def _tidy(self, group: str, seat: _Seat) -> None:
+        if not seat.users and seat.relay is None and self._seats.get(group) is seat:
+            del self._seats[group]
+
+    async def _close_idle(self) -> None:
+        while True:
+            await trio.sleep(IDLE_SECONDS / 4)
+            past = trio.current_time() - IDLE_SECONDS
+            for relay in self.relays():
+                if relay.feeder is None and relay.settled and relay.idle_since < past:
+                    log.info("group %r: nothing to do for %g s", relay.group, IDLE_SECONDS)
+                    relay.close()
+
+    async def _drain(self) -> None:
+        with trio.move_on_after(DRAIN_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for relay in self.relays():
+                    nursery.start_soon(_drain, relay)
+        for relay in self.relays():
+            if not relay.settled:
+                log.warning(
+                    "group %r: %d records are not durable at the second appliance; the agent still has them, and a "
+                    "restarted one reconciles what is marked",
+                    relay.group,
+                    relay.first.status().queued_records,
+                )
+
+    async def _accept(self, listener: Listener, sessions: trio.Nursery) -> None:
+        while True:
+            try:
+                connection = await listener.accept()
+            except OSError as error:
+                log.error("cannot accept a connection, trying again in 1 s: %s", error)
+                await trio.sleep(1)
+            else:
+                sessions.start_soon(self.serve_connection, connection)
+
+
+async def _drain(relay: Relay) -> None:
+    try:
+        await relay.first.drain()
+    except HistoryLost as error:
+        log.warning("group %r: %s", relay.group, error)
+
+
+def _check_peer(peer: Peer | None, hello: Hello) -> None:
+    """Raises Refused where the peer's key does not allow what it wants to be. The second appliance sees this one's."""
+    if peer is None or peer.role is Role.ADMIN:
+        return
+    if peer.role is None or not (hello.role is peer.role or hello.role is Role.READER):
+        raise Refused(f"{peer.name} may not connect as {hello.role.value}; see `rewindfs identity trust`")
+    if not hello.group or not peer.may_touch(hello.group):
+        raise Refused(f"{peer.name} may not touch group {hello.group!r}; see `rewindfs identity trust`")

@@ -1,0 +1,87 @@
+"""A command's session at a first appliance: passed on to the second one, which is who answers it.
+
+Invariant: nothing is answered here, and nothing is kept: when one of the two connections ends, so does the other.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+from replication.errors import LinkDown, ProtocolError
+from replication.messages import ErrorCode, Failure, Hello, Message, Reply, Request, Welcome
+from replication.relay import UPSTREAM_SECONDS, Connect
+from replication.server_end import Refused, ServerEnd
+from replication.session import Session, Side
+from replication.transport import Connection
+
+CONTROL_IDLE_SECONDS: Final = 600.0
+"""How long a command's session may say nothing."""
+
+
+async def relay_control(end: ServerEnd, hello: Hello, connect: Connect) -> None:
+    """Serves the session until one side ends it. Raises Refused."""
+    session = Session(Side.CLIENT)
+    with trio.move_on_after(UPSTREAM_SECONDS) as patience:
+        connection = await _connected(connect)
+    if patience.cancelled_caught:
+        raise Refused(f"the second appliance does not answer within {UPSTREAM_SECONDS:g} s", ErrorCode.UNAVAILABLE)
+    async with connection:
+        try:
+            await connection.send(session.send(hello))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_pass_requests, end, connection, session, nursery.cancel_scope)
+                with end.guard():
+                    await _pass_replies(end, connection, session)
+                nursery.cancel_scope.cancel()
+        except LinkDown as error:
+            raise Refused(str(error), ErrorCode.UNAVAILABLE) from error
+
+
+async def _connected(connect: Connect) -> Connection:
+    try:
+        return await connect()
+    except LinkDown as error:
+        raise Refused(f"the first appliance cannot reach the second one: {error}", ErrorCode.UNAVAILABLE) from error
+
+
+async def _pass_replies(end: ServerEnd, connection: Connection, session: Session) -> None:
+    """What the second appliance says, until it says no more."""
+    while True:
+        message = await _next(connection, session)
+        if isinstance(message, Failure):
+            raise Refused(message.text, message.code)
+        if not isinstance(message, (Welcome, Reply)):
+            raise Refused(f"the second appliance said {type(message).__name__} to a command", ErrorCode.UNAVAILABLE)
+        end.say(message)
+        await end.room_to_say()
+
+
+async def _next(connection: Connection, session: Session) -> Message:
+    try:
+        while (message := session.next_event()) is None:
+            data = await connection.receive()
+            if not data:
+                raise Refused("the second appliance closed the connection", ErrorCode.UNAVAILABLE)
+            session.receive_data(data)
+    except (LinkDown, ProtocolError) as error:
+        # Of the link behind this one: the peer has done nothing wrong.
+        raise Refused(f"the link to the second appliance: {error}", ErrorCode.UNAVAILABLE) from error
+    return message
+
+
+async def _pass_requests(end: ServerEnd, connection: Connection, session: Session, both: trio.CancelScope) -> None:
+    with end.guard():
+        while True:
+            while (message := end.session.next_event()) is not None:
+                if isinstance(message, Request):
+                    await connection.send(session.send(message))
+                elif isinstance(message, Failure):
+                    both.cancel()
+            with trio.move_on_after(CONTROL_IDLE_SECONDS):
+                if data := await end.receive():
+                    end.session.receive_data(data)
+                    continue
+            both.cancel()
+            return
