@@ -251,6 +251,9 @@ class Identity:
 def default_directory() -> Path:
     """Where the identity is unless an option says otherwise: REWINDFS_IDENTITY, else root's or the user's own place."""
     if chosen := os.environ.get(DIRECTORY_VARIABLE):
+        if not os.path.isabs(chosen):
+            # A process in the background is in another directory than the command that started it.
+            raise IdentityError(f"{DIRECTORY_VARIABLE} is {chosen!r}; it must be an absolute path")
         return Path(chosen)
     if os.geteuid() == 0:
         return Path("/etc/rewindfs/identity")

@@ -25,8 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 CERTIFICATE_BYTES_MAX: Final = 1 << 20
 
 
-def identity_option(function: F) -> F:
-    """`--identity DIR`, for every command that may use tls://: the parameter `identity` is a Path or None."""
+def _identity_option(function: F) -> F:
     return click.option(
         "--identity",
         type=click.Path(path_type=Path, file_okay=False),
@@ -35,20 +34,11 @@ def identity_option(function: F) -> F:
     )(function)
 
 
-def insecure_tcp_option(function: F) -> F:
-    """`--insecure-tcp`, for every command that connects or listens: the parameter `insecure_tcp`."""
-    return click.option(
-        "--insecure-tcp",
-        is_flag=True,
-        help="Allow tcp:// beyond this machine: unencrypted, and open to whoever can reach the port.",
-    )(function)
-
-
 def _default_text() -> str:
     return "/etc/rewindfs/identity for root, ~/.config/rewindfs/identity for others"
 
 
-def chosen(directory: Path | None) -> Identity:
+def _chosen(directory: Path | None) -> Identity:
     """The identity that the option named, or the default one; its path is absolute."""
     return Identity((directory or default_directory()).absolute())
 
@@ -65,11 +55,11 @@ def identity() -> None:
 
 @identity.command()
 @click.option("--replace", is_flag=True, help="Give up the key that is there. Every peer must then trust the new one.")
-@identity_option
+@_identity_option
 @json_option
 def create(replace: bool, identity: Path | None, as_json: bool) -> None:
     """Make the key and the certificate of this machine."""
-    here = chosen(identity)
+    here = _chosen(identity)
     certificate = here.create(replace=replace)
     if as_json:
         print_json({"fingerprint": certificate.fingerprint, "directory": str(here.directory)})
@@ -80,11 +70,11 @@ def create(replace: bool, identity: Path | None, as_json: bool) -> None:
 
 
 @identity.command()
-@identity_option
+@_identity_option
 @json_option
 def show(identity: Path | None, as_json: bool) -> None:
     """Print the fingerprint and the certificate of this machine. Neither is secret."""
-    here = chosen(identity)
+    here = _chosen(identity)
     certificate = here.certificate()
     if as_json:
         print_json(
@@ -114,7 +104,7 @@ def show(identity: Path | None, as_json: bool) -> None:
 @click.option(
     "--name", metavar="N", help="What to call it here. Default: what it is called already, or the file's name."
 )
-@identity_option
+@_identity_option
 @json_option
 def trust(
     certificate: Path,
@@ -139,7 +129,7 @@ def trust(
         raise click.UsageError("--group must not be empty; leave it out for all groups")
     where = "stdin" if str(certificate) == "-" else str(certificate)
     given = read_certificate(_content(certificate), where)
-    here = chosen(identity)
+    here = _chosen(identity)
     known = here.trusted()
     if name is None and where != "stdin" and all(one.peer.fingerprint != given.fingerprint for one in known):
         name = _name_of(certificate, {one.peer.name for one in known})
@@ -152,11 +142,11 @@ def trust(
 
 
 @identity.command("list")
-@identity_option
+@_identity_option
 @json_option
 def list_(identity: Path | None, as_json: bool) -> None:
     """List whom this machine trusts."""
-    peers = [one.peer for one in chosen(identity).trusted()]
+    peers = [one.peer for one in _chosen(identity).trusted()]
     if as_json:
         print_json([_fields(peer) for peer in peers])
     else:
@@ -168,11 +158,11 @@ def list_(identity: Path | None, as_json: bool) -> None:
 
 @identity.command()
 @click.argument("who", metavar="FINGERPRINT|NAME")
-@identity_option
+@_identity_option
 @json_option
 def revoke(who: str, identity: Path | None, as_json: bool) -> None:
     """Trust a key no longer. A running appliance ends its sessions within seconds."""
-    peer = chosen(identity).revoke(who)
+    peer = _chosen(identity).revoke(who)
     if as_json:
         print_json(_fields(peer))
     else:

@@ -34,6 +34,9 @@ PIECE_BYTES: Final = 256 << 10
 """Encrypted or decrypted in one go, and received at most."""
 RECORD_BYTES: Final = 16 << 10
 """Most that one TLS record carries."""
+RENEW_BYTES: Final = 1 << 38
+"""How much goes one way under one key: what RFC 8446 5.5 allows AES-GCM, and a third less. The library has no call to
+change keys within a connection, so a new connection does."""
 
 
 class Untrusted(LinkDown):
@@ -112,6 +115,7 @@ class TlsConnection(Connection):
         self._proving = trio.Lock()
         self._failure: LinkDown | None = None
         self._sending = False
+        self._sent_bytes = 0
         self._early = b""
         """What came with the end of the handshake."""
         self.certificate = b""
@@ -214,6 +218,9 @@ class TlsConnection(Connection):
             if self._engine is None:
                 await self.prove()
             whole = memoryview(b"".join(buffers))
+            self._sent_bytes += len(whole)
+            if self._sent_bytes > RENEW_BYTES:
+                raise LinkDown(f"{RENEW_BYTES >> 30} GiB were sent under one key; the next connection has another")
             for start in range(0, len(whole), PIECE_BYTES):
                 self._encrypt(whole[start : start + PIECE_BYTES])
                 await self._flush()

@@ -303,6 +303,9 @@ def test_where_an_identity_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_directory() == Path("/c/rewindfs/identity")
     monkeypatch.setenv("REWINDFS_IDENTITY", "/i")
     assert default_directory() == Path("/i")
+    monkeypatch.setenv("REWINDFS_IDENTITY", "i")
+    with pytest.raises(IdentityError, match="must be an absolute path"):
+        default_directory()
 
 
 def test_who_only_connects_or_serves_loads_no_cryptography() -> None:

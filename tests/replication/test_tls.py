@@ -437,6 +437,18 @@ async def test_what_is_cut_off_is_not_used(tmp_path: Path) -> None:
         assert await said(other) == b"whole"
 
 
+async def test_a_key_that_has_served_long_enough_ends_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "RENEW_BYTES", 1000)
+    async with open_pair("tls", tmp_path) as (one, other):
+        await one.send([bytes(1000)])
+        await other.send([bytes(1000)])
+        with pytest.raises(LinkDown, match="under one key"):
+            await one.send([b"x"])
+        assert await receive_exactly(other, 1000) == bytes(1000)
+
+
 @pytest.mark.parametrize("kind", ["tcp", "tls"])
 async def test_a_connection_that_is_reset_is_link_down(tmp_path: Path, kind: str) -> None:
     async with open_pair(kind, tmp_path) as (one, other):
