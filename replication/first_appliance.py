@@ -336,6 +336,12 @@ class FirstAppliance:
         Raises HistoryLost."""
         await self.reached(self._last_seq, Level.DURABLE)
 
+    async def keep_all(self) -> bool:
+        """For a clean end in an outage, while `run` is at work: waits until everything taken so far is in the spool, or
+        kept by the peer; the caller sets a limit of time. False, at once, where it cannot be."""
+        self._close_aggregate()
+        return self._spooler is not None and await self._spooler.keep_all()
+
     async def run(self) -> None:
         """Forwards, reconnects, watches for outages. Returns once the link is LOST; else until cancelled, which closes
         the connection and leaves what is queued unsent."""

@@ -109,8 +109,7 @@ class Spooler:
         self.look()
 
     async def keep_all(self) -> bool:
-        """Waits until everything in the queue is on this side's disk: True; False when it cannot be. For a clean end in
-        an outage; `run` is at work."""
+        """Waits until nothing is in memory only: True; False when it cannot be. `run` is at work meanwhile."""
         self._forced = True
         try:
             while self._outbox.unspooled(1):
@@ -118,7 +117,8 @@ class Spooler:
                     return False
                 self._written = trio.Event()
                 self.look()
-                await self._written.wait()
+                with trio.move_on_after(SPOOL_AFTER_SECONDS):  # or the peer keeps them, and there is nothing to write
+                    await self._written.wait()
             return True
         finally:
             self._forced = False
