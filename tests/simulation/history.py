@@ -37,6 +37,8 @@ from tests.simulation.trace import Trace, Violation
 
 REGION_BYTES = 32 << 10
 """So that small files have several."""
+COMPARE_UNITS = (4 << 10, 8 << 10, 16 << 10, REGION_BYTES)
+"""From a block to a region, as the real ones are."""
 IDLE_SECONDS = 2.0
 HOUSEKEEPING_SECONDS = 0.7
 MARK_AHEAD_REGIONS = 2
@@ -210,6 +212,8 @@ def _deterministic(seed: int, applications: Applications, *, echo: bool) -> Iter
             "REGION_BYTES": REGION_BYTES,
             "IDLE_SECONDS": IDLE_SECONDS,
             "HOUSEKEEPING_SECONDS": HOUSEKEEPING_SECONDS,
+            "COMPARE_UNITS": COMPARE_UNITS,
+            "SUM_UNITS": COMPARE_UNITS[1:3],
             "OFFER_BLOCKS_MIN": 1,
             "MARK_AHEAD_REGIONS": MARK_AHEAD_REGIONS,
         }.items():
