@@ -10,6 +10,7 @@ a killed mount, or an outage longer than the mount was told to wait, leaves.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import random
 import sys
@@ -249,6 +250,10 @@ class Chaos:
         fd = os.open(ballast, os.O_WRONLY | os.O_CREAT, 0o600)
         try:
             os.posix_fallocate(fd, 0, max(1, (free.f_bavail - 64) * free.f_frsize))
+        except OSError as error:
+            # The store was faster: full it is.
+            if error.errno != errno.ENOSPC:
+                raise
         finally:
             os.close(fd)
         return ballast.unlink
