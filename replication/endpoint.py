@@ -18,8 +18,8 @@ async def connect(
     """A connection to who listens at `address`; over tls:// to a peer that has proved its key.
 
     `identity` None is the one of `default_directory()`; only tls:// looks at it. `insecure_tcp` allows plain TCP beyond
-    the loopback. Raises AddressError, else LinkDown, which may pass; of it `tls.Untrusted` where a key is missing or
-    not trusted. Takes at most 20 s.
+    the loopback. Raises AddressError or, where there can be no default directory, IdentityError; else LinkDown, which
+    may pass; of it `tls.Untrusted` where a key is missing or not trusted. Takes at most 20 s.
     """
     place = address if isinstance(address, Address) else parse_address(address)
     if isinstance(place, UnixAddress):
