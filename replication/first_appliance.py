@@ -23,6 +23,7 @@ from typing import Final
 import trio
 
 from dedup.types import Aggregate, Epoch, Record, Seq, VolumeState, Write
+from replication.bandwidth import Bandwidth
 from replication.errors import (
     Fenced,
     HandshakeRefused,
@@ -89,6 +90,7 @@ class FirstAppliance:
         outage_after: float = OUTAGE_AFTER_SECONDS,
         queue_bytes_max: int = QUEUE_BYTES_MAX,
         offers: bool | None = None,
+        bytes_per_second: int = 0,
         spool: Spool | None = None,
         on_change: Callable[[FirstApplianceStatus], None] | None = None,
         on_lost: Callable[[HistoryLost], None] | None = None,
@@ -98,6 +100,7 @@ class FirstAppliance:
         raises LinkDown. `epoch` is greater than any used before. `agent` feeds the group, or is to `take_over`.
         `mode` None leaves it to the first appliance that it goes `through`. `outage` None leaves it to the mode.
         `offers`: whether an aggregate is offered before it is sent; None where the link is not a local one.
+        `bytes_per_second` is the most that goes over the link; 0 for no limit.
         `spool` is where an outage's records go; the caller opens it before and closes it after `run`. What it holds of
         an older epoch is sent by `start`. `on_change` is called when the link or the outage changes, `on_lost` once,
         `on_progress` after each rise of the levels; none may wait or raise."""
@@ -127,6 +130,8 @@ class FirstAppliance:
         self._room = RoomQueue()
         self._aggregate_opened = trio.Event()
         self._questions = Questions()
+        self.bandwidth = Bandwidth(bytes_per_second)
+        """What may go over the link; can be changed at any time."""
         self._spooler: Spooler | None = None
         if spool is not None:
             self._spooler = Spooler(
@@ -478,6 +483,7 @@ class FirstAppliance:
             self._policy.gather_seconds,
             traffic=self._traffic,
             offering=self._offering(connection, welcome.digest_key),
+            bandwidth=self.bandwidth,
         )
         # A full store takes the session and refuses the record: only progress, or nothing to do, shows that it is over.
         if self._link_state is not LinkState.FULL or not self._outbox.unheld:
@@ -599,6 +605,7 @@ class FirstAppliance:
             through=self._through,
             mode=None,
             queue_bytes_max=self._queue_bytes_max,
+            bytes_per_second=self.bandwidth.bytes_per_second,
             spool=self._spooler.spool,
         )
 

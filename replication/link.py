@@ -18,6 +18,7 @@ from typing import Final
 import trio
 
 from dedup.types import Aggregate, Seq, VolumeState
+from replication.bandwidth import Bandwidth
 from replication.errors import HandshakeRefused, LinkDown, ProtocolError
 from replication.messages import (
     Failure,
@@ -108,8 +109,9 @@ class Link:
         *,
         traffic: Traffic | None = None,
         offering: Offering | None = None,
+        bandwidth: Bandwidth | None = None,
     ) -> None:
-        """`traffic` is counted on; without `offering` every frame goes as it is."""
+        """`traffic` is counted on; without `offering` every frame goes as it is; `bandwidth` limits what is sent."""
         self.gather_seconds = gather_seconds
         """How long a frame may wait for company; may be changed at any time."""
         self._connection = connection
@@ -117,6 +119,7 @@ class Link:
         self._outbox = outbox
         self._traffic = traffic or Traffic()
         self._offering = offering
+        self._bandwidth = bandwidth or Bandwidth()
         self._requests: deque[Request] = deque()
         self._cut: list[Buffer] = []
         """The rest of a frame of which a part has left."""
@@ -153,7 +156,12 @@ class Link:
             return
         if not alone:
             self._rest = ANSWER_REST
-        elif not self._cut and not self.gather_seconds and (self._offering is None or frame.kind is not Aggregate):
+        elif (
+            not self._cut
+            and not self.gather_seconds
+            and not self._bandwidth.bytes_per_second
+            and (self._offering is None or frame.kind is not Aggregate)
+        ):
             self._send_now()
             if not self._cut and not self._due():
                 return
@@ -272,7 +280,10 @@ class Link:
             buffers = self._next_buffers(offer)
             if buffers:
                 self._traffic.sent += sum(map(len, buffers))
-                await self._connection.send(buffers)
+                if self._bandwidth.limited:
+                    await self._bandwidth.send(self._connection.send, buffers)
+                else:
+                    await self._connection.send(buffers)
                 continue
             self._wake, self._hurry = trio.Event(), trio.Event()
             try:
@@ -334,12 +345,16 @@ class Link:
                 buffers += frame.buffers
         return buffers
 
+    @property
+    def _send_bytes(self) -> int:
+        return self._bandwidth.piece_bytes if self._bandwidth.limited else SEND_BYTES
+
     def _next_frames(self) -> list[Frame]:
         if self._offering is None:
-            return self._outbox.take(SEND_BYTES)
+            return self._outbox.take(self._send_bytes)
         frames: list[Frame] = []
         total = 0
-        while total < SEND_BYTES and (ahead := self._outbox.ahead(1)) and not self._offering.held_back(ahead[0]):
+        while total < self._send_bytes and (ahead := self._outbox.ahead(1)) and not self._offering.held_back(ahead[0]):
             frames += self._outbox.take(0)
             total += frames[-1].bytes
         return frames
