@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ def ext4_on_loop(image: Path, place: Path) -> Iterator[Path]:
         yield Path("/sys/block") / Path(device.strip()).name / "stat"
     finally:
         subprocess.run(["umount", place], check=True)
+        # The kernel lets go of the image a while after its last user, and says nothing.
+        while subprocess.run(["losetup", "-j", image], check=True, capture_output=True).stdout:
+            time.sleep(0.1)
 
 
 def measure(directory: Path, mode: str, programs: Path, round_trip: float, scale: int, seconds: int) -> None:
