@@ -473,11 +473,11 @@ class Agent:
         for volume in self.tracker.unsynced(monotonic()):
             await self._sync_source(volume)
         self.tracker.durable(durable := self.first.durable)
-        if self.link.equal and self.tracker.has_clearable(monotonic()):
+        if self.tracker.has_clearable(monotonic()):
             await trio.to_thread.run_sync(keep, durable)
-            # A change may have gone unrecorded meanwhile, and its region must keep its mark.
-            if self.link.equal:
-                self.intent.clear(self.tracker.clearable(monotonic()))
+            # Looked at now: a change may have gone unrecorded meanwhile, and its region must keep its mark.
+            spells = None if self.link.equal else self.link.spells
+            self.intent.clear(self.tracker.clearable(monotonic(), spells))
         await self.intent.flush()
 
     async def _sync_source(self, volume: VolumeId) -> None:

@@ -241,7 +241,7 @@ class IntentLog:
         if wanted.start < 0 or wanted.stop > REGIONS_MAX or not wanted:
             raise ValueError(f"regions {first_region}..{last_region} of volume {volume}")
         sequential = (volume, first_region - 1) in self._recent
-        if all(self.is_marked(volume, region) for region in wanted):
+        if self._all_marked(volume, wanted):
             await trio.lowlevel.checkpoint()
             return wanted
         if sequential:
@@ -249,6 +249,14 @@ class IntentLog:
         self._recent.append((volume, wanted.stop - 1))
         await self._join([(volume, wanted)])
         return wanted
+
+    async def mark_ranges(self, ranges: Iterable[tuple[VolumeId, range]]) -> None:
+        """Return when all these regions are durably marked, with one sync. Raises IntentLogFailed."""
+        missing = [(volume, regions) for volume, regions in ranges if not self._all_marked(volume, regions)]
+        if missing:
+            await self._join(missing)
+        else:
+            await trio.lowlevel.checkpoint()
 
     def clear(self, regions: Iterable[tuple[VolumeId, int]]) -> None:
         """These regions are equal at source and store. Counts at once, reaches the disk with a later sync."""
@@ -320,6 +328,9 @@ class IntentLog:
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
+
+    def _all_marked(self, volume: VolumeId, regions: range) -> bool:
+        return all(self.is_marked(volume, region) for region in regions)
 
     def _settle_namespace(self) -> None:
         if not self._namespace_changes and not self._found_namespace:

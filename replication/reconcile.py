@@ -90,6 +90,11 @@ class Reconciled:
     """Bytes of all frames that the reconcile sent, data and questions."""
     differing_blocks: int = 0
 
+    def begin(self, kind: str) -> None:
+        """Another reconcile: everything from nothing."""
+        self.kind = kind
+        self.done = self.total = self.compared = self.sent = self.said = self.differing_blocks = 0
+
     def document(self) -> dict[str, object]:
         """The `reconcile` of `status`."""
         differing = self.differing_blocks * BLOCK_BYTES

@@ -2,7 +2,8 @@
 
 Invariants:
 - acknowledged-is-kept: a region is clearable only when no write is in flight there, its last record is durable at the
-  second appliance, a source fdatasync begun after its last pwrite has succeeded, and it has rested `IDLE_SECONDS`.
+  second appliance, a source fdatasync begun after its last pwrite has succeeded, and it has rested `IDLE_SECONDS`, or
+  nobody wrote there since a reconcile found it equal.
 - bounded: at most `limit` regions are followed, and those with writes in flight.
 
 Pure: no IO and no clock; time is passed in, in seconds of any clock that never goes back.
@@ -27,6 +28,7 @@ TRACKED_REGIONS_MAX: Final = 65536
 """Regions a RegionTracker follows; what is pushed out keeps its mark."""
 
 _NO_SEQ: Final = Seq(0)
+_LONG_AGO: Final = float("-inf")
 
 
 def regions_of(offset: int, length: int) -> range:
@@ -42,6 +44,8 @@ class _Tracked:
     ended: int = 0
     """The token at the end of its last write."""
     touched: float = 0.0
+    spells: int | None = None
+    """How often changes had begun to go unrecorded when a reconcile that found it equal began; None: none did yet."""
 
 
 class RegionTracker:
@@ -61,6 +65,9 @@ class RegionTracker:
 
     def __len__(self) -> int:
         return len(self._regions)
+
+    def __contains__(self, key: tuple[VolumeId, int]) -> bool:
+        return key in self._regions
 
     def write_begin(self, volume: VolumeId, offset: int, length: int, seq: Seq = _NO_SEQ, *, now: float) -> None:
         """A write is on its way. Call it before looking at the mark: from here on the mark stays."""
@@ -87,6 +94,19 @@ class RegionTracker:
             self._touch(volume, region, seq, now).ended = self._token
         self._forget()
 
+    def equal(self, volume: VolumeId, region: int, seq: Seq, spells: int) -> None:
+        """A reconcile found the region equal as of `seq`, having looked when `link.spells` was `spells`. Where nobody
+        writes there is nothing to rest from."""
+        self._token += 1
+        tracked = self._regions.get((volume, region))
+        if tracked is None:
+            tracked = self._regions[volume, region] = _Tracked(touched=_LONG_AGO)
+            self._regions.move_to_end((volume, region), last=False)
+        tracked.seq = max(tracked.seq, seq)
+        tracked.ended = self._token
+        tracked.spells = spells
+        self._forget()
+
     def token(self) -> int:
         """To be taken before a source fdatasync begins, and handed to `source_synced` when it has succeeded."""
         return self._token
@@ -99,13 +119,18 @@ class RegionTracker:
         """Records up to `seq` are durable at the second appliance. Lower than before: ignored."""
         self._durable = max(seq, self._durable)
 
-    def clearable(self, now: float) -> list[tuple[VolumeId, int]]:
-        """Regions whose marks may go now; they are no longer followed. Clear them with no await in between."""
+    def clearable(self, now: float, spells: int | None = None) -> list[tuple[VolumeId, int]]:
+        """Regions whose marks may go now; they are no longer followed. Clear them with no await in between.
+
+        `spells`, while a reconcile is owed: of those only what was found equal since changes went unrecorded last.
+        """
         found = []
         for key, tracked in self._regions.items():
             if now - tracked.touched < IDLE_SECONDS:
                 break
             synced = self._synced.get(key[0], 0)
+            if spells is not None and tracked.spells != spells:
+                continue
             if not tracked.in_flight and tracked.seq <= self._durable and tracked.ended <= synced:
                 found.append(key)
         for key in found:

@@ -15,7 +15,7 @@ from fusefs.volume_table import Volume, VolumeTable
 from replication.agent_link import AgentLink
 from replication.intent_log import IntentLog
 from replication.record_clock import RecordClock
-from replication.region_tracker import IDLE_SECONDS, RegionTracker
+from replication.region_tracker import IDLE_SECONDS, Region, RegionTracker
 from replication.status import LinkState
 from tests.replication.test_agent_link import ScriptedFirst
 
@@ -126,3 +126,26 @@ async def test_correction_spares_what_is_still_on_its_way(bench: Bench, now: Sim
     assert isinstance(correct, Correct)
     assert (correct.refused, correct.size) == (1, 20_000)
     assert (correct.extent.offset, bytes(correct.extent.data)) == (8192, bytes(7))
+
+
+async def test_mark_goes_once_a_reconcile_under_way_found_its_region_equal(bench: Bench, now: SimpleNamespace) -> None:
+    bench.link.equal = False
+    await bench.agent.intent.mark(bench.volume.id, 0, 1)
+    bench.agent.tracker.equal(bench.volume.id, Region(0), Seq(3), bench.link.spells)
+    assert await bench.let_marks_go() == [0, 1]
+    bench.first.durable = Seq(3)
+    assert await bench.let_marks_go() == [1]
+    assert bench.kept[-1] == 3
+
+
+async def test_mark_stays_where_a_change_went_unrecorded_after_the_comparison(
+    bench: Bench, now: SimpleNamespace
+) -> None:
+    bench.link.equal = False
+    await bench.agent.intent.mark(bench.volume.id, 0, 0)
+    bench.agent.tracker.equal(bench.volume.id, Region(0), Seq(0), bench.link.spells)
+    bench.first.answer = False
+    await bench.write(0, b"unrecorded")
+    bench.first.durable = Seq(9)
+    now.time += 10 * IDLE_SECONDS
+    assert await bench.let_marks_go() == [0]

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 
 from dedup.types import ClockRun, Epoch, Seq, TimeNs, VolumeId, VolumeState
 from fusefs.agent_start import Plan, plan
 from fusefs.state_directory import StateDirectory
-from fusefs.volume_table import list_volumes
+from fusefs.volume_table import STATE_DIRECTORY, list_volumes
 from replication.intent_log import IntentLog
 from replication.messages import Welcome
 
@@ -43,6 +44,14 @@ class Left:
         state.serving("store")
         state.ended_cleanly(HELD, list_volumes(source))
         state.close()
+
+    def mark(self, region: int) -> None:
+        async def mark() -> None:
+            intent = IntentLog.open(self.source / STATE_DIRECTORY / "intent")
+            await intent.mark(VolumeId(1), region, region)
+            await intent.close()
+
+        trio.run(mark)
 
     def change_behind_the_mount(self) -> None:
         status = self.file.stat()
@@ -120,3 +129,24 @@ def test_another_agent_s_epochs_in_another_group_mean_nothing(left: Left) -> Non
     assert left.start(replace(WELCOME, epoch=Epoch(9))).everything
     left.start(group="other", served=True)
     assert not left.start(group="other").everything
+
+
+def test_initial_sync_that_was_killed_goes_on_where_it_ended(left: Left) -> None:
+    """No base yet, but this store was served: what is owed is what is marked, and the base."""
+    assert left.start(served=True).clean
+    decided = left.start(replace(WELCOME, has_base=False, reconciling=True))
+    assert not decided.everything and not decided.clean
+    left.mark(0)
+    assert left.start(replace(WELCOME, has_base=False)).regions == {VolumeId(1): [0]}
+
+
+def test_initial_sync_of_another_store_begins_anew(left: Left) -> None:
+    assert left.start(replace(WELCOME, has_base=False, store="another")).everything
+
+
+def test_marks_of_a_mount_that_left_in_the_middle_are_kept_beside_its_clean_mark(left: Left) -> None:
+    left.mark(0)
+    decided = left.start()
+    assert decided.regions == {VolumeId(1): [0]} and not decided.changed
+    left.change_behind_the_mount()
+    assert left.start().changed == ("a.img",)

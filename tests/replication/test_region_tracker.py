@@ -179,3 +179,26 @@ def test_property_the_tracker_says_what_the_rule_says(events: list[tuple[str, in
             expected = model.clearable(now)
             assert set(tracker.clearable(now)) == expected
             model.cleared.update(dict.fromkeys(expected, model.moment))
+
+
+def test_what_a_reconcile_found_equal_need_not_rest() -> None:
+    tracker = RegionTracker()
+    tracker.equal(ONE, 3, Seq(5), spells=0)
+    tracker.source_synced(ONE, tracker.token())
+    tracker.durable(Seq(4))
+    assert tracker.clearable(0, spells=0) == [], "its last record is not durable"
+    tracker.durable(Seq(5))
+    assert tracker.clearable(0, spells=1) == [], "changes went unrecorded since"
+    assert tracker.clearable(0, spells=0) == [(ONE, 3)]
+
+
+def test_while_a_reconcile_is_owed_only_what_it_found_equal_goes() -> None:
+    tracker = RegionTracker()
+    _written(tracker)
+    _all_but_idle(tracker)
+    assert tracker.clearable(IDLE_SECONDS, spells=0) == []
+    tracker.equal(ONE, 0, Seq(1), spells=0)
+    assert tracker.clearable(IDLE_SECONDS, spells=0) == [], "the source was not synced since"
+    _all_but_idle(tracker)
+    assert tracker.clearable(IDLE_SECONDS - 1, spells=0) == [], "an application writes there"
+    assert tracker.clearable(IDLE_SECONDS, spells=0) == [(ONE, 0)]
