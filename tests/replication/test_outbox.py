@@ -122,3 +122,87 @@ def test_a_compare_is_sent_in_one_session_only() -> None:
     assert outbox.bytes < before
     outbox.acknowledge(Seq(2), Seq(2))
     assert outbox.bytes == 0
+
+
+class Ends:
+    """An outbox, the disk of its spool, and a peer, all lists; the peer asserts the order."""
+
+    def __init__(self) -> None:
+        self.outbox = Outbox(Seq(0))
+        self.outbox.rewind(Seq(0))
+        self.disk: list[Frame] = []
+        self.got: list[int] = []
+        self.durable = 0
+        self.linked = True
+
+    def append(self, count: int) -> None:
+        for _ in range(count):
+            self.outbox.append(write(self.outbox.last_seq + 1, 10))
+
+    def take(self, count: int) -> None:
+        for _ in range(count if self.linked else 0):
+            self.got += seqs(self.outbox.take(0))
+
+    def hold(self, back: int) -> None:
+        if self.linked and self.got:
+            self.outbox.acknowledge(Seq(max(self.got[-1] - back, 0)), Seq(self.durable))
+
+    def keep(self, back: int) -> None:
+        if self.linked and self.got:
+            self.durable = max(self.durable, self.got[-1] - back)
+            self.outbox.acknowledge(Seq(self.got[-1]), Seq(self.durable))
+            if self.disk and self.disk[-1].seq <= self.durable:
+                self.disk = []
+
+    def spool(self, count: int) -> None:
+        frames = self.outbox.unspooled(1 << 20)[:count]
+        if frames and (not self.disk or self.disk[-1].seq + 1 == frames[0].first_seq):
+            self.disk += frames
+            self.outbox.spooled(frames[-1].seq)
+
+    def load(self, count: int) -> None:
+        if self.linked and self.outbox.unloaded:
+            at = self.outbox.next_to_load
+            self.outbox.load([frame for frame in self.disk if frame.seq >= at][:count])
+
+    def cut(self, _: int) -> None:
+        self.linked = False
+
+    def link(self, lost: int) -> None:
+        """The peer comes back, perhaps without what was not durable."""
+        self.linked = True
+        held = max(self.durable, len(self.got) - lost)
+        del self.got[held:]
+        self.outbox.rewind(Seq(held))
+
+    def check(self) -> None:
+        outbox = self.outbox
+        assert self.got == list(range(1, len(self.got) + 1))
+        parts = (outbox._held, outbox._sent, outbox._loaded, outbox._waiting)
+        assert outbox.bytes == sum(frame.bytes for part in parts for frame in part)
+        assert outbox.held_bytes == sum(frame.bytes for frame in outbox._held)
+        memory = {frame.seq for part in parts for frame in part}
+        assert memory | set(seqs(self.disk)) >= set(range(self.durable + 1, outbox.last_seq + 1))
+        if self.linked:
+            assert outbox.unsent == (len(self.got) < outbox.last_seq)
+            assert outbox.unheld or outbox.last_seq == len(self.got)
+
+
+moves = st.tuples(
+    st.sampled_from(["append", "take", "hold", "keep", "spool", "load", "cut", "link"]), st.integers(0, 5)
+)
+
+
+@given(st.lists(moves, max_size=60))
+def test_what_goes_by_way_of_the_disk_keeps_its_order(taken: list[tuple[str, int]]) -> None:
+    ends = Ends()
+    for name, number in taken:
+        getattr(ends, name)(number)
+        ends.check()
+    ends.link(0)
+    while len(ends.got) < ends.outbox.last_seq:
+        ends.load(3)
+        ends.take(2)
+        ends.check()
+    ends.keep(0)
+    assert (ends.outbox.bytes, len(ends.outbox), ends.outbox.records, ends.outbox.unheld) == (0, 0, 0, False)
