@@ -304,8 +304,9 @@ class MountProcess:
 
     async def _status(self, body: Body) -> Body:
         settings = self._settings
-        status = self.first.status()
         beyond = await self._beyond()
+        store = await self._store_report() if body.get("store") else None
+        status = self.first.status()
         reconciling = not self.agent.link.equal
         oldest = status.oldest_queued
         return {
@@ -313,7 +314,7 @@ class MountProcess:
             "source": str(settings.source),
             "mountpoint": str(settings.mountpoint),
             "store_path": None if settings.target.store is None else str(settings.target.store),
-            "store_report": await self._store_report() if body.get("store") else None,
+            "store_report": store,
             "target": str(settings.target.address),
             "mode": status.mode.value,
             "waits_for": status.waits_for.name.lower(),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
 import trio
 
 from dedup.store import Store
-from replication.address import Address, UnixAddress
+from replication.address import Address, NetworkAddress, UnixAddress
 from replication.background import Ready, cause, explain, run
 from replication.control import SOCKET_NAME
 from replication.first_cli import first
 from replication.listening import listen_addresses, open_listeners
+from replication.metrics import metrics_at, parse_metrics, second_figures
 from replication.route import Route, route_options
 from replication.second_appliance import SecondAppliance
 from replication.supervisor import Guardian
@@ -35,6 +37,7 @@ appliance.add_command(first)
 @click.option("--store", required=True, type=click.Path(path_type=Path, file_okay=False), help="Made if absent.")
 @click.option("--listen", "listen", multiple=True, metavar="ADDR", help="Besides the store's own socket.")
 @route_options
+@click.option("--metrics", metavar="ADDR", help="HOST:PORT for Prometheus; :PORT for this machine alone.")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Log there instead of to stderr.")
 @click.option("--ready-fd", type=int, hidden=True)
@@ -45,6 +48,7 @@ def second(
     store: Path,
     listen: tuple[str, ...],
     route: Route,
+    metrics: str | None,
     foreground: bool,
     log_file: Path | None,
     ready_fd: int | None,
@@ -57,11 +61,12 @@ def second(
     store = store.absolute()
     own = UnixAddress(store / SOCKET_NAME)
     addresses = [own, *(place for place in listen_addresses(listen, route) if place != own)]
+    scraped = None if metrics is None else parse_metrics(metrics)
     guardian = Guardian(ready_fd)
 
     async def main(ready: Ready) -> None:
         try:
-            await _serve(store, addresses, route, ready, guardian)
+            await _serve(store, addresses, route, scraped, ready, guardian)
         except BaseException as error:
             guardian.failed(explain(cause(error)))
             if ready_fd is not None:
@@ -72,7 +77,14 @@ def second(
     run(main, foreground=foreground, log_file=log_file, debug=debug)
 
 
-async def _serve(path: Path, addresses: Sequence[Address], route: Route, ready: Ready, guardian: Guardian) -> None:
+async def _serve(
+    path: Path,
+    addresses: Sequence[Address],
+    route: Route,
+    scraped: NetworkAddress | None,
+    ready: Ready,
+    guardian: Guardian,
+) -> None:
     """The second appliance's process: opens the store, serves it, closes it."""
     store = await trio.to_thread.run_sync(_open_or_make, path)
     failed = True
@@ -83,7 +95,7 @@ async def _serve(path: Path, addresses: Sequence[Address], route: Route, ready: 
         async with trio.open_nursery() as nursery:
             await nursery.start(_watch_signals, appliance, ready)
             nursery.start_soon(guardian.watch, appliance.stop)
-            async with trio.open_nursery() as serving:
+            async with metrics_at(scraped, partial(second_figures, appliance)), trio.open_nursery() as serving:
                 await serving.start(appliance.serve, listeners)
                 ready.ready(f"serving {path}")
                 guardian.ready()

@@ -16,9 +16,12 @@ from replication.background import Ready, run
 from replication.endpoint import connect
 from replication.errors import LinkDown
 from replication.first_service import FirstService
+from replication.group_spools import GroupSpools
 from replication.listening import listen_addresses, open_listeners
+from replication.metrics import first_figures, metrics_at, parse_metrics
 from replication.modes import Mode
 from replication.relay import Connect
+from replication.retention_cli import Limit
 from replication.route import Route, route_options
 
 log = logging.getLogger("rewindfs.first_service")
@@ -34,7 +37,16 @@ log = logging.getLogger("rewindfs.first_service")
     show_default=True,
     help="For mounts that do not ask for one.",
 )
+@click.option(
+    "--spool",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where records go that memory cannot hold in an outage; without, their regions are reconciled afterwards.",
+)
+@click.option("--spool-limit", type=Limit(), default="4G", show_default=True, metavar="SIZE", help="For each group.")
+@click.option("--bandwidth", type=Limit(), default="none", metavar="RATE", help="Bytes a second, for each group: 10M.")
 @route_options
+@click.option("--metrics", metavar="ADDR", help="HOST:PORT for Prometheus; :PORT for this machine alone.")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Log there instead of to stderr.")
 @click.option("--debug", is_flag=True, help="Log more, and show the traceback of an error.")
@@ -44,7 +56,11 @@ def first(
     listen: tuple[str, ...],
     forward: str,
     mode: str,
+    spool: Path | None,
+    spool_limit: int,
+    bandwidth: int,
     route: Route,
+    metrics: str | None,
     foreground: bool,
     log_file: Path | None,
     debug: bool,
@@ -53,12 +69,19 @@ def first(
     debug = debug or bool((context.obj or {}).get("debug"))
     addresses = listen_addresses(listen, route)
     there = forward_address(forward, route)
+    if spool_limit <= 0:
+        raise click.UsageError("--spool-limit: a spool has a limit; name one, as 4G")
     service = FirstService(
-        partial(connect, there, identity=route.identity, insecure_tcp=route.insecure_tcp), mode=Mode(mode)
+        partial(connect, there, identity=route.identity, insecure_tcp=route.insecure_tcp),
+        mode=Mode(mode),
+        bandwidth=bandwidth,
+        spools=None if spool is None else GroupSpools(spool.absolute(), spool_limit),
     )
+    scraped = None if metrics is None else parse_metrics(metrics)
 
     async def main(ready: Ready) -> None:
-        await serve(service, addresses, there, route, ready)
+        async with metrics_at(scraped, partial(first_figures, service)):
+            await serve(service, addresses, there, route, ready)
 
     run(main, foreground=foreground, log_file=log_file, debug=debug)
 

@@ -5,6 +5,7 @@ Invariants:
   it has not said so to a newcomer, whoever feeds the group goes on.
 - A Relay is given up only when all it took is durable, when its history is lost, when another agent has taken the group
   over, or when a newer start of its own agent has waited for it in vain, which reconciles what is marked.
+- A group's spool is used by one Relay at a time: the next one is made when that has ended.
 - bounded: sessions, groups, and the bytes of each queue have limits.
 
 An agent that connects again, in its epoch, goes on with its Relay, without the second appliance. One that comes in a
@@ -20,15 +21,18 @@ from typing import Final
 
 import trio
 
-from replication.errors import HandshakeRefused, HistoryLost, LinkDown, ProtocolError
-from replication.identity import Peer
-from replication.messages import ErrorCode, Hello, Role
+from dedup.errors import UnknownFormat
+from replication.errors import HandshakeRefused, HistoryLost, LinkDown, ProtocolError, SpoolError
+from replication.group_spools import GroupSpools
+from replication.messages import PROTOCOL_VERSION, ErrorCode, Hello, Role
 from replication.modes import Mode
 from replication.outbox import QUEUE_BYTES_MAX
+from replication.permissions import NotAllowed, check_peer
 from replication.relay import UPSTREAM_SECONDS, Connect, Relay
 from replication.relay_control import relay_control
 from replication.relay_session import RelaySession
 from replication.server_end import Refused, ServerEnd
+from replication.spool import Spool
 from replication.status import LinkState
 from replication.transport import Connection, Listener
 
@@ -45,8 +49,10 @@ DISCARD_SECONDS: Final = 60.0
 """How long it asks again, while they do not get through, before they are discarded."""
 IDLE_SECONDS: Final = 60.0
 """How long a Relay that has nothing to do is kept for its agent."""
+TAKE_UP_SECONDS: Final = 2.0
+"""Between two attempts to forward what a spool holds whose agent has not come."""
 DRAIN_SECONDS: Final = 10.0
-"""How long `stop` waits until what was taken is durable."""
+"""How long `stop` waits until what was taken is durable, and then until it is in the spool."""
 
 
 @dataclass(slots=True)
@@ -55,8 +61,10 @@ class _Seat:
 
     lock: trio.Lock = field(default_factory=trio.Lock)
     relay: Relay | None = None
+    spool: Spool | None = None
+    """Open as long as anybody needs the seat."""
     users: int = 0
-    """Sessions that are admitted, or wait for it."""
+    """Who needs it: sessions that are admitted or wait for it, a relay that runs."""
 
 
 class FirstService:
@@ -68,13 +76,17 @@ class FirstService:
         *,
         mode: Mode = Mode.ASYNC,
         queue_bytes_max: int = QUEUE_BYTES_MAX,
+        bandwidth: int = 0,
+        spools: GroupSpools | None = None,
         sessions_max: int = SESSIONS_MAX,
     ) -> None:
         """`connect` opens a connection to the second appliance. `mode` is for agents that leave it to this side,
-        `queue_bytes_max` for each group."""
+        `queue_bytes_max`, and `bandwidth` in bytes a second unless it is 0, are for each group."""
         self.connect = connect
         self._mode = mode
         self._queue_bytes_max = queue_bytes_max
+        self._bandwidth = bandwidth
+        self._spools = spools
         self._sessions_max = sessions_max
         self._ends: set[ServerEnd] = set()
         self._seats: dict[str, _Seat] = {}
@@ -93,9 +105,13 @@ class FirstService:
     async def serve(
         self, listeners: Sequence[Listener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Serves until `stop`; closes the listeners."""
+        """Serves until `stop`; closes the listeners. What a spool holds goes on at once, without waiting for its agent.
+        Raises SpoolError where the spools cannot be used."""
+        left_behind = [] if self._spools is None else await self._spools.groups()
         async with trio.open_nursery() as self._relays:
             self._relays.start_soon(self._close_idle)
+            for group in left_behind:
+                self._relays.start_soon(self._take_up, group)
             async with trio.open_nursery() as sessions:
                 try:
                     async with trio.open_nursery() as accepting:
@@ -134,19 +150,17 @@ class FirstService:
         hello = await end.hello()
         if hello is None:
             return
-        _check_peer(end.connection.peer, hello)
+        try:
+            check_peer(end.connection.peer, hello.role, hello.group)
+        except NotAllowed as error:
+            raise Refused(str(error)) from error
         if hello.role is Role.AGENT:
             await self._serve_agent(end, hello)
         else:
             await relay_control(end, hello, self.connect)
 
     async def _serve_agent(self, end: ServerEnd, hello: Hello) -> None:
-        seat = self._seats.get(hello.group)
-        if seat is None:
-            if len(self._seats) >= GROUPS_MAX:
-                raise Refused(f"{GROUPS_MAX} groups are served here already; use another first appliance")
-            seat = self._seats[hello.group] = _Seat()
-        seat.users += 1
+        seat = self._take_seat(hello.group)
         try:
             async with seat.lock:
                 relay = await self._admit(seat, hello)
@@ -154,8 +168,24 @@ class FirstService:
                 relay.feed(session)
             await session.run()
         finally:
-            seat.users -= 1
-            self._tidy(hello.group, seat)
+            self._leave_seat(hello.group, seat)
+
+    def _take_seat(self, group: str) -> _Seat:
+        """The group's seat; `_leave_seat` once. Raises Refused where there are too many."""
+        seat = self._seats.get(group)
+        if seat is None:
+            if len(self._seats) >= GROUPS_MAX:
+                raise Refused(f"{GROUPS_MAX} groups are served here already; use another first appliance")
+            seat = self._seats[group] = _Seat()
+        seat.users += 1
+        return seat
+
+    def _leave_seat(self, group: str, seat: _Seat) -> None:
+        seat.users -= 1
+        if not seat.users:
+            del self._seats[group]
+            if seat.spool is not None:
+                seat.spool.close()
 
     async def _admit(self, seat: _Seat, hello: Hello) -> Relay:
         """The relay that the agent may feed: nobody feeds it now. Raises Refused."""
@@ -167,6 +197,8 @@ class FirstService:
                 await self._end_older(relay, hello)
             elif await self._goes_on(relay, hello):
                 return relay
+        elif relay is not None:
+            await self._take_over(relay, hello)
         return await self._begin(seat, hello)
 
     async def _goes_on(self, relay: Relay, hello: Hello) -> bool:
@@ -184,9 +216,24 @@ class FirstService:
         return True
 
     async def _begin(self, seat: _Seat, hello: Hello) -> Relay:
-        """A new relay, once the second appliance has taken the agent in; then whoever fed the group is out."""
+        """A new relay, whose agent the second appliance has taken in. Raises Refused."""
         assert self._relays is not None, "serve runs"
-        relay = Relay(self.connect, hello, self._mode, bytes_max=self._queue_bytes_max)
+        if seat.relay is not None:
+            await seat.relay.ended.wait()
+        if self._spools is not None and seat.spool is None:
+            try:
+                seat.spool = await self._spools.open(hello.group)
+            except (SpoolError, UnknownFormat) as error:
+                raise Refused(str(error), ErrorCode.UNAVAILABLE) from error
+        seat.relay = relay = await self._greeted(hello, seat.spool)
+        seat.users += 1
+        self._relays.start_soon(self._run, seat, relay)
+        return relay
+
+    async def _greeted(self, hello: Hello, spool: Spool | None) -> Relay:
+        relay = Relay(
+            self.connect, hello, self._mode, bytes_max=self._queue_bytes_max, bandwidth=self._bandwidth, spool=spool
+        )
         try:
             with trio.fail_after(UPSTREAM_SECONDS):
                 await relay.start()
@@ -198,13 +245,19 @@ class FirstService:
         except (LinkDown, ProtocolError) as error:
             text = f"the first appliance cannot reach the second one: {error}"
             raise Refused(text, ErrorCode.UNAVAILABLE) from error
-        other, seat.relay = seat.relay, relay
-        self._relays.start_soon(self._run, hello.group, seat, relay)
-        if other is not None:
-            if other.feeder is not None:
-                other.feeder.end(ErrorCode.FENCED, f"another agent feeds group {hello.group!r} now")
-            other.close()
+        except SpoolError as error:
+            raise Refused(str(error), ErrorCode.UNAVAILABLE) from error
         return relay
+
+    async def _take_over(self, relay: Relay, hello: Hello) -> None:
+        """Ends another agent's relay, once the second appliance has said that the newcomer feeds the group. Raises
+        Refused."""
+        probe = await self._greeted(hello, None)
+        probe.close()
+        await probe.run()  # closes the connection
+        if relay.feeder is not None:
+            relay.feeder.end(ErrorCode.FENCED, f"another agent feeds group {hello.group!r} now")
+        relay.close()
 
     async def _end_older(self, relay: Relay, hello: Hello) -> None:
         """Sees that what is left of the agent's older epoch is durable, or is no more. Raises Refused."""
@@ -226,22 +279,44 @@ class FirstService:
             relay.leaves_by = relay.leaves_by or now + DISCARD_SECONDS
             if now < relay.leaves_by:
                 raise Refused(f"{left} are on their way to the second appliance; try again", ErrorCode.UNAVAILABLE)
-            log.warning("group %r: %s were not sent in time and are discarded", hello.group, left)
+            with trio.move_on_after(OLDER_EPOCH_SECONDS):
+                await relay.first.keep_all()
+            log.warning("group %r: %s were not sent in time; those in no spool are discarded", hello.group, left)
         relay.close()
         await relay.ended.wait()
 
     # --- what there is ---
 
-    async def _run(self, group: str, seat: _Seat, relay: Relay) -> None:
-        log.info("group %r: records of epoch %d go on from %d", group, relay.epoch, relay.first.last_seq + 1)
-        await relay.run()
-        if seat.relay is relay:
-            seat.relay = None
-        self._tidy(group, seat)
+    async def _run(self, seat: _Seat, relay: Relay) -> None:
+        log.info("group %r: records of epoch %d go on from %d", relay.group, relay.epoch, relay.first.last_seq + 1)
+        try:
+            await relay.run()
+        finally:
+            if seat.relay is relay:
+                seat.relay = None
+            self._leave_seat(relay.group, seat)
 
-    def _tidy(self, group: str, seat: _Seat) -> None:
-        if not seat.users and seat.relay is None and self._seats.get(group) is seat:
-            del self._seats[group]
+    async def _take_up(self, group: str) -> None:
+        """Forwards what the group's spool holds, as the agent it is of, until there is a relay that does."""
+        assert self._spools is not None, "there is a spool"
+        seat = self._take_seat(group)
+        said = ""
+        try:
+            while True:
+                async with seat.lock:
+                    if seat.relay is not None:
+                        return
+                    seat.spool = seat.spool or await self._spools.open(group)
+                    if (origin := seat.spool.origin) is None:
+                        return
+                    try:
+                        await self._begin(seat, Hello(PROTOCOL_VERSION, Role.AGENT, group, origin.epoch, origin.agent))
+                    except Refused as error:
+                        if said != (said := str(error)):
+                            log.warning("group %r: what is spooled waits: %s", group, error)
+                await trio.sleep(TAKE_UP_SECONDS)
+        finally:
+            self._leave_seat(group, seat)
 
     async def _close_idle(self) -> None:
         while True:
@@ -257,14 +332,15 @@ class FirstService:
             async with trio.open_nursery() as nursery:
                 for relay in self.relays():
                     nursery.start_soon(_drain, relay)
-        for relay in self.relays():
-            if not relay.settled:
-                log.warning(
-                    "group %r: %d records are not durable at the second appliance; the agent still has them, and a "
-                    "restarted one reconciles what is marked",
-                    relay.group,
-                    relay.first.status().queued_records,
-                )
+        with trio.move_on_after(DRAIN_SECONDS):
+            for relay in self.relays():
+                if not relay.settled and not await relay.first.keep_all():
+                    log.warning(
+                        "group %r: %d records are in no spool, and not durable at the second appliance; the agent has "
+                        "them, or reconciles what is marked",
+                        relay.group,
+                        relay.first.status().queued_records,
+                    )
 
     async def _accept(self, listener: Listener, sessions: trio.Nursery) -> None:
         while True:
@@ -282,13 +358,3 @@ async def _drain(relay: Relay) -> None:
         await relay.first.drain()
     except HistoryLost as error:
         log.warning("group %r: %s", relay.group, error)
-
-
-def _check_peer(peer: Peer | None, hello: Hello) -> None:
-    """Raises Refused where the peer's key does not allow what it wants to be. The second appliance sees this one's."""
-    if peer is None or peer.role is Role.ADMIN:
-        return
-    if peer.role is None or not (hello.role is peer.role or hello.role is Role.READER):
-        raise Refused(f"{peer.name} may not connect as {hello.role.value}; see `rewindfs identity trust`")
-    if not hello.group or not peer.may_touch(hello.group):
-        raise Refused(f"{peer.name} may not touch group {hello.group!r}; see `rewindfs identity trust`")

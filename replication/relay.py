@@ -22,6 +22,7 @@ from replication.messages import Ack, Compare, CompareResult, ErrorCode, Hello, 
 from replication.modes import Mode, Outage
 from replication.outbox import QUEUE_BYTES_MAX
 from replication.session import COMPARES_OPEN_MAX
+from replication.spool import Spool
 from replication.status import FirstApplianceStatus, LinkState
 from replication.transport import Connection
 
@@ -53,8 +54,18 @@ class Feeder(Protocol):
 class Relay:
     """One agent's records in one epoch, on their way. `start`, then `run` in a nursery of the caller's."""
 
-    def __init__(self, connect: Connect, hello: Hello, mode: Mode, *, bytes_max: int = QUEUE_BYTES_MAX) -> None:
-        """`mode` is for a Hello that leaves it to this side."""
+    def __init__(
+        self,
+        connect: Connect,
+        hello: Hello,
+        mode: Mode,
+        *,
+        bytes_max: int = QUEUE_BYTES_MAX,
+        bandwidth: int = 0,
+        spool: Spool | None = None,
+    ) -> None:
+        """`mode` is for a Hello that leaves it to this side. `bandwidth` limits the link to the second appliance, in
+        bytes a second, unless it is 0. No other relay uses the `spool` meanwhile."""
         self.group = hello.group
         self.agent = hello.agent
         self.epoch = hello.epoch
@@ -75,6 +86,8 @@ class Relay:
             mode=hello.mode or mode,
             outage=Outage.BLOCK,
             queue_bytes_max=bytes_max,
+            bytes_per_second=bandwidth,
+            spool=spool,
             on_change=self._on_change,
             on_lost=self._on_lost,
             on_progress=self._on_progress,
@@ -91,7 +104,8 @@ class Relay:
         self._syncing = False
 
     async def start(self) -> None:
-        """Greets the second appliance. Raises LinkDown, ProtocolError or HandshakeRefused."""
+        """Greets the second appliance, which gets what the spool holds of an older epoch first. Raises LinkDown,
+        ProtocolError, HandshakeRefused or SpoolError; it may be tried again."""
         self._welcome, self._volumes = await self.first.start()
 
     async def run(self) -> None:
@@ -139,7 +153,7 @@ class Relay:
     def levels(self) -> Ack:
         """How far the records have come, as the agent is told."""
         first = self.first
-        return Ack(queued=first.last_seq, kept=first.durable, received=first.received, durable=first.durable)
+        return Ack(queued=first.last_seq, kept=first.kept, received=first.received, durable=first.durable)
 
     def feed(self, feeder: Feeder) -> None:
         """From now on the records come from there."""

@@ -1,6 +1,9 @@
 """A command's session at a first appliance: passed on to the second one, which is who answers it.
 
-Invariant: nothing is answered here, and nothing is kept: when one of the two connections ends, so does the other.
+Invariants:
+- Nothing is answered here, and nothing is kept: when one of the two connections ends, so does the other.
+- The second appliance sees this appliance's key, and not the peer's. A peer that is trusted with some groups only gets
+  a session about one of those, and nothing in it that is about another.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from typing import Final
 import trio
 
 from replication.errors import LinkDown, ProtocolError
-from replication.messages import ErrorCode, Failure, Hello, Message, Reply, Request, Welcome
+from replication.messages import ErrorCode, Failure, Hello, Message, Reply, Request, Role, Welcome
 from replication.relay import UPSTREAM_SECONDS, Connect
 from replication.server_end import Refused, ServerEnd
 from replication.session import Session, Side
@@ -22,6 +25,10 @@ CONTROL_IDLE_SECONDS: Final = 600.0
 
 async def relay_control(end: ServerEnd, hello: Hello, connect: Connect) -> None:
     """Serves the session until one side ends it. Raises Refused."""
+    peer = end.connection.peer
+    limited = peer is not None and bool(peer.groups)
+    if limited and (not hello.group or hello.role is Role.ADMIN):
+        raise Refused("whoever is trusted with some groups only reads one of them through a first appliance: name it")
     session = Session(Side.CLIENT)
     with trio.move_on_after(UPSTREAM_SECONDS) as patience:
         connection = await _connected(connect)
@@ -31,7 +38,7 @@ async def relay_control(end: ServerEnd, hello: Hello, connect: Connect) -> None:
         try:
             await connection.send(session.send(hello))
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_pass_requests, end, connection, session, nursery.cancel_scope)
+                nursery.start_soon(_pass_requests, end, connection, session, nursery.cancel_scope, limited, hello.group)
                 with end.guard():
                     await _pass_replies(end, connection, session)
                 nursery.cancel_scope.cancel()
@@ -71,11 +78,15 @@ async def _next(connection: Connection, session: Session) -> Message:
     return message
 
 
-async def _pass_requests(end: ServerEnd, connection: Connection, session: Session, both: trio.CancelScope) -> None:
+async def _pass_requests(
+    end: ServerEnd, connection: Connection, session: Session, both: trio.CancelScope, limited: bool, group: str
+) -> None:
     with end.guard():
         while True:
             while (message := end.session.next_event()) is not None:
                 if isinstance(message, Request):
+                    if limited and message.body.get("group", group) != group:
+                        raise Refused(f"only group {group!r} can be asked about here")
                     await connection.send(session.send(message))
                 elif isinstance(message, Failure):
                     both.cancel()

@@ -212,7 +212,8 @@ def link_status(relay: Relay) -> dict[str, object]:
         "waits_for": status.waits_for.name.lower(),
         "queued_bytes": status.queued_bytes,
         "queued_records": status.queued_records,
-        "spool_bytes": 0,
+        "spool_bytes": status.spool_bytes,
+        "spool_error": status.spool_error,
         "last": status.last_seq,
         "durable": status.durable,
     }
