@@ -163,7 +163,7 @@ class Ends:
     def load(self, count: int) -> None:
         if self.linked and self.outbox.unloaded:
             at = self.outbox.next_to_load
-            self.outbox.load([frame for frame in self.disk if frame.seq >= at][:count])
+            self.outbox.load([frame for frame in self.disk if frame.seq >= at][: count + 1])
 
     def cut(self, _: int) -> None:
         self.linked = False
