@@ -201,10 +201,11 @@ class TlsConnection(Connection):
         if "PEER_DID_NOT_RETURN_A_CERTIFICATE" in reason:
             return Untrusted("the peer shows no certificate")
         if "ALERT" in reason and ("UNKNOWN_CA" in reason or "CERTIFICATE" in reason):
-            who = "client" if self._server_side else "appliance"
+            if self._server_side:
+                return Untrusted("the client does not trust this machine's key, or not for an appliance")
             return Untrusted(
-                f"the {who} does not trust this machine's key; give it what `rewindfs identity show` prints here, for "
-                "`rewindfs identity trust`" + (" --role agent" if not self._server_side else "")
+                "the appliance does not trust this machine's key: let it trust what `rewindfs identity show` prints "
+                "here, with `rewindfs identity trust CERTIFICATE --role ROLE`"
             )
         if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST") or "RECORD_LAYER" in reason:
             return LinkDown("the peer does not speak TLS; is it a tcp:// port?")
