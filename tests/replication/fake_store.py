@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dedup.errors import NameRefused, OutOfOrder, StoreError, StoreFailed, StoreFull, UnknownName
 from dedup.storage import Storage
 from dedup.types import (
@@ -77,11 +80,12 @@ class FakeGroup:
         first = records[0].first_seq if isinstance(records[0], Aggregate) else records[0].seq
         if first != self.held + 1:
             raise OutOfOrder(f"record {first} does not follow {self.held}")
+        known = {record.volume for record in records if isinstance(record, Create)} | self.content.keys()
         for record in records:
             extents = record.extents if isinstance(record, Aggregate) else ()
             if isinstance(record, (Write, Reconcile)):
                 extents = (record.extent,)
-            if any(extent.volume not in self.content for extent in extents):
+            if any(extent.volume not in known for extent in extents):
                 raise UnknownName("no such volume")
         for record in records:
             self._apply(record)
@@ -125,7 +129,16 @@ class FakeGroup:
         return name in self.names
 
 
+class FakeOwnBlocks:
+    """No block is held."""
+
+    def candidates(self, group: FakeGroup, fingerprints: Sequence[bytes]) -> NDArray[np.uint64]:
+        return np.zeros(len(fingerprints), dtype=np.uint64)
+
+
 class FakeStore:
+    own_blocks = FakeOwnBlocks()
+    pool = None
     uuid = "5eed"
     path = Path("a store that is in memory only")
     storage = Storage()
