@@ -2,7 +2,7 @@
 
 Invariants:
 - Frames keep their order: an aggregate that was not looked at yet, or whose offer has no answer, is `held_back`, and so
-  is everything behind it.
+  is everything behind it. Only an offer that is made to learn by (at most one is open) holds nothing back.
 - At most OFFERS_OPEN_MAX aggregates are kept beside the queue, each of 4 MiB at most, and as many offers are open.
 - An Offering belongs to one session, whose key its digests have. `Habit` and `Traffic` last.
 """
@@ -36,8 +36,8 @@ PAYS_SHARE: Final = 0.05
 """Offers that save less than this part of what they offer are not worth making."""
 WINDOW: Final = 8
 """So many offers in a row decide about the next."""
-REST_EVERY: Final = 16
-"""While they do not pay, one aggregate in so many is offered."""
+REST_EVERY: Final = 4
+"""While they do not pay, one aggregate in so many is offered, and goes out whole without waiting for the answer."""
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Habit:
 
     @property
     def resting(self) -> bool:
-        """Whether only one aggregate in REST_EVERY is offered."""
+        """Whether only one aggregate in REST_EVERY is offered, to learn by."""
         return self._resting
 
     def asks(self) -> bool:
@@ -99,6 +99,14 @@ class _Open:
     """The answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    seq: Seq
+    whole: int
+    """Bytes of the aggregate on the wire."""
+    cost: int
+
+
 class Offering:
     """The offers of one session. Called by the task that sends, but `answered`, which never waits."""
 
@@ -109,6 +117,9 @@ class Offering:
         self._open: dict[Seq, _Open] = {}
         self._seen = Seq(0)
         """Aggregates up to this one were looked at."""
+
+        self._probe: _Probe | None = None
+        """An offer that was made to learn by; its aggregate does not wait."""
 
     def held_back(self, frame: Frame) -> bool:
         """Whether the frame must not be sent now."""
@@ -128,13 +139,16 @@ class Offering:
             opened = await self._opened(frame)
             self._seen = frame.seq
             if opened is not None:
-                self._open[frame.seq] = opened
+                if self._habit.resting:
+                    self._probe = _Probe(frame.seq, _bytes_of(frame), opened.cost)
+                else:
+                    self._open[frame.seq] = opened
                 self._traffic.offered += opened.cost
                 return opened.offer
         return None
 
     async def _opened(self, frame: Frame) -> _Open | None:
-        if _bytes_of(frame) < BLOCK_BYTES or not self._habit.asks():
+        if _bytes_of(frame) < BLOCK_BYTES or self._probe is not None or not self._habit.asks():
             return None
         if frame.bytes < THREAD_BYTES:
             return _open(frame, self._key)
@@ -144,6 +158,12 @@ class Offering:
         """Takes the answer to an open offer, whose length the session has checked. Says whether that sets free what was
         held back."""
         found = self._open.get(answer.seq)
+        probe = self._probe
+        if probe is not None and answer.seq == probe.seq:
+            self._probe = None
+            self._traffic.saved -= probe.cost
+            held = probe.whole * answer.missing.count(0) // len(answer.missing)
+            self._habit.learn(probe.whole, held - probe.cost)
         if found is None:
             return False
         found.missing = answer.missing

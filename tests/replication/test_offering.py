@@ -497,25 +497,27 @@ async def test_what_is_not_worth_an_offer_is_sent_at_once(autojump_clock: MockCl
 async def test_offers_rest_while_they_save_nothing(autojump_clock: MockClock) -> None:
     async with questioned() as (second, first):
 
-        async def one(seed: int, answer: bytes) -> bool:
+        async def one(seed: int, answer: bytes, *, waits: bool = False) -> bool:
             asked = len(second.offers)
             append(first, seed)
             await settled()
             if len(second.offers) == asked:
                 return False
+            said = [second.offers[-1].seq in seqs(second.log)]
+            assert said == [not waits], "it waits for the answer only where offers pay"
             await second.say(Wanted(second.offers[-1].seq, answer))
             await settled()
             return True
 
         nothing, everything = b"\1" * OFFER_BLOCKS_MIN, b"\0" * OFFER_BLOCKS_MIN
-        assert [await one(seed, nothing) for seed in range(WINDOW)] == [True] * WINDOW
+        assert [await one(seed, nothing, waits=True) for seed in range(WINDOW)] == [True] * WINDOW
         resting = [await one(100 + seed, nothing) for seed in range(REST_EVERY)]
         assert resting == [False] * (REST_EVERY - 1) + [True]
         status = first.status()
         assert status.saved_bytes < 0
         resting = [await one(200 + seed, everything) for seed in range(REST_EVERY)]
         assert resting == [False] * (REST_EVERY - 1) + [True]
-        assert all([await one(300 + seed, everything) for seed in range(3)])
+        assert all([await one(300 + seed, everything, waits=True) for seed in range(3)])
         assert first.status().saved_bytes > 0
         assert len(second.log) == first.last_seq * 2 // 3
 
