@@ -26,8 +26,8 @@ from replication.transport import Connection, memory_pair
 from tests.replication.test_second_appliance import ChannelListener
 
 RUN, DISK = ClockRun(0), VolumeId(1)
-SIZE = 256 << 10
-QUEUE = 512 << 10
+SIZE = 128 << 10
+QUEUE = 256 << 10
 AGENT = "0f" * 16
 
 
@@ -82,7 +82,7 @@ class Source:
         if seq == 2:
             self.after[2] = bytes(self.image)
             return Create(Seq(2), time, RUN, DISK, "disk.img", SIZE, 0o644, 0, 0)
-        length = self.dice.choice((100, 4096, 9000, 60_000))
+        length = self.dice.choice((100, 4096, 9000, 30_000))
         offset = self.dice.randrange(SIZE - length)
         data = self.dice.randbytes(length)
         self.image[offset : offset + length] = data
@@ -101,9 +101,9 @@ class Source:
 
     async def write(self, first: FirstAppliance, count: int) -> None:
         for _ in range(count):
-            assert await first.room(60_000)
+            assert await first.room(30_000)
             first.append(self.record(first.last_seq + 1))
-            assert first.queued_bytes <= QUEUE * 5 // 4 + 61_000
+            assert first.queued_bytes <= QUEUE * 5 // 4 + 31_000
 
 
 @asynccontextmanager
@@ -138,7 +138,8 @@ def check(path: Path, source: Source, batch: bool) -> None:
         assert group.held == max(source.after)
         assert not group.gaps()
         points = 0
-        for seq, expected in source.after.items():
+        moments = {seq: image for seq, image in source.after.items() if seq % 3 == 0 or batch}
+        for seq, expected in moments.items():
             try:
                 group.require(Seq(seq))
             except MomentGone:
@@ -146,7 +147,7 @@ def check(path: Path, source: Source, batch: bool) -> None:
                 continue
             assert group.image(DISK, Seq(seq)).read(0, SIZE) == expected, seq
             points += 1
-        assert points == len(source.after) if not batch else points > 10
+        assert points == len(moments) if not batch else points > 10
     finally:
         reader.close()
     report = verify(path, read_data=True)
