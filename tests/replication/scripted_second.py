@@ -18,6 +18,7 @@ from replication.messages import (
     Message,
     Reply,
     Request,
+    Role,
     SyncRequest,
     VolumePage,
     Welcome,
@@ -123,8 +124,9 @@ class ScriptedSecond:
                         b"key %d" % len(self.hellos),
                     )
                 )
-                await self.say(VolumePage((VOLUME,), False))
-                await self.say(VolumePage((), True))
+                if message.role is Role.AGENT:
+                    await self.say(VolumePage((VOLUME,), False))
+                    await self.say(VolumePage((), True))
             case SyncRequest():
                 self.sync_requests += 1
                 if self.syncs:
