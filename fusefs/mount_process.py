@@ -24,6 +24,7 @@ from fusefs.agent_control import Body, serve_control
 from fusefs.agent_heal import heal
 from fusefs.agent_start import begin, make_equal, plan, resync_after_outages
 from fusefs.daemon import serve
+from fusefs.mount_reconcile import OnlineReconcile
 from fusefs.mountpoint import mount_options
 from fusefs.source_mount import SourceMount
 from fusefs.state_directory import StateDirectory
@@ -113,6 +114,7 @@ class MountProcess:
         self._has_base = False
         self._store = ""
         self._progress = Reconciled()
+        self._online = OnlineReconcile()
         self._drain_seconds = DRAIN_SECONDS
         self._background = trio.CancelScope()
         self._background_ended = trio.Event()
@@ -217,6 +219,7 @@ class MountProcess:
                 nursery.start_soon(self.agent.housekeeping, self._state.marks_go)
                 nursery.start_soon(self._reconcile)
                 nursery.start_soon(heal, self.agent)
+                nursery.start_soon(self._online.serve, self.agent)
         self._background_ended.set()
 
     async def _reconcile(self) -> None:
@@ -243,9 +246,6 @@ class MountProcess:
         if patience.cancelled_caught:
             log.error("not drained within %g s; the next mount reconciles what is marked", self._drain_seconds)
             return
-        if not self.agent.link.equal:
-            log.warning("the store does not equal the source yet; the next mount goes on with the reconcile")
-            return
         try:
             await self._leave_clean()
         except (OSError, RewindError) as error:
@@ -253,7 +253,11 @@ class MountProcess:
 
     async def _leave_clean(self) -> None:
         intent = self.agent.intent
-        intent.clear((volume, region) for volume, regions in intent.marked().items() for region in regions)
+        if self.agent.link.equal:
+            intent.clear((volume, region) for volume, regions in intent.marked().items() for region in regions)
+        else:
+            # What is owed stays marked. The clean mark tells what is changed behind the mount until the next one.
+            log.warning("the store does not equal the source yet; the next mount goes on with the reconcile")
         await intent.close()
         files = await trio.to_thread.run_sync(list_volumes, self._settings.source)
         await trio.to_thread.run_sync(self._state.ended_cleanly, self.agent.link.last, files)
@@ -269,6 +273,7 @@ class MountProcess:
                 "mode": self._mode,
                 "unmount": self._unmount,
                 "durable": self._durable,
+                **self._online.handlers(),
             },
         )
 
@@ -307,7 +312,7 @@ class MountProcess:
         beyond = await self._beyond()
         store = await self._store_report() if body.get("store") else None
         status = self.first.status()
-        reconciling = not self.agent.link.equal
+        progress = self._online.progress or (None if self.agent.link.equal else self._progress)
         oldest = status.oldest_queued
         return {
             "group": settings.group,
@@ -333,7 +338,7 @@ class MountProcess:
             "durable_seq": status.durable,
             "intent_bytes": sum(map(len, self.agent.intent.marked().values())) * REGION_BYTES,
             "volumes": len(self.agent.volumes),
-            "reconcile": {"done": self._progress.done, "total": self._progress.total} if reconciling else None,
+            "reconcile": None if progress is None else progress.document(),
             "pids": {"mount": os.getpid(), "second": self._second_pid()},
         }
 
