@@ -18,53 +18,36 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Final
 
 import trio
 
 from dedup.types import Aggregate, Epoch, Record, Seq, VolumeState, Write
 from replication.bandwidth import Bandwidth
 from replication.errors import (
-    Fenced,
-    HandshakeRefused,
     HistoryLost,
-    LinkDown,
-    LinkReset,
     LocalProtocolError,
     OutageError,
-    ProtocolError,
 )
-from replication.link import Link, SessionEnded, greet
+from replication.forwarder import Forwarder
 from replication.messages import (
     PROTOCOL_VERSION,
     Ack,
     Compare,
-    CompareResult,
-    ErrorCode,
     Hello,
     Level,
-    Message,
-    Reply,
     Role,
-    Uncompared,
     Welcome,
 )
 from replication.modes import Mode, ModePolicy, Outage, mode_policy
-from replication.offering import Habit, Offering, Traffic
 from replication.outage_watch import OUTAGE_AFTER_SECONDS, OutageWatch
-from replication.outbox import FRAME_OVERHEAD_BYTES, QUEUE_BYTES_MAX, Frame, Outbox
+from replication.outbox import FRAME_OVERHEAD_BYTES, QUEUE_BYTES_MAX
 from replication.progress import Progress
-from replication.questions import Questions
 from replication.room import RoomQueue
-from replication.session import Session
 from replication.spool import Spool
 from replication.spool_file import Origin
-from replication.spooler import Spooler, drain_older
+from replication.spooler import drain_older
 from replication.status import FirstApplianceStatus, LinkState
 from replication.transport import Connection
-
-RECONNECT_SECONDS_MIN: Final = 0.05
-RECONNECT_SECONDS_MAX: Final = 2.0
 
 log = logging.getLogger("rewindfs.first_appliance")
 
@@ -104,11 +87,7 @@ class FirstAppliance:
         `spool` is where an outage's records go; the caller opens it before and closes it after `run`. What it holds of
         an older epoch is sent by `start`. `on_change` is called when the link or the outage changes, `on_lost` once,
         `on_progress` after each rise of the levels; none may wait or raise."""
-        self._connect = connect
         self._through = through
-        self._offers = offers
-        self._habit, self._traffic = Habit(), Traffic()
-        self._hello = Hello(PROTOCOL_VERSION, Role.AGENT, group, epoch, agent, take_over, mode if through else None)
         self._policy: ModePolicy = mode_policy(mode or Mode.ASYNC, trio.current_time, through=through)
         self._outage_chosen = outage
         self._watch = OutageWatch(
@@ -118,28 +97,21 @@ class FirstAppliance:
         self._on_change = on_change
         self._on_lost = on_lost
         self._on_progress = on_progress
-        self._outbox = Outbox(Seq(0), bytes_max=queue_bytes_max)
         self._progress = Progress()
         self._last_seq = Seq(0)
-        self._store = ""
-        self._digest_key = b""
-        self._link: Link | None = None
-        self._link_state = LinkState.DOWN
-        self._error = "not connected yet"
-        self._lost: HistoryLost | None = None
         self._room = RoomQueue()
         self._aggregate_opened = trio.Event()
-        self._questions = Questions()
-        self.bandwidth = Bandwidth(bytes_per_second)
-        """What may go over the link; can be changed at any time."""
-        self._spooler: Spooler | None = None
-        if spool is not None:
-            self._spooler = Spooler(
-                spool,
-                on_kept=self._spooled,
-                on_unsent=lambda compare: self._questions.not_compared(compare.seq),
-                on_lost=self._spool_lost,
-            )
+        self._forwarder = Forwarder(
+            self,
+            connect,
+            Hello(PROTOCOL_VERSION, Role.AGENT, group, epoch, agent, take_over, mode if through else None),
+            through=through,
+            queue_bytes_max=queue_bytes_max,
+            offers=offers,
+            bytes_per_second=bytes_per_second,
+            spool=spool,
+            gather_seconds=self._policy.gather_seconds,
+        )
         self._probe: tuple[Seq, float] | None = None
         """A record on its way, and when it set out: what the round trip is measured by."""
 
@@ -151,7 +123,7 @@ class FirstAppliance:
 
     @property
     def link(self) -> LinkState:
-        return self._link_state
+        return self._forwarder.state
 
     @property
     def outage(self) -> bool:
@@ -184,21 +156,27 @@ class FirstAppliance:
     @property
     def kept(self) -> Seq:
         """Everything up to here is on a disk, of this side's or a peer's."""
-        return max(self._outbox.kept_seq, self._outbox.spooled_seq)
+        return max(self._forwarder.outbox.kept_seq, self._forwarder.outbox.spooled_seq)
 
     @property
     def queued_bytes(self) -> int:
-        return self._outbox.bytes + self._policy.open_bytes
+        return self._forwarder.outbox.bytes + self._policy.open_bytes
+
+    @property
+    def bandwidth(self) -> Bandwidth:
+        """What may go over the link; can be changed at any time."""
+        return self._forwarder.bandwidth
 
     @property
     def digest_key(self) -> bytes:
         """Key of this session's Compare digests; another one after each reconnect."""
-        return self._digest_key
+        return self._forwarder.digest_key
 
     def status(self) -> FirstApplianceStatus:
-        spool = None if self._spooler is None else self._spooler.spool
+        forwarder = self._forwarder
+        outbox, traffic, spool = forwarder.outbox, forwarder.traffic, forwarder.spool
         return FirstApplianceStatus(
-            link=self._link_state,
+            link=forwarder.state,
             outage=self._watch.lasts,
             mode=self._policy.mode,
             waits_for=self._policy.write_waits_for,
@@ -206,12 +184,12 @@ class FirstAppliance:
             received=self._progress.received,
             durable=self._progress.durable,
             queued_bytes=self.queued_bytes,
-            queued_records=self._outbox.records + self._policy.open_records,
-            oldest_queued=self._outbox.oldest_time,
-            error=self._error,
-            written_bytes=self._traffic.written,
-            sent_bytes=self._traffic.sent,
-            saved_bytes=self._traffic.saved,
+            queued_records=outbox.records + self._policy.open_records,
+            oldest_queued=outbox.oldest_time,
+            error=forwarder.error,
+            written_bytes=traffic.written,
+            sent_bytes=traffic.sent,
+            saved_bytes=traffic.saved,
             spool_bytes=0 if spool is None else spool.bytes,
             spool_limit=0 if spool is None else spool.limit,
             spool_error="" if spool is None else spool.failed or spool.damage,
@@ -223,22 +201,11 @@ class FirstAppliance:
         """Connects for the first time. What the store holds, or the spool past it, from which the agent numbers on: the
         first record is Welcome.held + 1. Raises LinkDown, ProtocolError or HandshakeRefused; it may be tried again.
         SpoolError where the spool cannot be used."""
-        if self._spooler is not None:
-            await drain_older(self._spooler.spool, self._hello, self._older)
-        connection, session, welcome, volumes = await self._open()
-        self._store = welcome.store
-        self._outbox = Outbox(welcome.held, bytes_max=self._queue_bytes_max)
-        if self._spooler is not None:
-            origin = Origin(self._hello.group, self._hello.agent, self._hello.epoch, welcome.store)
-            try:
-                await self._spooler.begin(self._outbox, origin, welcome)
-            except BaseException:
-                await connection.aclose()
-                raise
-        self._last_seq = self._outbox.last_seq
-        self._begin_levels(welcome)
+        if self._forwarder.spool is not None:
+            await drain_older(self._forwarder.spool, self._forwarder.hello, self._older)
+        welcome, volumes = await self._forwarder.start()
+        self._last_seq = self._forwarder.outbox.last_seq
         self._progress.queue(self._last_seq)
-        self._connected(connection, session, welcome)
         return replace(welcome, held=self._last_seq), volumes
 
     async def room(self, nbytes: int) -> bool:
@@ -255,7 +222,7 @@ class FirstAppliance:
 
     def has_room(self, nbytes: int) -> bool:
         """Whether `room` would say True at once, so that a record may be appended in this step. False in an outage."""
-        return not self._room and self._lost is None and not self._watch.lasts and self._fits(nbytes)
+        return not self._room and self._forwarder.why_lost is None and not self._watch.lasts and self._fits(nbytes)
 
     def append(self, record: Record | Compare) -> None:
         """Takes the next record, synchronously; call it right after `room`. The payload must not change from now on.
@@ -263,24 +230,23 @@ class FirstAppliance:
         Raises LocalProtocolError for a record that does not follow the last one, or that may not be sent; it is not
         taken then. Raises HistoryLost when lost.
         """
-        if self._lost is not None:
-            raise self._lost
+        self._check_lost()
         first_seq = record.first_seq if isinstance(record, Aggregate) else record.seq
         if first_seq != self._last_seq + 1:
             raise LocalProtocolError(f"record {first_seq} does not follow {self._last_seq}")
         if isinstance(record, Compare):
-            record = self._questions.expect(record, self._link)
+            record = self._forwarder.expect(record)
         policy = self._policy
         frames = policy.add(record)
         self._last_seq = record.seq
         if isinstance(record, Write):
-            self._traffic.written += record.extent.length
+            self._forwarder.traffic.written += record.extent.length
         if not self._through:
             self._progress.queue(record.seq)
         if self._probe is None:
             self._probe = record.seq, trio.current_time()
         for frame in frames:
-            self._push(frame)
+            self._forwarder.push(frame)
         if policy.closes_at is not None and not self._aggregate_opened.is_set():
             self._aggregate_opened.set()
 
@@ -290,8 +256,8 @@ class FirstAppliance:
         corrects it) or HistoryLost. No checkpoint when there is nothing to wait for."""
         policy = self._policy
         level = policy.write_waits_for
-        if self._link is not None and not self._progress.has_reached(seq, level):
-            self._link.hear_soon()
+        if not self._progress.has_reached(seq, level):
+            self._forwarder.hear_soon()
         if policy.patience_seconds is None:
             return await self._reached(seq, level)
         with trio.move_on_after(policy.patience_seconds):
@@ -317,23 +283,21 @@ class FirstAppliance:
     async def compared(self, seq: Seq) -> bytes:
         """CompareResult.differing of the Compare `seq`. Raises LinkReset when the link went down before the answer
         came, or the Compare was appended without a link; HistoryLost. One task asks, once."""
-        return await self._questions.compared(seq)
+        return await self._forwarder.questions.compared(seq)
 
     async def request(self, command: str, body: dict[str, object]) -> dict[str, object]:
         """Runs a command at the second appliance. It may overtake queued records: wait with `reached` for those it
         concerns. Raises RequestRefused with its error, LinkDown without a link, LinkReset when the link broke before
         the answer: whether it ran is unknown then. Cancelled, it may still run."""
         self._check_lost()
-        return await self._questions.ask(self._link, self._error, command, body)
+        return await self._forwarder.ask(command, body)
 
     def switch_mode(self, mode: Mode) -> None:
         """From now on the other mode. What is open goes out first, so order holds; a write that waits keeps waiting
         for what it was promised."""
         self._close_aggregate()
         self._policy = mode_policy(mode, trio.current_time, through=self._through)
-        self._hello = replace(self._hello, mode=mode if self._through else None)
-        if self._link is not None:
-            self._link.gather_seconds = self._policy.gather_seconds
+        self._forwarder.mode_changed(mode if self._through else None, self._policy.gather_seconds)
         self._settle_waiters()
 
     async def drain(self) -> None:
@@ -345,7 +309,7 @@ class FirstAppliance:
         """For a clean end in an outage, while `run` is at work: waits until everything taken so far is in the spool, or
         kept by the peer; the caller sets a limit of time. False, at once, where it cannot be."""
         self._close_aggregate()
-        return self._spooler is not None and await self._spooler.keep_all()
+        return await self._forwarder.keep_all()
 
     async def run(self) -> None:
         """Forwards, reconnects, watches for outages. Returns once the link is LOST; else until cancelled, which closes
@@ -353,28 +317,18 @@ class FirstAppliance:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch.run)
             nursery.start_soon(self._close_aggregates_in_time)
-            if self._spooler is not None:
-                nursery.start_soon(self._spooler.run)
-            await self._keep_link()
+            await self._forwarder.run()
             nursery.cancel_scope.cancel()
 
     # --- queue ---
 
-    def _push(self, frame: Frame) -> None:
-        if self._link is not None:
-            self._link.offer(frame)
-        else:
-            self._outbox.append(frame)
-        if self._spooler is not None:
-            self._spooler.appended()
-
     def _fits(self, nbytes: int) -> bool:
-        queued = self._outbox.bytes + self._policy.open_bytes
+        queued = self._forwarder.outbox.bytes + self._policy.open_bytes
         return not queued or queued + nbytes + FRAME_OVERHEAD_BYTES <= self._queue_bytes_max
 
     def _close_aggregate(self) -> None:
         for frame in self._policy.close():
-            self._push(frame)
+            self._forwarder.push(frame)
 
     async def _close_aggregates_in_time(self) -> None:
         while True:
@@ -401,10 +355,10 @@ class FirstAppliance:
 
     def hurry(self, seq: Seq, level: Level) -> None:
         """Has `seq` reach the level sooner than it would by itself; waits for nothing."""
-        if seq > self._outbox.last_seq:
+        if seq > self._forwarder.outbox.last_seq:
             self._close_aggregate()
-        if level is Level.DURABLE and self._link is not None:
-            self._link.ask_for_sync(min(seq, self._last_seq))
+        if level is Level.DURABLE:
+            self._forwarder.ask_for_sync(min(seq, self._last_seq))
 
     def _goes_on(self) -> bool:
         """Whether a writer has reason to wait. Raises what the policy, or the loss, has it meet instead."""
@@ -415,21 +369,21 @@ class FirstAppliance:
 
     def _room_comes(self) -> bool:
         """As `_goes_on`, for who waits for room; a spool that takes the queue makes some, outage or not."""
-        return self._goes_on() or (self._spooler is not None and self._spooler.takes_more)
+        return self._goes_on() or self._forwarder.spools_more
 
     def _check_lost(self) -> None:
-        if self._lost is not None:
-            raise self._lost
+        if self._forwarder.why_lost is not None:
+            raise self._forwarder.why_lost
 
     def _outage_error(self) -> OutageError:
-        why = self._error or "the link stands"
+        why = self._forwarder.error or "the link stands"
         return OutageError(f"no progress at the second appliance for {self._watch.after:g} s: {why}")
 
     def _needs_progress(self) -> bool:
         """Whether time without progress counts as an outage."""
         return (
-            self._link_state is not LinkState.CONNECTED
-            or self._outbox.unheld
+            self._forwarder.state is not LinkState.CONNECTED
+            or self._forwarder.outbox.unheld
             or self._progress.waiting
             or bool(self._room)
         )
@@ -442,8 +396,7 @@ class FirstAppliance:
     def _outage_changed(self) -> None:
         if self._watch.lasts:
             log.warning("policy: %s", self.outage_policy.value)
-        if self._spooler is not None:
-            self._spooler.outage(self._watch.lasts)
+        self._forwarder.outage(self._watch.lasts)
         self._settle_waiters()
         self._changed()
 
@@ -463,85 +416,28 @@ class FirstAppliance:
                 self._progress.release(self._outage_error() if policy is Outage.FAIL else None)
         self._room.ask_all()
 
-    # --- link ---
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self.status())
 
-    async def _open(self) -> tuple[Connection, Session, Welcome, list[VolumeState]]:
-        connection = await self._connect()
-        try:
-            session, welcome, volumes = await greet(connection, self._hello)
-            return connection, session, welcome, volumes
-        except BaseException:
-            await connection.aclose()
-            raise
-
-    def _connected(self, connection: Connection, session: Session, welcome: Welcome) -> None:
-        self._digest_key = welcome.digest_key
-        self._link = Link(
-            connection,
-            session,
-            self._outbox,
-            self._policy.gather_seconds,
-            traffic=self._traffic,
-            offering=self._offering(connection, welcome.digest_key),
-            bandwidth=self.bandwidth,
+    def _older(self, origin: Origin) -> FirstAppliance:
+        """What sends the records of an older epoch."""
+        forwarder = self._forwarder
+        return FirstAppliance(
+            forwarder.connect,
+            group=origin.group,
+            epoch=origin.epoch,
+            agent=origin.agent,
+            through=self._through,
+            mode=None,
+            queue_bytes_max=self._queue_bytes_max,
+            bytes_per_second=forwarder.bandwidth.bytes_per_second,
+            spool=forwarder.spool,
         )
-        # A full store takes the session and refuses the record: only progress, or nothing to do, shows that it is over.
-        if self._link_state is not LinkState.FULL or not self._outbox.unheld:
-            self._set_link_state(LinkState.CONNECTED, "")
-        if self._progress.waiting:
-            self._link.ask_for_sync(self._outbox.last_seq)
-        if self._spooler is not None:
-            self._spooler.link_up(self._link.wake)
 
-    def _offering(self, connection: Connection, key: bytes) -> Offering | None:
-        """What offers aggregates on this connection. On the way to a first appliance there are none to offer."""
-        offers = not connection.is_local if self._offers is None else self._offers
-        return Offering(key, self._habit, self._traffic) if offers and not self._through else None
+    # --- what the forwarder tells ---
 
-    async def _keep_link(self) -> None:
-        backoff = RECONNECT_SECONDS_MIN
-        while self._lost is None:
-            if self._link is None:
-                await self._reconnect()
-            if self._link is not None:
-                before = self.received
-                reason = await self._link.run(self._handle)
-                self._disconnected(reason)
-                if self.received > before:
-                    backoff = RECONNECT_SECONDS_MIN
-            if self._lost is None:
-                await trio.sleep(backoff)
-                backoff = min(2 * backoff, RECONNECT_SECONDS_MAX)
-
-    async def _reconnect(self) -> None:
-        try:
-            connection, session, welcome, _volumes = await self._open()
-        except (LinkDown, ProtocolError, HandshakeRefused) as error:
-            if isinstance(error, HandshakeRefused) and error.code is ErrorCode.FENCED:
-                self._lose(self._fenced(str(error)))
-                return
-            full = isinstance(error, HandshakeRefused) and error.code is ErrorCode.STORE_FULL
-            self._set_link_state(LinkState.FULL if full else LinkState.DOWN, str(error))
-            return
-        try:
-            self._resume(welcome)
-        except HistoryLost as error:
-            await connection.aclose()
-            self._lose(error)
-            return
-        self._connected(connection, session, welcome)
-
-    def _resume(self, welcome: Welcome) -> None:
-        """From here to `_connected` there is no await: a record appended between would be sent twice or never."""
-        if welcome.store != self._store:
-            text = f"the second appliance now serves store {welcome.store}, not {self._store}"
-            raise HistoryLost(welcome.held, Seq(self._outbox.last_seq + 1), text)
-        self._outbox.rewind(welcome.held)
-        self._begin_levels(welcome)
-        if self._outbox.acknowledge(welcome.held, welcome.durable):
-            self._room.offer()
-
-    def _begin_levels(self, welcome: Welcome) -> None:
+    def greeted(self, welcome: Welcome) -> None:
         """What the peer of a new session says it has; what the second appliance has behind a first one follows."""
         self._progress.queue(welcome.held)
         self._progress.advance(welcome.durable if self._through else welcome.held, welcome.durable)
@@ -552,106 +448,48 @@ class FirstAppliance:
         if self._on_progress is not None:
             self._on_progress()
 
-    def _fenced(self, text: str) -> Fenced:
-        return Fenced(self._progress.received, Seq(self._outbox.last_seq + 1), text)
+    def connected(self) -> None:
+        """A session stands."""
+        if self._progress.waiting:
+            self._forwarder.ask_for_sync(self._forwarder.outbox.last_seq)
 
-    def _disconnected(self, reason: Exception) -> None:
-        self._link = None
-        if self._spooler is not None:
-            self._spooler.link_down()
-        full = isinstance(reason, SessionEnded) and reason.failure.code is ErrorCode.STORE_FULL
-        self._set_link_state(LinkState.FULL if full else LinkState.DOWN, str(reason))
-        self._questions.fail_all(LinkReset(f"the link broke before the answer came: {reason}"))
-        self._probe = None
-        if isinstance(reason, HistoryLost):
-            self._lose(reason)
-        elif isinstance(reason, SessionEnded) and reason.failure.code is ErrorCode.FENCED:
-            self._lose(self._fenced(str(reason)))
-
-    def _lose(self, error: HistoryLost) -> None:
-        log.error("ordered replication of epoch %d is over: %s", self._hello.epoch, error)
-        self._lost = error
-        self._set_link_state(LinkState.LOST, str(error))
-        self._progress.fail(error)  # compares and requests failed with the link
-        self._settle_waiters()
-        if self._on_lost is not None:
-            self._on_lost(error)
-
-    def _set_link_state(self, state: LinkState, error: str) -> None:
-        if state is self._link_state and error == self._error:
-            return
-        if state is not self._link_state:
-            level = logging.INFO if state is LinkState.CONNECTED else logging.WARNING
-            log.log(level, "link to the second appliance: %s%s", state.value, f" ({error})" if error else "")
-        self._link_state, self._error = state, error
-        if state is LinkState.CONNECTED and not self._needs_progress():
+    def link_changed(self) -> None:
+        """The link's state, or why it is not connected."""
+        if self._forwarder.state is not LinkState.CONNECTED:
+            self._probe = None
+        elif not self._needs_progress():
             self._watch.set(False)
         self._changed()
 
-    def _changed(self) -> None:
-        if self._on_change is not None:
-            self._on_change(self.status())
-
-    # --- the spool ---
-
-    def _older(self, origin: Origin) -> FirstAppliance:
-        """What sends the records of an older epoch."""
-        assert self._spooler is not None
-        return FirstAppliance(
-            self._connect,
-            group=origin.group,
-            epoch=origin.epoch,
-            agent=origin.agent,
-            through=self._through,
-            mode=None,
-            queue_bytes_max=self._queue_bytes_max,
-            bytes_per_second=self.bandwidth.bytes_per_second,
-            spool=self._spooler.spool,
-        )
-
-    def _spooled(self) -> None:
-        """Frames have left memory for the disk, or cannot any more."""
-        self._room.ask_all()
-        if self._on_progress is not None:
-            self._on_progress()
-
-    def _spool_lost(self, error: HistoryLost) -> None:
-        if self._link is not None:
-            self._link.end(error)
-        else:
-            self._lose(error)
-
-    # --- what the second appliance says ---
-
-    def _handle(self, message: Message) -> None:
-        match message:
-            case Ack():
-                self._acknowledge(message)
-            case CompareResult():
-                self._questions.compare_came(message)
-            case Uncompared(seq, key):
-                self._digest_key = key
-                self._questions.not_compared(seq)
-            case Reply():
-                self._questions.reply_came(message)
-
-    def _acknowledge(self, ack: Ack) -> None:
-        room = self._outbox.acknowledge(ack.queued, ack.kept)
+    def acknowledged_by_peer(self, ack: Ack, room: bool) -> None:
+        """The peer said how far the records are; `room` was made by that."""
         self._progress.queue(ack.queued)
         if self._probe is not None and self._probe[0] <= ack.received:
             self._observe(self._policy, trio.current_time() - self._probe[1])
             self._probe = None
         if self._progress.advance(ack.received, ack.durable):
-            if self._link_state is LinkState.FULL and self._link is not None:
-                self._set_link_state(LinkState.CONNECTED, "")
+            self._forwarder.went_on()
             if self._watch.lasts:
                 self._watch.set(False)
         if room:
             self._room.offer()
-        if self._spooler is not None:
-            self._spooler.acknowledged()
-        link = self._link
-        if link is not None and not link.sync_open and 2 * self._outbox.held_bytes > self._queue_bytes_max:
-            link.ask_for_sync(ack.queued)
         if self._on_progress is not None:
             self._on_progress()
+
+    def spooled(self) -> None:
+        """Frames have left memory for the disk, or cannot any more."""
+        self._room.ask_all()
+        if self._on_progress is not None:
+            self._on_progress()
+
+    def room_made(self) -> None:
+        """Frames have left memory."""
+        self._room.offer()
+
+    def lost(self, error: HistoryLost) -> None:
+        """The store's history and the queue no longer meet."""
+        log.error("ordered replication of epoch %d is over: %s", self._forwarder.hello.epoch, error)
+        self._progress.fail(error)  # compares and requests failed with the link
+        self._settle_waiters()
+        if self._on_lost is not None:
+            self._on_lost(error)

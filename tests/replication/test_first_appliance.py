@@ -274,7 +274,7 @@ async def test_reconnecting_waits_longer_each_time(autojump_clock: MockClock) ->
             tries.append(trio.current_time())
             return await connect()
 
-        made.first._connect = counted  # type: ignore[assignment]
+        made.first._forwarder.connect = counted  # type: ignore[assignment]
         await trio.sleep(20)
         pauses = [later - earlier for earlier, later in pairwise(tries)]
         assert pauses[0] < 0.3
