@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import nullcontext
 
+from tests.simulation.defects import DEFECTS
 from tests.simulation.history import Outcome, run_history
 
 
@@ -15,7 +17,13 @@ def main() -> int:
     parser.add_argument("--steps", action="store_true", help="print every step and every log line of it")
     parser.add_argument("--count", type=int, default=1000, help="how many histories to run")
     parser.add_argument("--from", dest="first", type=int, default=0, help="seed of the first of them")
+    parser.add_argument("--defect", choices=DEFECTS, help="put this defect into the program first")
     options = parser.parse_args()
+    with DEFECTS[options.defect]() if options.defect else nullcontext():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.seed is not None:
         if options.steps:
             _log_to_stdout()
@@ -44,8 +52,9 @@ def _many(seeds: range) -> int:
 
 
 def _line(outcome: Outcome) -> str:
+    settings = outcome.settings
     how = outcome.violation or "every invariant held"
-    return f"seed {outcome.seed} ({outcome.settings.profile.value}, {outcome.settings.mode.value}): {how}"
+    return f"seed {outcome.seed} ({settings.profile.value}, {settings.topology.value}, {settings.mode.value}): {how}"
 
 
 def _log_to_stdout() -> None:

@@ -91,14 +91,15 @@ class Applications:
             async with self._names:
                 await self._change_names(agent, kind)
             return at
-        names = [name for name in NAMES if (self._host.source / name).exists()]
-        if not names:
-            return at
-        name = self._chance.one_of(names)
-        fd = os.open(self._host.source / name, os.O_RDWR)
+        # As in the kernel, whoever looks a name up waits until a change of names has been answered.
+        async with self._names:
+            names = self._there()
+            if not names:
+                return at
+            fd = os.open(self._host.source / self._chance.one_of(names), os.O_RDWR)
+            volume = agent.volume_of(key_of(os.fstat(fd)))
         file = os.fstat(fd).st_ino
         try:
-            volume = agent.volume_of(key_of(os.fstat(fd)))
             if kind == "sync":
                 await self._sync(agent, volume, fd)
             elif kind == "resize":
@@ -154,7 +155,7 @@ class Applications:
 
     async def _change_names(self, agent: Agent, kind: str) -> None:
         source, run = self._host.source, self._host.run
-        there = [name for name in NAMES if (source / name).exists()]
+        there = self._there()
         free = [name for name in NAMES if name not in there]
         if kind == "create" and free:
             path = self._chance.one_of(free)
@@ -179,6 +180,10 @@ class Applications:
             await self._name_change(agent, RemoveFile(path, key_of(os.stat(source / path)), remove))
         elif kind in ("rename", "exchange") and len(there) > 2:
             await self._rename(agent, there, kind == "exchange")
+
+    def _there(self) -> list[str]:
+        found = {*os.listdir(self._host.source), *(f"sub/{name}" for name in os.listdir(self._host.source / "sub"))}
+        return [name for name in NAMES if name in found]
 
     async def _rename(self, agent: Agent, there: list[str], exchange: bool) -> None:
         source, run = self._host.source, self._host.run

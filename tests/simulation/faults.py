@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -12,8 +12,9 @@ from fusefs.volume_table import list_volumes
 from replication.modes import Mode
 from tests.simulation.applications import Applications
 from tests.simulation.chance import Chance
-from tests.simulation.hosts import AgentHost, SecondHost
+from tests.simulation.hosts import AgentHost, FirstHost, SecondHost
 from tests.simulation.network import Line
+from tests.simulation.process import Process
 from tests.simulation.settings import Profile
 from tests.simulation.trace import Trace
 
@@ -28,7 +29,8 @@ class Faults:
         nursery: trio.Nursery,
         agent: AgentHost,
         second: SecondHost,
-        line: Line,
+        first: FirstHost | None,
+        lines: Sequence[Line],
         applications: Applications,
         chance: Chance,
         trace: Trace,
@@ -39,11 +41,13 @@ class Faults:
         self._nursery = nursery
         self._agent = agent
         self._second = second
-        self._line = line
+        self._first = first
+        self._lines = lines
         self._applications = applications
         self._chance = chance
         self._trace = trace
         self._second_busy = trio.Lock()
+        self._first_busy = trio.Lock()
         self._agent_busy = trio.Lock()
         is_short = agent.settings.profile is Profile.SHORT
         self._longest = 1.5 if is_short else 2 * agent.settings.outage_after
@@ -67,6 +71,9 @@ class Faults:
             self.clock_steps: 1,
             self.old_copy: 0.5,
         }
+        if first is not None:
+            short[self.kill_first] = 5
+            short[self.slow_first] = 1
         self._weights = short if is_short else {**short, **rough}
 
     async def go_on(self) -> None:
@@ -83,12 +90,13 @@ class Faults:
 
     def heal(self) -> None:
         """What a cancelled fault may have left."""
-        self._line.up, self._line.slow = True, 1.0
-        self._line.release()
+        for line in self._lines:
+            line.up, line.slow = True, 1.0
+            line.release()
         self._second.store.full = False
         self._applications.refusals = 0.0
-        for host in (self._second, self._agent):
-            if host.process is not None:
+        for host in (self._second, self._first, self._agent):
+            if host is not None and host.process is not None:
                 host.process.slow_until = 0.0
 
     async def _while(self) -> None:
@@ -96,33 +104,54 @@ class Faults:
 
     # -- the line ----------------------------------------------------------------------------------------------------
 
+    def _line(self) -> Line:
+        return self._chance.one_of(self._lines)
+
     async def cut(self) -> None:
-        self._line.cut()
+        self._line().cut()
 
     async def line_down(self) -> None:
-        self._line.up = False
-        self._line.cut()
+        line = self._line()
+        line.up = False
+        line.cut()
         try:
             await self._while()
         finally:
-            self._line.up = True
+            line.up = True
 
     async def hold(self) -> None:
         """Nothing passes, in one direction or both, and nobody is told; then all of it does, or the link breaks."""
-        self._line.hold(*self._chance.one_of([("up",), ("down",), ("up", "down")]))
+        line = self._line()
+        line.hold(*self._chance.one_of([("up",), ("down",), ("up", "down")]))
         try:
             await self._while()
         finally:
             if self._chance.happens(0.5):
-                self._line.cut()
-            self._line.release()
+                line.cut()
+            line.release()
 
     async def stall(self) -> None:
-        self._line.slow = self._chance.scaled(2, 30)
+        line = self._line()
+        line.slow = self._chance.scaled(2, 30)
         try:
             await self._while()
         finally:
-            self._line.slow = 1.0
+            line.slow = 1.0
+
+    # -- the first appliance -----------------------------------------------------------------------------------------
+
+    async def kill_first(self) -> None:
+        assert self._first is not None
+        async with self._first_busy:
+            try:
+                await self._first.kill(power=self._chance.happens(0.3))
+                await self._while()
+            finally:
+                self._first.start(self._nursery)
+
+    async def slow_first(self) -> None:
+        assert self._first is not None
+        await self._slow(self._first.process)
 
     # -- the second appliance ----------------------------------------------------------------------------------------
 
@@ -142,7 +171,9 @@ class Faults:
         await self._second_ends(power=True)
 
     async def slow_second(self) -> None:
-        process = self._second.process
+        await self._slow(self._second.process)
+
+    async def _slow(self, process: Process | None) -> None:
         if process is not None:
             process.slow_until = trio.current_time() + self._chance.scaled(0.05, self._longest)
             await trio.sleep_until(process.slow_until)
@@ -196,7 +227,7 @@ class Faults:
             try:
                 with trio.CancelScope(shield=True):
                     await self._agent.unmount()
-                if self._chance.happens(0.3):
+                if self._agent.left_clean and self._chance.happens(0.5):
                     self._change_behind()
                 await self._while()
             finally:

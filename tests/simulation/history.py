@@ -28,11 +28,11 @@ from tests.simulation.applications import Applications, make_source
 from tests.simulation.chance import Chance
 from tests.simulation.checks import check_end, check_gaps, check_levels, check_marks, check_moments
 from tests.simulation.faults import Faults
-from tests.simulation.hosts import AgentHost, SecondHost
+from tests.simulation.hosts import AgentHost, FirstHost, SecondHost
 from tests.simulation.model_store import ModelStore
 from tests.simulation.network import Line
 from tests.simulation.process import redirected, run_inline
-from tests.simulation.settings import Profile, Settings
+from tests.simulation.settings import Profile, Settings, Topology
 from tests.simulation.trace import Trace, Violation
 
 REGION_BYTES = 32 << 10
@@ -99,9 +99,14 @@ class _History:
         self._trace = trace
         make_source(source, chance.branch("source"))
         self.store = ModelStore(trace, chance.branch("store"))
-        self.line = Line("agent-second", chance.branch("line"), trace, settings.delay_max)
-        self.second = SecondHost(self.store, self.line, chance.branch("second"), trace)
-        self.agent = AgentHost(source, self.line, self.second, settings, chance.branch("agent"), trace)
+        near = far = Line("second", chance.branch("line"), trace, settings.delay_max)
+        self.first: FirstHost | None = None
+        if settings.topology is Topology.RELAYED:
+            near = Line("first", chance.branch("near line"), trace, settings.delay_max)
+            self.first = FirstHost(near, far, settings, chance.branch("first"), trace)
+        self.lines = [far] if near is far else [near, far]
+        self.second = SecondHost(self.store, far, chance.branch("second"), trace)
+        self.agent = AgentHost(source, near, self.second, settings, chance.branch("agent"), trace)
         self.applications = Applications(self.agent, self.second, chance.branch("applications"), trace)
 
     async def run(self) -> None:
@@ -110,12 +115,15 @@ class _History:
                 nursery,
                 self.agent,
                 self.second,
-                self.line,
+                self.first,
+                self.lines,
                 self.applications,
                 self._chance.branch("faults"),
                 self._trace,
             )
             await self.second.start(nursery)
+            if self.first is not None:
+                self.first.start(nursery)
             await faults.mount()
             nursery.start_soon(self._check_now_and_then, faults)
             with trio.move_on_after(self._settings.seconds):
@@ -140,6 +148,11 @@ class _History:
             await trio.sleep(1)
             self.applications.active = False
             await self.agent.unmount()
+            while not self.agent.left_clean:
+                # The end met an outage that had begun before: the next mount goes on.
+                await faults.mount()
+                await self._until_equal(faults)
+                await self.agent.unmount()
         if patience.cancelled_caught:
             self._trace.stacks()
             self._trace.violated("liveness", f"all is healed, and nothing is drained: {self._stuck()}")

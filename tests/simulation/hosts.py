@@ -22,18 +22,22 @@ from fusefs.volume_table import VolumeTable, list_volumes
 from replication.agent_link import AgentLink
 from replication.errors import HandshakeRefused, HistoryLost, LinkDown, ProtocolError
 from replication.first_appliance import FirstAppliance
+from replication.first_service import FirstService
 from replication.intent_log import IntentLog
-from replication.messages import Compare
+from replication.messages import PROTOCOL_VERSION, Compare, Hello, Role
 from replication.outbox import FRAME_OVERHEAD_BYTES
 from replication.reconcile import Reconciled
 from replication.record_clock import RecordClock
 from replication.region_tracker import RegionTracker
 from replication.second_appliance import SecondAppliance
+from replication.spool import Spool
+from replication.spool_file import Origin
+from replication.spooler import drain_older
 from tests.simulation.chance import Chance
 from tests.simulation.model_store import ModelGroup, ModelStore
 from tests.simulation.network import Line
 from tests.simulation.process import Process
-from tests.simulation.settings import Settings
+from tests.simulation.settings import Settings, Topology
 from tests.simulation.source_history import Run
 from tests.simulation.trace import Trace
 
@@ -88,6 +92,36 @@ class SecondHost:
             await process.kill(power=power)
 
 
+class FirstHost:
+    """A first appliance on a host of its own: what it has is in its memory only."""
+
+    def __init__(self, near: Line, far: Line, settings: Settings, chance: Chance, trace: Trace) -> None:
+        self.process: Process | None = None
+        self._near = near
+        self._far = far
+        self._settings = settings
+        self._chance = chance
+        self._trace = trace
+
+    def start(self, nursery: trio.Nursery) -> None:
+        self._near.host_is_back()
+        self.process = Process("first", self._chance)
+        self._trace.note("first starts")
+        nursery.start_soon(self.process.run, self._serve)
+
+    async def _serve(self) -> None:
+        service = FirstService(
+            self._far.connect, mode=self._settings.mode, queue_bytes_max=self._settings.queue_bytes_max
+        )
+        await service.serve([self._near.listen()])
+
+    async def kill(self, *, power: bool = False) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            self._trace.note(f"first {'loses power' if power else 'is killed'}")
+            await process.kill(power=power)
+
+
 class ObservedFirst(FirstAppliance):
     """Tells the source's history what is recorded, and checks what the queue holds."""
 
@@ -123,6 +157,8 @@ class AgentHost:
         self.mode = settings.mode
         self.gaps_allowed = 1
         """How many gaps there may be: those of unclean ends and of changes that went unrecorded."""
+        self.left_clean = False
+        """Whether it has ended with a clean mark, by which a change behind the mount is told."""
         self.spells = 0
         """How often changes began to go unrecorded."""
         self.lost = 0
@@ -136,6 +172,7 @@ class AgentHost:
         self._trace = trace
         self._leave = trio.Event()
         self._run: Run | None = None
+        self._spool: Spool | None = None
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
@@ -143,6 +180,7 @@ class AgentHost:
         """Mounts, again and again until it has worked; returns at once."""
         self.process = Process("agent", self._chance)
         self._leave, self.serves = trio.Event(), trio.Event()
+        self.left_clean = False
         nursery.start_soon(self._live, nursery, self.process, applications)
 
     async def _live(
@@ -198,6 +236,9 @@ class AgentHost:
     async def _serve(self, applications: Callable[[trio.Nursery], None]) -> None:
         state = StateDirectory.open(self.source)
         intent: IntentLog | None = None
+        self._spool = None
+        if self.settings.topology is Topology.SPOOLED:
+            self._spool = Spool.open(self.source.parent / "spool", self.settings.spool_bytes_max)
         try:
             while not self._leave.is_set():
                 try:
@@ -240,25 +281,19 @@ class AgentHost:
                 nursery.cancel_scope.cancel()
         finally:
             state.close()
+            if self._spool is not None:
+                self._spool.close()
             if intent is not None and intent._fd >= 0:
                 os.close(intent._fd)
 
     async def _greet(self, state: StateDirectory):  # type: ignore[no-untyped-def]
         stored = self._second.group.epoch
         epoch = await trio.to_thread.run_sync(state.begin_epoch, GROUP, stored)
-        first = ObservedFirst(
-            self._line.connect,
-            group=GROUP,
-            epoch=epoch,
-            agent=state.state.source,
-            mode=self.mode,
-            outage=self.settings.outage,
-            outage_after=self.settings.outage_after,
-            queue_bytes_max=self.settings.queue_bytes_max,
-            offers=self.settings.offers,
-            on_change=lambda _status: self._changed(first),
-            on_lost=self._is_lost,
-        )
+        agent = state.state.source
+        if self._spool is not None:
+            hello = Hello(PROTOCOL_VERSION, Role.AGENT, GROUP, epoch, agent)
+            await drain_older(self._spool, hello, self._first_of_older)
+        first = self._first(epoch, agent)
         first.trace, first.queue_max = self._trace, self.settings.queue_bytes_max
         run = Run(self.source, self._trace)
         first.run_of_epoch = run
@@ -266,6 +301,29 @@ class AgentHost:
         run.last = welcome.held
         self._run = self.runs[epoch] = run
         return first, epoch, welcome, known
+
+    def _first(self, epoch: Epoch, agent: str) -> ObservedFirst:
+        first = ObservedFirst(
+            self._line.connect,
+            group=GROUP,
+            epoch=epoch,
+            agent=agent,
+            through=self.settings.topology is Topology.RELAYED,
+            mode=self.mode,
+            outage=self.settings.outage,
+            outage_after=self.settings.outage_after,
+            queue_bytes_max=self.settings.queue_bytes_max,
+            offers=self.settings.offers,
+            spool=self._spool,
+            on_change=lambda _status: self._changed(first),
+            on_lost=self._is_lost,
+        )
+        return first
+
+    def _first_of_older(self, origin: Origin) -> FirstAppliance:
+        return FirstAppliance(
+            self._line.connect, group=origin.group, epoch=origin.epoch, agent=origin.agent, spool=self._spool
+        )
 
     def _changed(self, first: ObservedFirst) -> None:
         first.changes += 1
@@ -300,6 +358,7 @@ class AgentHost:
             await intent.close()
             files = await trio.to_thread.run_sync(list_volumes, self.source)
             await trio.to_thread.run_sync(state.ended_cleanly, agent.link.last, files)
+            self.left_clean = True
         except (OSError, RewindError) as error:
             self._trace.note(f"no clean mark {error}")
 

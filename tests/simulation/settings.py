@@ -22,16 +22,29 @@ class Profile(Enum):
     """All kinds, several at a time."""
 
 
+class Topology(Enum):
+    """What lies between the agent and the second appliance."""
+
+    DIRECT = "direct"
+    """Nothing: the first appliance is in the agent's process."""
+    SPOOLED = "spooled"
+    """The same, with a spool."""
+    RELAYED = "relayed"
+    """A first appliance on a host of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Times in seconds of the simulation."""
 
     profile: Profile
+    topology: Topology
     mode: Mode
     outage: Outage | None
     outage_after: float
     queue_bytes_max: int
     offers: bool
+    spool_bytes_max: int
     delay_max: float
     writers: int
     pause: float
@@ -48,10 +61,12 @@ class Settings:
         seconds = chance.between(3, 25)
         return cls(
             profile=profile,
+            topology=chance.weighted({Topology.DIRECT: 5, Topology.SPOOLED: 2, Topology.RELAYED: 4}),
             mode=chance.one_of(list(Mode)),
             outage=chance.one_of([None, None, *Outage]),
             outage_after=10.0 if is_short else chance.scaled(1, 8),
             queue_bytes_max=32 << 20 if is_short else chance.one_of([48 << 10, 128 << 10, 512 << 10, 4 << 20]),
+            spool_bytes_max=chance.one_of([256 << 10, 1 << 20, 1 << 30]),
             offers=chance.happens(0.5),
             delay_max=chance.scaled(2e-4, 5e-2),
             writers=writers,
