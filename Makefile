@@ -8,21 +8,29 @@ STAMP  := $(VENV)/installed
 
 # pyfuse3 is compiled against libfuse3; the other packages are the tools of the tests and of the demo.
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv \
-            fio e2fsprogs xfsprogs sqlite3 strace attr mount util-linux iproute2
+            fio e2fsprogs xfsprogs sqlite3 strace attr mount util-linux iproute2 openssl
 
-.PHONY: help demo test test-slow lint bench bench-quick fuzz clean packages
+.PHONY: help demo two-hosts chaos test test-slow lint bench bench-quick fuzz clean packages
 
 help:
 	@echo 'make demo         protect an ext4 image, make a mistake in it, get the table back: for real, under a minute'
+	@echo 'make two-hosts    two sites with a cable between them, the cable pulled: a moment of the outage comes back'
 	@echo 'make test         lint, types and the tests'
 	@echo 'make test-slow    the tests that take long: kill -9, full disks, large volumes'
 	@echo 'make lint         ruff and mypy only'
 	@echo 'make bench        measure; make bench-quick measures less'
 	@echo 'make fuzz         the property tests with many more examples; of some files only: make fuzz FUZZ=tests/dedup/…'
+	@echo 'make chaos        faults at random under load, e.g. make chaos CHAOS="--site first --mode sync --seconds 600"'
 	@echo 'make clean        remove what these targets made'
 
 demo: packages $(STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
+
+two-hosts: packages $(STAMP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/two-hosts.sh
+
+chaos: packages $(STAMP)
+	$(BIN)/python -m tests.system.chaos $(CHAOS)
 
 test: lint
 	$(BIN)/python -m pytest
