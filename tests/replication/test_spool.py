@@ -249,7 +249,7 @@ def test_cut_at_every_byte_what_is_whole_stays(tmp_path: Path, no_waiting: None)
     good = path.read_bytes()
     ends = [SEGMENT.size + entry_bytes(frames[:count]) for count in range(5)]
     assert ends[-1] == len(good)
-    for cut in range(len(good) + 1):
+    for cut in (*range(0, SEGMENT.size - 1, 16), *range(SEGMENT.size - 1, len(good) + 1)):
         path.write_bytes(good[:cut])
         whole = sum(end <= cut for end in ends[1:])
         spool = Spool.open(tmp_path)
@@ -270,7 +270,7 @@ def test_no_flipped_bit_gives_wrong_bytes_and_what_was_synced_is_said_to_be_lost
     path = segments(tmp_path)[0]
     good = path.read_bytes()
     ends = [SEGMENT.size + entry_bytes(frames[:count]) for count in range(5)]
-    for place in range(len(good)):
+    for place in (*range(32), *range(32, SEGMENT.size - 16, 16), *range(SEGMENT.size - 16, len(good))):
         if 8 <= place < 12:
             continue  # the version: another one is left alone
         path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
