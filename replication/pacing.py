@@ -15,11 +15,11 @@ import trio
 
 from dedup.types import WRITE_BYTES_MAX
 
-SHARE: Final = 0.2
-"""Of the time in which applications write, so much is a reconcile's. Its work is reading and hashing, here and again at
-the second appliance, which may be the same machine: with a fifth, a lone writer of 4 KiB blocks keeps about nine tenths
-of its rate, and a busy volume is still compared at some 100 MB/s."""
-REST_SECONDS_MAX: Final = 0.25
+SHARE: Final = 0.1
+"""Of the time in which applications write, so much is a reconcile's own work, and the second appliance's, perhaps on the
+same machine, is as much again. Measured there with two busy cores: a lone writer of 4 KiB blocks keeps three quarters
+of its rate or more; with a fifth it kept little over half."""
+REST_SECONDS_MAX: Final = 1.0
 """However long a step took, the next one comes: a reconcile ends on the busiest mount, too."""
 BUSY_SECONDS: Final = 0.25
 """So long after a record of theirs the applications count as writing."""
