@@ -277,8 +277,10 @@ class Forwarder:
             text = f"the second appliance now serves store {welcome.store}, not {self._store}"
             raise HistoryLost(welcome.held, Seq(self.outbox.last_seq + 1), text)
         self.outbox.rewind(welcome.held)
+        # Before the owner tells of it: what is durable is kept.
+        room = self.outbox.acknowledge(welcome.held, welcome.durable)
         self._owner.greeted(welcome)
-        if self.outbox.acknowledge(welcome.held, welcome.durable):
+        if room:
             self._owner.room_made()
 
     def _disconnected(self, reason: Exception) -> None:
