@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from replication.spool import Spool
 from replication.spool_file import Origin
 from replication.spooler import SPOOL_AFTER_SECONDS
 from replication.status import LinkState
+from tests.dedup.crash_storage import unsynced
 from tests.dedup.faults import FaultyStorage
 from tests.replication.scripted_second import ScriptedSecond
 
@@ -32,7 +33,7 @@ AGENT = "0f" * 16
 
 
 @pytest.fixture(autouse=True)
-def disk_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def disk_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What threads do is done on the spot: on a clock that jumps, waiting for a thread is an eternity."""
 
     async def run_sync(call: Callable[..., Any], *args: Any) -> Any:
@@ -41,6 +42,8 @@ def disk_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("replication.spooler.trio.to_thread.run_sync", run_sync)
     monkeypatch.setattr(replication.spool, "SPOOL_SEGMENT_BYTES", 20_000)
+    with unsynced():
+        yield
 
 
 def write(seq: int, length: int = 4096) -> Write:
