@@ -22,6 +22,8 @@ from fusefs.mountpoint import NotMounted, absolute, check_mountpoint, control_so
 from fusefs.mountpoint import unmount as leave
 from replication.address import store_path
 from replication.background import Ready, run
+from replication.forwarding import Forwarding
+from replication.forwarding_options import forwarding_options
 from replication.modes import Mode, Outage
 from replication.route import Route, route_options
 from replication.target import Target
@@ -69,6 +71,7 @@ DIRECTORY: Final = click.Path(path_type=Path)
 @click.option("--take-over", is_flag=True, help="Make SOURCE the agent of a group that another source has fed.")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Log there.")
+@forwarding_options
 @route_options
 @click.pass_context
 def mount(
@@ -88,6 +91,7 @@ def mount(
     take_over: bool,
     foreground: bool,
     log_file: Path | None,
+    forwarding: Forwarding,
     route: Route,
 ) -> None:
     """Mount SOURCE at MOUNTPOINT: every change made there is recorded in STORE, and any moment can be had back."""
@@ -111,6 +115,7 @@ def mount(
         foreground,
         bool((context.obj or {}).get("debug")),
         take_over=take_over,
+        forwarding=forwarding,
     )
     if target.store is not None:
         warn_about_places(source, target.store)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,11 +33,13 @@ from replication.agent_link import AgentLink
 from replication.background import Ready
 from replication.errors import Fenced, HistoryLost, LinkDown, RequestRefused
 from replication.first_appliance import FirstAppliance
+from replication.forwarding import Forwarding
 from replication.intent_log import IntentLog
 from replication.modes import Mode, Outage
 from replication.reconcile import Reconciled, Work
 from replication.record_clock import RecordClock
 from replication.region_tracker import REGION_BYTES, RegionTracker
+from replication.spool import Spool
 from replication.status import LinkState
 from replication.supervisor import Supervisor
 from replication.target import Target
@@ -49,6 +51,8 @@ TASKS_MAX: Final = 256
 """Requests that pyfuse3 serves at a time. A waiting writer holds one; if more threads than this write at once during a
 long wait, the rest waits in the kernel."""
 DRAIN_SECONDS: Final = 60.0
+KEEP_SECONDS: Final = 30.0
+"""How long an end in an outage may take to write the queue to the spool."""
 ASK_SECONDS: Final = 5.0
 """How long a status waits for what an appliance elsewhere has to say."""
 
@@ -74,6 +78,7 @@ class MountSettings:
     debug: bool = False
     take_over: bool = False
     """Feed the group from now on, whichever agent did before."""
+    forwarding: Forwarding = field(default_factory=Forwarding)
 
 
 async def run_mount(settings: MountSettings, ready: Ready) -> None:
@@ -90,9 +95,17 @@ async def run_mount(settings: MountSettings, ready: Ready) -> None:
                     debug=settings.debug,
                 )
                 await nursery.start(supervisor.serve)
-            mount = MountProcess(settings, state, supervisor)
-            await mount.start(nursery)
-            await mount.serve(ready)
+            spools = settings.forwarding.spools
+            spool = None if spools is None else await spools.open(settings.group)
+            try:
+                mount = MountProcess(settings, state, supervisor, spool)
+                async with trio.open_nursery() as forwarding:
+                    await mount.start(forwarding)
+                    await mount.serve(ready)
+                    forwarding.cancel_scope.cancel()
+            finally:
+                if spool is not None:
+                    spool.close()
             nursery.cancel_scope.cancel()
     finally:
         state.close()
@@ -105,8 +118,11 @@ class MountProcess:
     first: FirstAppliance
     _work: Sequence[Work]
 
-    def __init__(self, settings: MountSettings, state: StateDirectory, supervisor: Supervisor | None) -> None:
+    def __init__(
+        self, settings: MountSettings, state: StateDirectory, supervisor: Supervisor | None, spool: Spool | None
+    ) -> None:
         self._settings = settings
+        self._spool = spool
         self._state = state
         self._supervisor = supervisor
         self._stop = trio.Event()
@@ -133,6 +149,9 @@ class MountProcess:
             mode=settings.mode if settings.target.through else settings.mode or Mode.ASYNC,
             outage=settings.outage,
             outage_after=settings.outage_after,
+            offers=settings.forwarding.offers,
+            bytes_per_second=settings.forwarding.bytes_per_second,
+            spool=self._spool,
             on_lost=_say_lost,
         )
         last = self._state.state
@@ -244,12 +263,23 @@ class MountProcess:
                 log.error("not drained: %s; the next mount compares source and store", lost)
                 return
         if patience.cancelled_caught:
-            log.error("not drained within %g s; the next mount reconciles what is marked", self._drain_seconds)
+            await self._keep()
             return
         try:
             await self._leave_clean()
         except (OSError, RewindError) as error:
             log.error("no clean mark can be left: %s; the next mount reconciles what is marked", error)
+
+    async def _keep(self) -> None:
+        """The store did not take all in time: what there is goes to the spool, from where the next mount sends it."""
+        kept = False
+        with trio.move_on_after(KEEP_SECONDS):
+            kept = await self.first.keep_all()
+        log.error(
+            "not drained within %g s; %sthe next mount reconciles what is marked",
+            self._drain_seconds,
+            "the spool has all of it; " if kept else "",
+        )
 
     async def _leave_clean(self) -> None:
         intent = self.agent.intent

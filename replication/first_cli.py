@@ -16,12 +16,12 @@ from replication.background import Ready, run
 from replication.endpoint import connect
 from replication.errors import LinkDown
 from replication.first_service import FirstService
-from replication.group_spools import GroupSpools
+from replication.forwarding import Forwarding
+from replication.forwarding_options import forwarding_options
 from replication.listening import listen_addresses, open_listeners
 from replication.metrics import first_figures, metrics_at, parse_metrics
 from replication.modes import Mode
 from replication.relay import Connect
-from replication.retention_cli import Limit
 from replication.route import Route, route_options
 
 log = logging.getLogger("rewindfs.first_service")
@@ -37,14 +37,7 @@ log = logging.getLogger("rewindfs.first_service")
     show_default=True,
     help="For mounts that do not ask for one.",
 )
-@click.option(
-    "--spool",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Where records go that memory cannot hold in an outage; without, their regions are reconciled afterwards.",
-)
-@click.option("--spool-limit", type=Limit(), default="4G", show_default=True, metavar="SIZE", help="For each group.")
-@click.option("--bandwidth", type=Limit(), default="none", metavar="RATE", help="Bytes a second, for each group: 10M.")
+@forwarding_options
 @route_options
 @click.option("--metrics", metavar="ADDR", help="HOST:PORT for Prometheus; :PORT for this machine alone.")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
@@ -56,9 +49,7 @@ def first(
     listen: tuple[str, ...],
     forward: str,
     mode: str,
-    spool: Path | None,
-    spool_limit: int,
-    bandwidth: int,
+    forwarding: Forwarding,
     route: Route,
     metrics: str | None,
     foreground: bool,
@@ -69,13 +60,10 @@ def first(
     debug = debug or bool((context.obj or {}).get("debug"))
     addresses = listen_addresses(listen, route)
     there = forward_address(forward, route)
-    if spool_limit <= 0:
-        raise click.UsageError("--spool-limit: a spool has a limit; name one, as 4G")
     service = FirstService(
         partial(connect, there, identity=route.identity, insecure_tcp=route.insecure_tcp),
         mode=Mode(mode),
-        bandwidth=bandwidth,
-        spools=None if spool is None else GroupSpools(spool.absolute(), spool_limit),
+        forwarding=forwarding,
     )
     scraped = None if metrics is None else parse_metrics(metrics)
 

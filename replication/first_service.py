@@ -23,7 +23,7 @@ import trio
 
 from dedup.errors import UnknownFormat
 from replication.errors import HandshakeRefused, HistoryLost, LinkDown, ProtocolError, SpoolError
-from replication.group_spools import GroupSpools
+from replication.forwarding import Forwarding
 from replication.messages import PROTOCOL_VERSION, ErrorCode, Hello, Role
 from replication.modes import Mode
 from replication.outbox import QUEUE_BYTES_MAX
@@ -76,17 +76,16 @@ class FirstService:
         *,
         mode: Mode = Mode.ASYNC,
         queue_bytes_max: int = QUEUE_BYTES_MAX,
-        bandwidth: int = 0,
-        spools: GroupSpools | None = None,
+        forwarding: Forwarding = Forwarding(),  # noqa: B008
         sessions_max: int = SESSIONS_MAX,
     ) -> None:
         """`connect` opens a connection to the second appliance. `mode` is for agents that leave it to this side,
-        `queue_bytes_max`, and `bandwidth` in bytes a second unless it is 0, are for each group."""
+        `queue_bytes_max` for each group."""
         self.connect = connect
         self._mode = mode
         self._queue_bytes_max = queue_bytes_max
-        self._bandwidth = bandwidth
-        self._spools = spools
+        self._forwarding = forwarding
+        self._spools = forwarding.spools
         self._sessions_max = sessions_max
         self._ends: set[ServerEnd] = set()
         self._seats: dict[str, _Seat] = {}
@@ -209,7 +208,7 @@ class FirstService:
         if relay.feeder is not None:
             text = f"another agent of epoch {hello.epoch} feeds group {hello.group!r}; unmount that one first"
             raise Refused(text)
-        if relay.lost is not None or relay.ended.is_set():
+        if relay.lost is not None or relay.leaving:
             return False
         if hello.mode is not None and hello.mode is not relay.first.mode:
             relay.first.switch_mode(hello.mode)
@@ -232,7 +231,7 @@ class FirstService:
 
     async def _greeted(self, hello: Hello, spool: Spool | None) -> Relay:
         relay = Relay(
-            self.connect, hello, self._mode, bytes_max=self._queue_bytes_max, bandwidth=self._bandwidth, spool=spool
+            self.connect, hello, self._mode, bytes_max=self._queue_bytes_max, forwarding=self._forwarding, spool=spool
         )
         try:
             with trio.fail_after(UPSTREAM_SECONDS):

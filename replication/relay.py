@@ -18,6 +18,7 @@ import trio
 from dedup.types import Heartbeat, Seq, VolumeState
 from replication.errors import Fenced, HistoryLost, LinkReset
 from replication.first_appliance import FirstAppliance
+from replication.forwarding import Forwarding
 from replication.messages import Ack, Compare, CompareResult, ErrorCode, Hello, Level, Welcome
 from replication.modes import Mode, Outage
 from replication.outbox import QUEUE_BYTES_MAX
@@ -61,11 +62,10 @@ class Relay:
         mode: Mode,
         *,
         bytes_max: int = QUEUE_BYTES_MAX,
-        bandwidth: int = 0,
+        forwarding: Forwarding = Forwarding(),  # noqa: B008
         spool: Spool | None = None,
     ) -> None:
-        """`mode` is for a Hello that leaves it to this side. `bandwidth` limits the link to the second appliance, in
-        bytes a second, unless it is 0. No other relay uses the `spool` meanwhile."""
+        """`mode` is for a Hello that leaves it to this side. No other relay uses the `spool` meanwhile."""
         self.group = hello.group
         self.agent = hello.agent
         self.epoch = hello.epoch
@@ -86,7 +86,8 @@ class Relay:
             mode=hello.mode or mode,
             outage=Outage.BLOCK,
             queue_bytes_max=bytes_max,
-            bytes_per_second=bandwidth,
+            bytes_per_second=forwarding.bytes_per_second,
+            offers=forwarding.offers,
             spool=spool,
             on_change=self._on_change,
             on_lost=self._on_lost,
@@ -122,6 +123,11 @@ class Relay:
     def close(self) -> None:
         """Have `run` end; what is queued is not sent any more."""
         self._scope.cancel()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether `close` was called: nobody may feed it any more."""
+        return self._scope.cancel_called
 
     @property
     def settled(self) -> bool:

@@ -17,6 +17,7 @@ from replication.control import exchange
 from replication.errors import Fenced, HandshakeRefused, HistoryLost, LinkReset, RequestRefused
 from replication.first_appliance import FirstAppliance
 from replication.first_service import FirstService
+from replication.forwarding import Forwarding
 from replication.group_spools import GroupSpools
 from replication.messages import (
     PROTOCOL_VERSION,
@@ -472,7 +473,7 @@ async def test_one_agent_twice_is_refused_while_it_lives(autojump_clock: MockClo
 
 async def test_what_was_spooled_goes_on_without_its_agent(tmp_path: Path) -> None:
     spools = GroupSpools(tmp_path / "spool")
-    async with site(spools=spools) as here:
+    async with site(forwarding=Forwarding(spools)) as here:
         agent = await here.started()
         here.second.reachable = False
         await here.second.drop()
@@ -482,7 +483,7 @@ async def test_what_was_spooled_goes_on_without_its_agent(tmp_path: Path) -> Non
         with trio.fail_after(10):
             await until(lambda: agent.kept == 20)
         assert agent.durable == 0 and agent.queued_bytes == 0
-    async with site(spools=spools) as here:
+    async with site(forwarding=Forwarding(spools)) as here:
         with trio.fail_after(10):
             await until(lambda: here.second.held == 20)
             agent = await here.started(epoch=4)
