@@ -16,7 +16,7 @@ import trio
 from dedup.types import WRITE_BYTES_MAX
 
 SHARE: Final = 0.1
-"""Of the time in which applications write, so much is a reconcile's own work, and the second appliance's, perhaps on the
+"""Of the time in which applications write, so much is a reconcile's own work, and the second appliance's, maybe on the
 same machine, is as much again. Measured there with two busy cores: a lone writer of 4 KiB blocks keeps three quarters
 of its rate or more; with a fifth it kept little over half."""
 REST_SECONDS_MAX: Final = 1.0
