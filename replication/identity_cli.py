@@ -161,7 +161,10 @@ def list_(identity: Path | None, as_json: bool) -> None:
 @_identity_option
 @json_option
 def revoke(who: str, identity: Path | None, as_json: bool) -> None:
-    """Trust a key no longer. A running appliance ends its sessions within seconds."""
+    """Trust a key no longer.
+
+    A running appliance ends its sessions within seconds; what connected to it from here notices when it connects next.
+    """
     peer = _chosen(identity).revoke(who)
     if as_json:
         print_json(_fields(peer))

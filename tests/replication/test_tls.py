@@ -135,7 +135,7 @@ async def test_a_client_whom_nobody_trusts_is_told_so_and_learns_nothing(
         for _ in range(3):
             connection = await connect(listener.address, identity=stranger)
             # In TLS 1.3 the client is done before the server has looked at its certificate.
-            with pytest.raises(Untrusted, match="does not trust this machine's key; .*rewindfs identity show"):
+            with pytest.raises(Untrusted, match="does not trust this machine's key: .*rewindfs identity show"):
                 await connection.receive()
             await connection.aclose()
         assert all(not guest.proved and guest.peer is None for guest in guests)
