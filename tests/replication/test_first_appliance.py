@@ -265,15 +265,19 @@ async def test_what_the_store_lost_is_sent_again(autojump_clock: MockClock) -> N
 
 async def test_what_became_durable_meanwhile_is_kept_when_it_is_told_of(autojump_clock: MockClock) -> None:
     levels: list[tuple[int, int]] = []
-    async with rig(on_progress=lambda: levels.append((made.first.kept, made.first.durable))) as made:
+    async with trio.open_nursery() as nursery:
+        made = Rig(nursery, on_progress=lambda: levels.append((made.first.kept, made.first.durable)))
+        await made.first.start()
+        nursery.start_soon(made.first.run)
         made.second.syncs = False
         made.append(1, 6)
         await settled()
         await made.second.drop()
         made.second.durable = 6
         await trio.sleep(3)
-        assert levels[-1] == (6, 6)
-        assert all(durable <= kept for kept, durable in levels)
+        nursery.cancel_scope.cancel()
+    assert levels[-1] == (6, 6)
+    assert all(durable <= kept for kept, durable in levels)
 
 
 async def test_reconnecting_waits_longer_each_time(autojump_clock: MockClock) -> None:
