@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.chaos import MIXED, MODES, PROFILES, Fault, schedule, strike
+from tests.system.chaos import MIXED, MODES, PROFILES, SITES, Fault, schedule, strike
 from tests.system.harness import World
 from tests.system.loads import Orders, orders_in
+from tests.system.network import why_no_hosts
 
-LONG_SECONDS = 120
+LONG_SECONDS = 60
 
 
 def test_schedule_is_made_again_by_its_seed() -> None:
@@ -49,18 +50,26 @@ def test_orders_are_checked(tmp_path: Path) -> None:
 
 
 def run(world: World, site: str, mode: str, faults: str, seconds: float, *, quick: bool = False) -> None:
+    if site != "embedded" and (reason := why_no_hosts()):
+        pytest.skip(reason)
     seed = random.randrange(1 << 32)
     print(strike(world, site, mode, faults, seconds, seed, with_fio=not quick, with_disk=not quick))
 
 
-@pytest.mark.parametrize(("site", "mode", "faults"), [("embedded", "sync", "all")])
+@pytest.mark.parametrize(("site", "mode", "faults"), [("embedded", "sync", "all"), ("first", "async", "all")])
 def test_a_few_faults(world: World, site: str, mode: str, faults: str) -> None:
-    run(world, site, mode, faults, 4, quick=True)
+    run(world, site, mode, faults, 3, quick=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("faults", PROFILES)
-@pytest.mark.parametrize("mode", [*MODES, MIXED])
-@pytest.mark.parametrize("site", ["embedded"])
+@pytest.mark.parametrize(
+    ("site", "mode", "faults"),
+    [
+        *((site, mode, "all") for site in SITES for mode in (*MODES, MIXED)),
+        *((site, MIXED, "short") for site in SITES),
+        *(("first", mode, "long") for mode in (*MODES, MIXED)),
+        *(("remote", mode, "long") for mode in ("sync", "async")),
+    ],
+)
 def test_many_faults(world: World, site: str, mode: str, faults: str) -> None:
     run(world, site, mode, faults, LONG_SECONDS)

@@ -86,3 +86,21 @@ def test_embedded_mount_as_a_service(world: World) -> None:
         world.wait_for_state("protected")
     world.check_equal()
     assert world.gaps() == []
+
+
+def test_mount_and_both_appliances_as_services(world: World) -> None:
+    (world.source / "a.img").write_bytes(b"a" * 8192)
+    near, far = world.directory / "first.sock", world.directory / "second.sock"
+    second = {"STORE": str(world.store), "LISTEN": f"unix:{far}"}
+    first = {"LISTEN": f"unix:{near}", "FORWARD": f"unix:{far}", "SPOOL": str(world.directory / "spool")}
+    to = f"--appliance unix:{near}"
+    settings = {"SOURCE": str(world.source), "MOUNTPOINT": str(world.mnt), "TO": to, "OPTIONS": ""}
+    with (
+        service(world, "rewindfs-second.service", **second),
+        service(world, "rewindfs-first.service", **first),
+        service(world, "rewindfs-mount@.service", **settings),
+    ):
+        (world.mnt / "b.img").write_bytes(b"b" * 8192)
+        world.wait_for_state("protected")
+        world.check_equal()
+    assert world.gaps() == []
