@@ -202,9 +202,10 @@ def test_another_store_gets_everything(day_one: World) -> None:
 
 
 def test_lost_state_directory(day_one: World) -> None:
-    """Nothing tells what changed since: everything is compared, and nothing differs."""
+    """It is another agent now. Nothing tells what changed since: everything is compared, and nothing differs."""
     shutil.rmtree(day_one.source / ".rewindfs")
-    said = start(day_one)
+    assert "--take-over" in day_one.refused("mount", day_one.source, day_one.mnt, "--store", day_one.store)
+    said = start(day_one, "--take-over")
     assert "everything=True" in said and " 0 bytes were sent" in said
     day_one.check_equal()
     assert len(day_one.gaps()) == 1
