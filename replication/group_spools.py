@@ -24,12 +24,23 @@ class GroupSpools:
         return await trio.to_thread.run_sync(self._groups)
 
     async def open(self, group: str) -> Spool:
-        """The group's spool, made if absent; the caller closes it. Raises SpoolError, UnknownFormat."""
-        return await trio.to_thread.run_sync(Spool.open, self.directory / group, self.limit)
+        """The group's spool, made if absent, and the directory; the caller closes it. Raises SpoolError,
+        UnknownFormat."""
+        return await trio.to_thread.run_sync(self._open, group)
 
-    def _groups(self) -> list[str]:
+    def _open(self, group: str) -> Spool:
+        self._make()
+        return Spool.open(self.directory / group, self.limit)
+
+    def _make(self) -> None:
         try:
             self.directory.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise SpoolFailed(f"{self.directory}: the spools cannot be used: {error.strerror}") from error
+
+    def _groups(self) -> list[str]:
+        self._make()
+        try:
             return sorted(name for name in os.listdir(self.directory) if (self.directory / name / LOCK_NAME).exists())
         except OSError as error:
             raise SpoolFailed(f"{self.directory}: the spools cannot be used: {error.strerror}") from error
