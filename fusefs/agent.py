@@ -51,13 +51,11 @@ from fusefs.volume_records import (
     attributes_record,
     check_moves,
     create_record,
-    rename_records,
-    resize_record,
     retire_record,
 )
 from fusefs.volume_table import Volume, VolumeTable, check_path
 from replication.agent_link import RECORD_BYTES, AgentLink
-from replication.errors import LinkDown, LinkReset, OutageError
+from replication.errors import HistoryLost, LinkDown, LinkReset, OutageError
 from replication.intent_log import IntentLog, IntentLogFailed
 from replication.messages import Level
 from replication.region_tracker import REGION_BYTES, RegionTracker, regions_of
@@ -84,7 +82,8 @@ class Agent:
         self.tracker = tracker
         self.lock = RangeLock()
         self.brackets = NamespaceBrackets(source, intent, link.first)
-        self._unrecorded_retired: list[VolumeId] = []
+        self.unrecorded_retired: list[VolumeId] = []
+        """Volumes that are gone and of which the store was not told."""
 
     # -- handles -----------------------------------------------------------------------------------------------------
 
@@ -184,7 +183,7 @@ class Agent:
             return _NO_SEQ
         log.warning("%s: the source refused or shortened the write of seq %d; corrected", volume.path, refused)
         extent = None
-        if await self.link.room_by_and_by(length):
+        if await self._room_to_correct(length):
             size = volume.size_to_be
             count = max(0, min(length, size - offset))
             try:
@@ -197,6 +196,12 @@ class Agent:
             self.link.owe(lambda seq, time, run: Correct(seq, time, run, refused, volume.size_to_be, nothing))
             return refused
         return self.link.put(lambda seq, time, run: Correct(seq, time, run, refused, size, extent))
+
+    async def _room_to_correct(self, length: int) -> bool:
+        try:
+            return await self.link.room_by_and_by(length)
+        except HistoryLost:
+            return False
 
     async def resize(self, volume: VolumeId | None, fd: int, size: int) -> None:
         """Records the new size and sets it. OSError EFBIG past what a volume may have."""
@@ -326,7 +331,7 @@ class Agent:
     ) -> Callable[..., Create | Retire | Rename] | None:
         """Takes a change that was made into the table; returns what builds its record, None where there is none.
 
-        Unless it is `recorded`, what the store is not told is kept for `catch_up`.
+        Unless it is `recorded`, what the store is not told is kept for catch_up.py.
         """
         match change:
             case CreateFile(path=path):
@@ -376,7 +381,7 @@ class Agent:
     def _retire(self, volume: Volume, recorded: bool) -> None:
         self.volumes.remove(volume)
         if volume.known and not recorded:
-            self._unrecorded_retired.append(volume.id)
+            self.unrecorded_retired.append(volume.id)
         self.intent.volumes_gone(volume.id)
         self.tracker.volume_gone(volume.id)
 
@@ -404,35 +409,8 @@ class Agent:
         await self.first.reached(seq, Level.DURABLE)
         return seq
 
-    async def catch_up(self) -> list[VolumeId]:
-        """After an outage: tells the store of every name and size that changed unrecorded. Returns the volumes of which
-        it knew nothing: their contents are zeros there."""
-        claim = await self.lock.claim_all()
-        try:
-            for gone in self._unrecorded_retired:
-                await self.insist(partial(retire_record, gone))
-            self._unrecorded_retired.clear()
-            # In this order a path is free before a new volume takes it.
-            moved = [volume for volume in self.volumes if volume.moved and volume.known]
-            for rename in rename_records([(volume.id, volume.path) for volume in moved]):
-                await self.insist(rename)
-            for volume in moved:
-                volume.moved = False
-            fresh = [volume for volume in self.volumes if not volume.known]
-            for volume in fresh:
-                await self.insist(partial(create_record, volume))
-                volume.known, volume.moved, volume.restyled = True, False, False
-            for volume in self.volumes:
-                await self.insist(partial(resize_record, volume))
-                if volume.restyled:
-                    await self.insist(partial(attributes_record, volume))
-                    volume.restyled = False
-            return [volume.id for volume in fresh]
-        finally:
-            self.lock.release(claim)
-
     async def insist(self, build: Callable[[Seq, TimeNs, ClockRun], Record]) -> Seq:
-        """Records something that must not be missing, however long an outage lasts."""
+        """Records something that must not be missing, however long an outage lasts. Raises HistoryLost."""
         while True:
             if await self.link.room_by_and_by(RECORD_BYTES):
                 return self.link.put(build)
@@ -440,7 +418,7 @@ class Agent:
 
     async def end_gap(self, spells: int) -> Seq | None:
         """Records that the store equals the source; None when changes have gone unrecorded since `link.spells` was
-        `spells`: then another reconcile is owed first."""
+        `spells`: then another reconcile is owed first. Raises HistoryLost."""
         while True:
             if await self.link.room_by_and_by(RECORD_BYTES):
                 return self.link.put(ReconcileEnd) if self.link.spells == spells else None

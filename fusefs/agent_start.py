@@ -19,6 +19,7 @@ import trio
 from dedup.types import Epoch, EpochStart, Seq, VolumeId, VolumeState
 from fusefs.agent import Agent
 from fusefs.agent_source import AgentSource
+from fusefs.catch_up import catch_up
 from fusefs.state_directory import AgentState, FileMark
 from fusefs.volume_records import attributes_record, create_record, resize_record, retire_record
 from fusefs.volume_table import Volume
@@ -196,7 +197,7 @@ def now_equal(agent: Agent, spells: int, end: Seq) -> None:
 
 
 async def _work_after_outage(agent: Agent) -> list[Work]:
-    fresh = set(await agent.catch_up())
+    fresh = set(await catch_up(agent))
     work = [Work(volume.id, all_regions(volume.size), fresh=True) for volume in agent.volumes if volume.id in fresh]
     return work + [Work(volume, regions) for volume, regions in agent.intent.marked().items() if volume not in fresh]
 

@@ -84,11 +84,15 @@ class AgentLink:
         return True
 
     async def room_by_and_by(self, nbytes: int) -> bool:
-        """As `room`, for what no application waits for: False, too, where the policy is to fail. Try again later."""
+        """As `room`, for what no application waits for: False, too, where the policy is to fail. Try again later.
+        Raises HistoryLost, whatever the policy: there will be no room any more."""
         try:
-            return await self.room(nbytes)
+            has_room = await self.room(nbytes)
         except OutageError:
             return False
+        if not has_room:
+            self.first.check_lost()
+        return has_room
 
     def owe(self, correction: Build) -> None:
         """A record says what the source did not take, and the truth cannot be recorded now. `correction` is recorded

@@ -230,7 +230,7 @@ class FirstAppliance:
         Raises LocalProtocolError for a record that does not follow the last one, or that may not be sent; it is not
         taken then. Raises HistoryLost when lost.
         """
-        self._check_lost()
+        self.check_lost()
         first_seq = record.first_seq if isinstance(record, Aggregate) else record.seq
         if first_seq != self._last_seq + 1:
             raise LocalProtocolError(f"record {first_seq} does not follow {self._last_seq}")
@@ -275,7 +275,7 @@ class FirstAppliance:
         aggregate that holds it, and asks for a sync if need be; else it comes with time. Raises HistoryLost."""
         if self._progress.has_reached(seq, level):
             return
-        self._check_lost()
+        self.check_lost()
         if hurry:
             self.hurry(seq, level)
         await self._progress.wait(seq, level, releasable=False)
@@ -289,7 +289,7 @@ class FirstAppliance:
         """Runs a command at the second appliance. It may overtake queued records: wait with `reached` for those it
         concerns. Raises RequestRefused with its error, LinkDown without a link, LinkReset when the link broke before
         the answer: whether it ran is unknown then. Cancelled, it may still run."""
-        self._check_lost()
+        self.check_lost()
         return await self._forwarder.ask(command, body)
 
     def switch_mode(self, mode: Mode) -> None:
@@ -346,7 +346,7 @@ class FirstAppliance:
     async def _reached(self, seq: Seq, level: Level) -> bool:
         if self._progress.has_reached(seq, level):
             return True
-        self._check_lost()
+        self.check_lost()
         if not self._goes_on():
             return False
         self.hurry(seq, level)
@@ -362,7 +362,7 @@ class FirstAppliance:
 
     def _goes_on(self) -> bool:
         """Whether a writer has reason to wait. Raises what the policy, or the loss, has it meet instead."""
-        self._check_lost()
+        self.check_lost()
         if self._watch.lasts and self.outage_policy is Outage.FAIL:
             raise self._outage_error()
         return not (self._watch.lasts and self.outage_policy is Outage.CONTINUE)
@@ -371,7 +371,8 @@ class FirstAppliance:
         """As `_goes_on`, for who waits for room; a spool that takes the queue makes some, outage or not."""
         return self._goes_on() or self._forwarder.spools_more
 
-    def _check_lost(self) -> None:
+    def check_lost(self) -> None:
+        """Raises HistoryLost when lost."""
         if self._forwarder.why_lost is not None:
             raise self._forwarder.why_lost
 

@@ -15,6 +15,7 @@ from dedup.types import PATH_BYTES_MAX, VOLUME_BYTES_MAX, Correct, Create, Recon
 from fusefs import agent as agent_module
 from fusefs import volume_records
 from fusefs.agent import Agent
+from fusefs.catch_up import catch_up
 from fusefs.intercept import CreateFile, RemoveFile, RenamePath
 from fusefs.volume_table import key_of
 from replication.errors import LocalProtocolError
@@ -193,7 +194,7 @@ async def test_catching_up_frees_a_path_before_it_is_taken(bench: Bench) -> None
     await bench.agent.namespace(create(bench, "a.img"))
     bench.first.answer = True
     before = len(bench.first.records)
-    fresh = await bench.agent.catch_up()
+    fresh = await catch_up(bench.agent)
     told = [type(record) for record in bench.first.records[before:]]
     assert told[:4] == [ReconcileBegin, Retire, Rename, Create]
     made = bench.agent.volumes.by_path("a.img")
