@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +38,7 @@ from replication.messages import (
     Ack,
     Compare,
     CompareResult,
+    ErrorCode,
     Failure,
     Hello,
     Message,
@@ -50,6 +52,7 @@ from replication.messages import (
     Wanted,
     Welcome,
 )
+from replication.server_session import ANSWERS_MAX, HELLO_BYTES_MAX
 from replication.transport import Connection, memory_pair
 from replication.wire import Decoder, encode
 from tests.replication.fake_store import FakeStore
@@ -284,3 +287,50 @@ async def test_the_ordinary_session_is_served_whole() -> None:
                     else:
                         due[type(message)] -= 1
     assert store.group("g").held == 14
+
+
+async def test_a_peer_that_stalls_within_a_frame_is_put_out(autojump_clock: trio.testing.MockClock) -> None:
+    """Between frames an agent may be silent for ever."""
+    async with running(FakeStore()) as world:
+        quiet, stalls = await world.agent("a"), await world.agent("b")
+        await stalls.say_raw(frames_of([beat(1)])[0][:-1])
+        answer = await stalls.hear()
+        assert isinstance(answer, Failure)
+        assert "in the middle of a frame" in answer.text
+        await quiet.say(beat(1))
+        await quiet.hear_ack(1)
+
+
+async def test_what_comes_before_a_welcome_is_bounded() -> None:
+    async with running(FakeStore()) as world:
+        peer = await world.connect()
+        header = (4 << 20).to_bytes(4, "little") + bytes([33, 0, 0, 0])  # an aggregate is to come
+        await peer.say_raw(header + bytes(HELLO_BYTES_MAX))
+        answer = await peer.hear()
+        assert isinstance(answer, Failure)
+        assert answer.code is ErrorCode.PROTOCOL
+
+
+async def test_only_a_few_commands_of_a_session_run_at_a_time() -> None:
+    """So that what a peer does not read is bounded."""
+    async with running(FakeStore()) as world:
+        running_now = most = 0
+        go_on = trio.Event()
+
+        async def slow(*_: object) -> dict[str, object]:
+            nonlocal running_now, most
+            running_now += 1
+            most = max(most, running_now)
+            await go_on.wait()
+            running_now -= 1
+            return {}
+
+        world.appliance.commands.run = slow  # type: ignore[method-assign, assignment]
+        peer = await world.agent()
+        await peer.say(*(Request(number, "status", {}) for number in range(1, 21)))
+        await trio.testing.wait_all_tasks_blocked()
+        go_on.set()
+        replies = 0
+        while replies < 20:
+            replies += isinstance(await peer.hear(), Reply)
+        assert most == ANSWERS_MAX
