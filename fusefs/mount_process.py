@@ -364,6 +364,11 @@ class MountProcess:
                 "sent_bytes": status.sent_bytes,
                 "saved_bytes": status.saved_bytes,
             },
+            "spool": {
+                "bytes": status.spool_bytes,
+                "limit": status.spool_limit,
+                "error": status.spool_error,
+            },
             "seq": self.agent.link.last,
             "durable_seq": status.durable,
             "intent_bytes": sum(map(len, self.agent.intent.marked().values())) * REGION_BYTES,

@@ -102,6 +102,11 @@ def _mount_lines(report: dict[str, Any]) -> list[str]:
     lag, wire = report["lag"], report["wire"]
     lines.append(f"  behind by {lag['seconds']:.1f} s, {lag['records']} records, {lag['bytes']} bytes")
     lines.append(f"  seq {report['seq']}, durable {report['durable_seq']}")
+    spool = report["spool"]
+    if spool["error"]:
+        lines.append(f"  spool: {spool['error']}")
+    elif spool["bytes"]:
+        lines.append(f"  spool: {size_text(spool['bytes'])} of at most {size_text(spool['limit'])}")
     if wire["saved_bytes"] > 0:
         sent, saved = size_text(wire["sent_bytes"]), size_text(wire["saved_bytes"])
         lines.append(f"  {sent} sent; {saved} more but for what the second appliance held already")
