@@ -46,7 +46,8 @@ async def serve(listener: Listener) -> None:
                 case SyncRequest():
                     seen = Seq(0)
         if session.last_seq > seen:
-            await connection.send(session.send(Ack(session.last_seq, session.last_seq, session.last_seq, session.last_seq)))
+            last = session.last_seq
+            await connection.send(session.send(Ack(last, last, last, last)))
 
 
 async def measure(path: Path, mode: Mode, records: int, payload: bytes, writers: int) -> None:

@@ -204,8 +204,8 @@ def _list_versions(path: Path) -> Timed:
 
 
 def _command(*args: str) -> Timed:
-    import replication.points_cli  # noqa: F401 - what a command loads when it is first used
-    import replication.snapshot_cli  # noqa: F401
+    import replication.points_cli
+    import replication.snapshot_cli  # noqa: F401 - what a command loads when it is first used
     from fusefs.cli import rewindfs
 
     def run() -> None:
