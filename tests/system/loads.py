@@ -7,12 +7,14 @@ recovers from: all of a transaction or nothing, and no later one without the ear
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,7 +147,10 @@ class Fio:
         self.file = file
         self.error: Exception | None = None
         self._environment = {**environment, "PATH": SEARCH_PATH}
+        # The loop is the shell's: this process must not fork while the mount is stopped. The child would close its
+        # copies of the files that are open there, which waits for the mount, and the parent waits for the child.
         self._command = [
+            *("sh", "-c", 'while "$@"; do :; done; exit 1', "sh"),
             *("fio", "--name=chaos", f"--filename={file}", f"--size={mebibytes}M", "--rw=randwrite", "--bs=4k-64k"),
             *("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--ioengine=psync", "--randrepeat=0"),
             *("--fsync=64", f"--rate={kibibytes_per_second}k", "--allow_file_create=0"),
@@ -157,13 +162,25 @@ class Fio:
     def start(self) -> None:
         self.error = None
         self._stop.clear()
-        self._thread = threading.Thread(target=self._run)
+        self._process = subprocess.Popen(
+            self._command,
+            env=self._environment,
+            # In a directory of the file system that lies still: fio writes the state of a verification there.
+            cwd=self.file.parent.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._thread = threading.Thread(target=self._listen, args=(self._process,))
         self._thread.start()
 
     def stop(self) -> None:
         self._stop.set()
-        if self._process is not None:
-            self._process.terminate()
+        assert self._process is not None
+        with suppress(ProcessLookupError):  # it has ended by itself; `error` says why
+            os.killpg(self._process.pid, signal.SIGTERM)
         self.join()
 
     def join(self) -> None:
@@ -171,21 +188,7 @@ class Fio:
         self._thread.join(END_SECONDS_MAX)
         assert not self._thread.is_alive(), "fio hangs"
 
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                # In a directory of the file system that lies still: fio writes the state of a verification there.
-                with subprocess.Popen(
-                    self._command,
-                    env=self._environment,
-                    cwd=self.file.parent.parent,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                ) as self._process:
-                    said, _ = self._process.communicate()
-                if self._process.returncode and not self._stop.is_set():
-                    raise AssertionError(f"fio: {self._process.returncode}: {said[-2000:]}")
-        except Exception as error:  # noqa: BLE001 - whoever started the load judges it
-            self.error = error
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        said, _ = process.communicate()
+        if not self._stop.is_set():
+            self.error = AssertionError(f"fio has failed: {said[-2000:]}")

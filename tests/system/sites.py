@@ -83,6 +83,10 @@ class Site(ABC):
         """Unmounts in the orderly way, and ends the services."""
         self.world.unmount()
 
+    def give_up(self) -> None:
+        """After a failure: whatever would not leave by itself is told to."""
+        return
+
     def kill(self, part: str) -> bool:
         """kill −9, and waits for the end. False when there was nothing to kill."""
         if (pid := self.pid(part)) is None:
@@ -221,6 +225,12 @@ class Remote(Site):
 
     def heal_link(self) -> None:
         self._hosts.heal()
+
+    def give_up(self) -> None:
+        self.world.run("fusermount3", "-u", self.world.mnt, check=False)
+        for part in (FIRST, SECOND):
+            if (pid := self.pid(part)) is not None:
+                os.kill(pid, signal.SIGTERM)
 
     def close(self) -> None:
         super().close()
