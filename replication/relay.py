@@ -159,7 +159,9 @@ class Relay:
     def levels(self) -> Ack:
         """How far the records have come, as the agent is told."""
         first = self.first
-        return Ack(queued=first.last_seq, kept=first.kept, received=first.received, durable=first.durable)
+        # A new session's Welcome raises `durable` first, and what it lets go of a moment later.
+        kept = max(first.kept, first.durable)
+        return Ack(queued=first.last_seq, kept=kept, received=first.received, durable=first.durable)
 
     def feed(self, feeder: Feeder) -> None:
         """From now on the records come from there."""

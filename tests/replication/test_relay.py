@@ -178,6 +178,19 @@ async def test_an_agent_that_connects_again_goes_on_without_the_second(autojump_
         assert len(here.connections) == 1
 
 
+async def test_what_became_durable_while_the_link_was_down_is_passed_on(autojump_clock: MockClock) -> None:
+    async with site() as here:
+        here.second.acks = here.second.syncs = False
+        agent = await here.started()
+        for seq in range(1, 6):
+            agent.append(write(seq))
+        await until(lambda: here.second.held == 5)
+        here.second.durable = 5
+        await here.second.drop()
+        await until(lambda: agent.durable == 5)
+        assert agent.kept == 5
+
+
 async def test_what_a_killed_first_appliance_held_comes_from_the_agent(autojump_clock: MockClock) -> None:
     async with site() as here:
         agent = await here.started()
@@ -488,6 +501,17 @@ async def test_what_was_spooled_goes_on_without_its_agent(tmp_path: Path) -> Non
             await until(lambda: here.second.held == 20)
             agent = await here.started(epoch=4)
         assert agent.last_seq == 20 and here.seqs() == list(range(1, 21))
+
+
+async def test_a_killed_first_appliance_s_successor_keeps_only_what_is_on_a_disk(autojump_clock: MockClock) -> None:
+    """Else the agent would drop what a power cut at the second appliance still takes away."""
+    async with site() as here:
+        here.second.held, here.second.durable, here.second.syncs = 12, 8, False
+        agent = await here.started()
+        assert here.relay.levels().kept == 8
+        agent.append(write(13))
+        await agent.reached(Seq(13), Level.RECEIVED)
+        assert here.relay.levels().kept == 8 and agent.kept == 8
 
 
 async def _all(stranger: Stranger) -> AsyncIterator[Message]:
