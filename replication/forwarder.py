@@ -137,7 +137,7 @@ class Forwarder:
         SpoolError."""
         connection, session, welcome, volumes = await self._open()
         self._store = welcome.store
-        self.outbox = Outbox(welcome.held, bytes_max=self._queue_bytes_max)
+        self.outbox = Outbox(welcome.held, durable=welcome.durable, bytes_max=self._queue_bytes_max)
         if self._spooler is not None:
             origin = Origin(self.hello.group, self.hello.agent, self.hello.epoch, welcome.store)
             try:

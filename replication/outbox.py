@@ -61,7 +61,8 @@ def frame_of(record: Record | Compare, buffers: list[Buffer] | None = None) -> F
 class Outbox:
     """The frames between `held` and the present. Holds no lock and never waits."""
 
-    def __init__(self, held: Seq, *, bytes_max: int = QUEUE_BYTES_MAX) -> None:
+    def __init__(self, held: Seq, *, durable: Seq | None = None, bytes_max: int = QUEUE_BYTES_MAX) -> None:
+        """The peer holds everything up to `held`, and has it on a disk up to `durable`; None: all of it."""
         self.bytes_max = bytes_max
         self.bytes = 0
         """In memory."""
@@ -71,8 +72,10 @@ class Outbox:
         """Of the newest frame ever appended."""
         self.sent_seq = held
         """Of the newest frame ever sent, on whatever connection."""
-        self.kept_seq = held
+        self.kept_seq = held if durable is None else min(durable, held)
         """Everything up to here is on a disk of the peer's."""
+        self._never_here = held
+        """What came up to here was neither appended nor found on this side's disk: it cannot be sent from here."""
         self.spooled_seq = Seq(0)
         """Everything up to here is on this side's disk, or needed no more."""
         self.next_to_load = Seq(1)
@@ -212,7 +215,7 @@ class Outbox:
         oldest = self.oldest
         first_kept = Seq(self.last_seq + 1) if oldest is None else oldest.first_seq
         if self.on_disk:
-            first_kept = Seq(self.kept_seq + 1)
+            first_kept = Seq(max(self.kept_seq, self._never_here) + 1)
         if held + 1 < first_kept:
             text = f"the store holds records up to {held}, but those before {first_kept} are kept nowhere any more"
             raise HistoryLost(held, first_kept, text)
@@ -239,7 +242,9 @@ class Outbox:
 
     def found_on_disk(self, last_seq: Seq, durable: Seq) -> None:
         """Right after it was made: the spool of this epoch holds what follows `durable`, up to `last_seq`. `rewind`
-        says then what of it is to be sent."""
+        says then what of it is to be sent. Where the peer holds more than that, the rest is nowhere on this side."""
+        if last_seq >= self.last_seq:
+            self._never_here = durable
         self.spooled_seq = last_seq
         self.last_seq = self.sent_seq = max(self.last_seq, last_seq)
         self.kept_seq = durable

@@ -206,3 +206,38 @@ def test_what_goes_by_way_of_the_disk_keeps_its_order(taken: list[tuple[str, int
         ends.check()
     ends.keep(0)
     assert (ends.outbox.bytes, len(ends.outbox), ends.outbox.records, ends.outbox.unheld) == (0, 0, 0, False)
+
+
+def test_what_the_peer_has_not_on_a_disk_is_not_kept() -> None:
+    """Of a first appliance that begins where another one, killed, has ended: it has none of these records itself."""
+    outbox = Outbox(Seq(12), durable=Seq(8))
+    assert outbox.kept_seq == 8
+    outbox.append(write(13))
+    with pytest.raises(HistoryLost):
+        outbox.rewind(Seq(8))  # the peer lost power
+    outbox.rewind(Seq(12))
+    assert seqs(outbox.take(1 << 20)) == [13]
+
+
+@pytest.mark.parametrize("spooled", [10, 12, 15])
+def test_a_spool_that_ends_before_what_the_peer_holds_does_not_hide_the_hole(spooled: int) -> None:
+    outbox = Outbox(Seq(12), durable=Seq(8))
+    outbox.found_on_disk(Seq(spooled), Seq(8))
+    outbox.rewind(Seq(12))
+    outbox.append(write(max(12, spooled) + 1))
+    if spooled < 12:
+        with pytest.raises(HistoryLost):
+            outbox.rewind(Seq(8))
+    else:
+        outbox.rewind(Seq(8))
+        assert (outbox.unloaded, outbox.next_to_load) == (True, 9)
+
+
+def test_spooled_frames_do_not_stand_for_those_before_them() -> None:
+    outbox = Outbox(Seq(12), durable=Seq(8))
+    outbox.append(write(13))
+    outbox.spooled(Seq(13))
+    with pytest.raises(HistoryLost):
+        outbox.rewind(Seq(8))
+    outbox.rewind(Seq(12))
+    assert outbox.next_to_load == 13
