@@ -83,7 +83,8 @@ class SecondAppliance:
         self._ungreeted: dict[ServerSession, None] = {}
         self._peers: dict[ServerSession, Fingerprint] = {}
         self._agents: dict[str, ServerSession] = {}
-        self._fences: dict[str, Epoch] = {}
+        self._fences: dict[str, tuple[Epoch, str]] = {}
+        """The newest epoch that was let in, and the agent whose it is."""
         self._stop = trio.Event()
         self._left = trio.Event()
 
@@ -175,11 +176,11 @@ class SecondAppliance:
                 other = self._agents.get(hello.group)
                 if other is None:
                     # No await since the check: from here on the group is this session's.
-                    self._fences[hello.group] = hello.epoch
+                    self._fences[hello.group] = hello.epoch, hello.agent
                     self._agents[hello.group] = session
                     break
                 if hello.epoch > other.epoch:
-                    self._fences[hello.group] = hello.epoch
+                    self._fences[hello.group] = hello.epoch, hello.agent
                     other.end(ErrorCode.FENCED, fenced_text(hello))
                 elif other.waits_for_room:
                     other.drain(0)  # it does not listen, and so did not hear that its link broke
@@ -197,7 +198,8 @@ class SecondAppliance:
         """Raises Refused for an agent whose group it is not, or not any more."""
         name = hello.group
         owner = group.owners[-1] if group.owners else hello.agent
-        newest = max(group.epoch, self._fences.get(name, Epoch(0)))
+        fence, admitted = self._fences.get(name, (Epoch(0), hello.agent))
+        newest = max(group.epoch, fence)
         if hello.agent != owner and not hello.take_over:
             if hello.agent in group.owners:
                 raise Refused(
@@ -209,9 +211,14 @@ class SecondAppliance:
                 f"group {name!r} is fed by agent {owner}, and this source is agent {hello.agent}: mount with "
                 "--take-over to make this source its agent, or choose another --name"
             )
-        if hello.epoch < newest:
+        # Every connection of an agent says take_over: one that took over, and lost the group to another since, must not
+        # take it back. The epoch tells; where two chose the same, it is of the one that came first.
+        begun = hello.epoch == group.epoch and hello.agent != owner
+        taken = begun or (hello.epoch == fence and hello.agent != admitted)
+        if hello.epoch < newest or taken:
             text = f"epoch {hello.epoch} of group {name!r} is over: epoch {newest} has begun"
-            raise Refused(text, ErrorCode.FENCED if hello.agent == owner else ErrorCode.REFUSED)
+            was_owner = hello.agent == owner or hello.agent in group.owners
+            raise Refused(text, ErrorCode.FENCED if was_owner else ErrorCode.REFUSED)
 
     def release(self, session: ServerSession, group: str) -> None:
         """The session feeds the group no longer."""

@@ -76,7 +76,20 @@ async def test_a_link_that_comes_back_takes_nothing_over_a_second_time(store: Fa
         await hello(world, "other", 2, take_over=True)
         await hello(world, "first", 3, take_over=True)
         _, answer = await hello(world, "other", 2, take_over=True)
-        refused(answer, ErrorCode.REFUSED, "epoch 3")
+        refused(answer, ErrorCode.FENCED, "epoch 3")
+
+
+async def test_two_that_take_over_in_one_epoch_do_not_take_turns(store: FakeStore) -> None:
+    """Both asked for the store's epoch before either had begun its own: the one that came first has it."""
+    async with running(store) as world:
+        await hello(world, "first", 1)
+        one, _ = await hello(world, "one", 2, take_over=True)
+        await one.connection.aclose()
+        _, answer = await hello(world, "other", 2, take_over=True)
+        refused(answer, ErrorCode.REFUSED, "epoch 2")
+        _, answer = await hello(world, "one", 2, take_over=True)
+        assert isinstance(answer, Welcome), "its own link broke"
+    assert store.group("g").owners == ("first", "one")
 
 
 async def test_nobody_is_put_out_by_one_who_is_refused(store: FakeStore) -> None:
