@@ -1,7 +1,7 @@
 """What distance costs: rates and waiting times of 4 KiB writes on a mount whose second appliance is far away, in each
 mode, against a bare pyfuse3 passthrough in the same run.
 
-    python -m tests.benchmarks.latency [--quick] [--round-trips 0,5,50]
+    python -m tests.benchmarks.latency [--quick] [--seconds S] [--round-trips 0,5,50]
 
 The round trip is what the relay adds to that of TCP over the loopback. Each subject is measured alone; the others rest.
 """
@@ -85,10 +85,11 @@ WORKS: dict[str, Callable[[Path, float], Measured]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter runs")
+    parser.add_argument("--quick", action="store_true", help="a second each")
+    parser.add_argument("--seconds", type=int, default=8, help="of each measurement")
     parser.add_argument("--round-trips", default=ROUND_TRIPS_MS, metavar="MS,MS,…", help="added milliseconds")
     asked = parser.parse_args()
-    seconds = 1 if asked.quick else 8
+    seconds = 1 if asked.quick else asked.seconds
     round_trips = [float(text) for text in asked.round_trips.split(",")]
     results: dict[str, dict[tuple[str, str], Measured]] = {work: {} for work in WORKS}
     with workplace() as directory, ExitStack() as stack:
