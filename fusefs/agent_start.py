@@ -16,6 +16,7 @@ from time import monotonic
 
 import trio
 
+from dedup.errors import Damaged
 from dedup.types import Epoch, EpochStart, Seq, VolumeId, VolumeState
 from fusefs.agent import Agent
 from fusefs.agent_source import AgentSource
@@ -54,6 +55,18 @@ class Plan:
         return not (self.everything or self.created or self.retired or self.changed or self.regions or self.gap)
 
 
+def open_intent(path: Path, last: AgentState) -> IntentLog:
+    """The intent log; where it is lost or damaged a new one, by which everything is compared. Blocks. OSError."""
+    try:
+        if not path.exists() and last.store:
+            # There was one since the first mount: what was marked in it is unknown.
+            raise Damaged(f"{path} is gone")
+        return IntentLog.open(path)
+    except Damaged as damage:
+        log.error("%s; everything will be compared", damage)
+        return IntentLog.open_damaged(path)
+
+
 def plan(
     welcome: Welcome,
     known: Sequence[VolumeState],
@@ -65,7 +78,9 @@ def plan(
     by_path = {volume.path: volume for volume in known}
     created = tuple(sorted(files.keys() - by_path.keys()))
     retired = tuple(volume for volume in known if volume.path not in files)
-    clean_end = last.clean is not None and last.clean.held == welcome.held
+    # The same seq with another time is another record: of a copy of the store that went another way.
+    same = last.clean is not None and last.clean.time in (0, welcome.time)
+    clean_end = last.clean is not None and last.clean.held == welcome.held and same
     everything = (
         welcome.held < last.durable
         or last.store != welcome.store

@@ -16,13 +16,13 @@ from typing import Any, Final
 
 import trio
 
-from dedup.errors import Damaged, RewindError
+from dedup.errors import RewindError
 from dedup.moment import check_name
 from dedup.types import Epoch
 from fusefs.agent import Agent
 from fusefs.agent_control import Body, serve_control
 from fusefs.agent_heal import heal
-from fusefs.agent_start import begin, make_equal, plan, resync_after_outages
+from fusefs.agent_start import begin, make_equal, open_intent, plan, resync_after_outages
 from fusefs.daemon import serve
 from fusefs.mount_reconcile import OnlineReconcile
 from fusefs.mountpoint import mount_options
@@ -34,7 +34,6 @@ from replication.background import Ready
 from replication.errors import Fenced, HistoryLost, LinkDown, RequestRefused
 from replication.first_appliance import FirstAppliance
 from replication.forwarding import Forwarding
-from replication.intent_log import IntentLog
 from replication.modes import Mode, Outage
 from replication.reconcile import Reconciled, Work
 from replication.record_clock import RecordClock
@@ -138,7 +137,8 @@ class MountProcess:
     async def start(self, nursery: trio.Nursery) -> None:
         """Greets the second appliance, and tells it of every volume; contents are left to `serve`."""
         settings = self._settings
-        epoch = await trio.to_thread.run_sync(self._state.begin_epoch, settings.group, await self._stored_epoch())
+        begin_epoch = partial(self._state.begin_epoch, take_over=settings.take_over)
+        epoch = await trio.to_thread.run_sync(begin_epoch, settings.group, await self._stored_epoch())
         self.first = FirstAppliance(
             settings.target.connect,
             group=settings.group,
@@ -172,7 +172,7 @@ class MountProcess:
             )
         nursery.start_soon(self.first.run)
         files = await trio.to_thread.run_sync(list_volumes, settings.source)
-        intent = await trio.to_thread.run_sync(_open_intent, self._state.intent_path)
+        intent = await trio.to_thread.run_sync(open_intent, self._state.intent_path, last)
         todo = plan(welcome, known, files, last, intent)
         log.info("epoch %d after seq %d: %s", epoch, welcome.held, "a clean start" if todo.clean else todo)
         link = AgentLink(self.first, welcome.held, RecordClock(welcome.time, welcome.run))
@@ -290,7 +290,7 @@ class MountProcess:
             log.warning("the store does not equal the source yet; the next mount goes on with the reconcile")
         await intent.close()
         files = await trio.to_thread.run_sync(list_volumes, self._settings.source)
-        await trio.to_thread.run_sync(self._state.ended_cleanly, self.agent.link.last, files)
+        await trio.to_thread.run_sync(self._state.ended_cleanly, self.agent.link.last, files, self.agent.link.time)
 
     # -- the control socket ------------------------------------------------------------------------------------------
 
@@ -419,11 +419,3 @@ class MountProcess:
 def _say_lost(error: HistoryLost) -> None:
     advice = "" if isinstance(error, Fenced) else "; unmount and mount again"
     log.critical("replication has ended: %s%s", error, advice)
-
-
-def _open_intent(path: Path) -> IntentLog:
-    try:
-        return IntentLog.open(path)
-    except Damaged as damage:
-        log.error("%s; everything will be compared", damage)
-        return IntentLog.open_damaged(path)

@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from dedup.errors import Damaged, RewindError, UnknownFormat
-from dedup.types import Epoch, Seq
+from dedup.types import Epoch, Seq, TimeNs
 from fusefs.volume_table import STATE_DIRECTORY
 
 STATE_VERSION = 1
@@ -47,10 +47,12 @@ class FileMark:
 
 @dataclass(frozen=True, slots=True)
 class CleanEnd:
-    """The group as a clean end left it: everything up to `held` durable at the second appliance, and these files."""
+    """The group as a clean end left it: everything up to `held` durable at the second appliance, and these files.
+    `time` is that record's, 0 where it is unknown."""
 
     held: Seq
     volumes: dict[str, FileMark]
+    time: TimeNs = TimeNs(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +110,20 @@ class StateDirectory:
     def control_path(self) -> Path:
         return self.path / "control"
 
-    def begin_epoch(self, group: str, at_least: Epoch) -> Epoch:
+    def begin_epoch(self, group: str, at_least: Epoch, *, take_over: bool = False) -> Epoch:
         """A new epoch, durable: higher than any before, here and at the store (`at_least`).
 
         The clean mark stays. In another group nothing of what was kept holds: it goes, and no store is known. Where
-        somebody else has begun epochs there, that is kept in mind until `serving`.
+        somebody else has begun epochs there, that is kept in mind until `serving`; also where this is to `take_over`,
+        since starts of its own that failed may have counted past the other's.
         """
         with self._saving:
             state = self.state
             if group != state.group:
                 state = replace(state, store="", durable=Seq(0), clean=None, others=False)
             epoch = Epoch(max(state.epoch, at_least) + 1)
-            self._save(replace(state, group=group, epoch=epoch, others=state.others or at_least > state.epoch))
+            others = state.others or take_over or at_least > state.epoch
+            self._save(replace(state, group=group, epoch=epoch, others=others))
             return epoch
 
     def serving(self, store: str) -> None:
@@ -134,11 +138,11 @@ class StateDirectory:
         with self._saving:
             self._save(replace(self.state, durable=durable))
 
-    def ended_cleanly(self, held: Seq, volumes: Mapping[str, os.stat_result]) -> None:
+    def ended_cleanly(self, held: Seq, volumes: Mapping[str, os.stat_result], time: TimeNs = TimeNs(0)) -> None:
         """Leaves the clean mark; durable."""
         marks = {path: FileMark.of(status) for path, status in volumes.items()}
         with self._saving:
-            self._save(replace(self.state, durable=held, clean=CleanEnd(held, marks)))
+            self._save(replace(self.state, durable=held, clean=CleanEnd(held, marks, time)))
 
     def close(self) -> None:
         """Gives the lock back."""

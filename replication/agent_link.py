@@ -116,6 +116,11 @@ class AgentLink:
                 "`rewindfs status` says protected"
             )
 
+    @property
+    def time(self) -> TimeNs:
+        """Of the last record, or of what the store held."""
+        return self._clock.time
+
     def stamp(self) -> Stamp:
         """The next seq, and its time. To be used at once: nothing may be awaited before `take`."""
         self.last = Seq(self.last + 1)

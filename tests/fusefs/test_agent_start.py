@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from dedup.types import ClockRun, Epoch, Seq, TimeNs, VolumeId, VolumeState
-from fusefs.agent_start import Plan, plan
+from fusefs.agent_start import Plan, open_intent, plan
 from fusefs.state_directory import StateDirectory
 from fusefs.volume_table import STATE_DIRECTORY, list_volumes
 from replication.intent_log import IntentLog
@@ -41,8 +41,9 @@ class Left:
         self.file.write_bytes(bytes(8192))
         state = StateDirectory.open(source)
         state.begin_epoch("group", Epoch(0))
+        IntentLog.open(state.intent_path)
         state.serving("store")
-        state.ended_cleanly(HELD, list_volumes(source))
+        state.ended_cleanly(HELD, list_volumes(source), WELCOME.time)
         state.close()
 
     def mark(self, region: int) -> None:
@@ -67,7 +68,7 @@ class Left:
             known = [
                 VolumeState(VolumeId(1), "a.img", status.st_size, status.st_mode & 0o7777, status.st_uid, status.st_gid)
             ]
-            intent = IntentLog.open(state.intent_path)
+            intent = open_intent(state.intent_path, state.state)
             decided = plan(welcome, known, list_volumes(self.source), state.state, intent)
             if served:
                 state.serving(welcome.store)
@@ -103,6 +104,20 @@ def test_clean_end_of_another_group_says_nothing(left: Left) -> None:
     assert left.start(group="other").everything
     assert left.start(group="other").everything
     assert left.start().everything
+
+
+def test_the_same_seq_of_another_copy_of_the_store_is_no_clean_end(left: Left) -> None:
+    other = replace(WELCOME, time=TimeNs(WELCOME.time + 1))
+    assert left.start(other).everything
+    assert left.start().clean, "nothing was served: the mark holds for the store it was left at"
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_without_the_intent_log_everything_is_compared(left: Left, served: bool) -> None:
+    left.start(served=served)
+    (left.source / STATE_DIRECTORY / "intent").unlink()
+    assert left.start().everything
+    assert left.start().everything, "and a start that is killed does not end that"
 
 
 def test_gap_that_an_earlier_start_left_open_is_closed(left: Left) -> None:
