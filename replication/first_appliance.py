@@ -255,15 +255,15 @@ class FirstAppliance:
         continue; the record stays queued. Raises OutageError (to fail; the record stays queued too, so the agent
         corrects it) or HistoryLost. No checkpoint when there is nothing to wait for."""
         policy = self._policy
-        level = policy.write_waits_for
+        level, patience = policy.write_waits_for, policy.patience_seconds
         if not self._progress.has_reached(seq, level):
             self._forwarder.hear_soon()
-        if policy.patience_seconds is None:
+        if patience is None:
             return await self._reached(seq, level)
-        with trio.move_on_after(policy.patience_seconds):
+        with trio.move_on_after(patience):
             return await self._reached(seq, level)
         # It takes longer, who knows how long: the double brings the mean above the limit, if that goes on.
-        self._observe(policy, 2 * policy.patience_seconds)
+        self._observe(policy, 2 * patience)
         return await self._reached(seq, Level.QUEUED)
 
     async def flushed(self, seq: Seq) -> bool:
