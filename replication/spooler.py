@@ -7,6 +7,7 @@ Invariants:
 - One task touches the spool, one call at a time, each in a thread: the loop never waits for the disk.
 - A frame leaves memory only after the sync that covers it has succeeded.
 - Frames are on disk in their order, without a hole: where the spool ends, the next frame written begins.
+- What is damaged is discarded, and with it the history: nothing of it counts as held from then on.
 - A spool that cannot be written is said once, loudly; the queue is then as if there were none, and what it already
   holds is still sent.
 """
@@ -205,15 +206,26 @@ class Spooler:
         except SpoolDamaged as error:
             if outbox.rewinds == rewinds:
                 text = f"{error}; the spooled records from {wanted} on cannot be sent"
-                self._on_lost(HistoryLost(Seq(wanted - 1), Seq(self.spool.last_seq + 1), text))
+                lost = HistoryLost(Seq(wanted - 1), Seq(self.spool.last_seq + 1), text)
                 self._origin = None
                 self._linked = None
+                self._on_lost(lost)
+                await self._give_up(str(error))
             return True
         # A session that began meanwhile may want others; while one lasts only this task moves that place.
         if outbox.rewinds == rewinds and outbox.next_to_load == wanted and self._linked is not None:
             outbox.load(frames)
             self._linked()
         return True
+
+    async def _give_up(self, why: str) -> None:
+        """Empties the spool, so that nobody who begins with it counts as held what it cannot give back: whoever lost it
+        would be told so again and again, and never that it has to reconcile."""
+        with trio.CancelScope(shield=True):
+            try:
+                await discard(self.spool, why)
+            except SpoolFailed:
+                return  # it has said so
 
     async def _write(self, frames: list[Frame]) -> bool:
         assert self._origin is not None

@@ -12,7 +12,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from dedup.types import ClockRun, Epoch, Extent, Flush, Seq, TimeNs, VolumeId, Write
-from replication import first_service
+from replication import first_service, spool, spooler
 from replication.control import exchange
 from replication.errors import Fenced, HandshakeRefused, HistoryLost, LinkReset, RequestRefused
 from replication.first_appliance import FirstAppliance
@@ -512,6 +512,32 @@ async def test_a_killed_first_appliance_s_successor_keeps_only_what_is_on_a_disk
         agent.append(write(13))
         await agent.reached(Seq(13), Level.RECEIVED)
         assert here.relay.levels().kept == 8 and agent.kept == 8
+
+
+async def test_an_agent_learns_that_what_was_spooled_for_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has dropped those records: it must reconcile, not connect for ever to who still counts them as held."""
+    monkeypatch.setattr(spool, "SPOOL_SEGMENT_BYTES", 4096)
+    monkeypatch.setattr(spooler, "SPOOL_AFTER_SECONDS", 0.05)
+    async with site(forwarding=Forwarding(GroupSpools(tmp_path))) as here:
+        agent = await here.started()
+        here.second.reachable = False
+        await here.second.drop()
+        with trio.fail_after(20):
+            for seq in range(1, 33):
+                agent.append(write(seq, 1000))
+                if seq % 8 == 0:
+                    await until(lambda: agent.kept == agent.last_seq)
+        damaged = sorted((tmp_path / "g").glob("*.rwq"))[1]
+        content = bytearray(damaged.read_bytes())
+        content[2500:2550] = b"\xff" * 50
+        damaged.write_bytes(content)
+        here.second.reachable = True
+        with trio.fail_after(20):
+            await until(lambda: agent.link is LinkState.LOST)
+        assert here.seqs() == list(range(1, here.second.held + 1)) and 8 <= here.second.held < 16
+        assert list((tmp_path / "g").glob("*.rwq")) == []
 
 
 async def _all(stranger: Stranger) -> AsyncIterator[Message]:
