@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from dedup.types import BLOCK_BYTES
+from dedup.types import BLOCK_BYTES, Epoch
 from fusefs.volume_table import list_volumes
 from replication.modes import Mode
 from tests.simulation.applications import Applications
@@ -15,6 +15,7 @@ from tests.simulation.chance import Chance
 from tests.simulation.hosts import AgentHost, FirstHost, SecondHost
 from tests.simulation.network import Line
 from tests.simulation.process import Process
+from tests.simulation.rival import Rival
 from tests.simulation.settings import Profile
 from tests.simulation.trace import Trace
 
@@ -36,7 +37,9 @@ class Faults:
         trace: Trace,
     ) -> None:
         self.put_back = False
-        """Whether the store was put back to an older copy, and not compared since."""
+        """Whether the store was put back to an older copy, or fed by another agent, and not compared since."""
+        self.since = Epoch(0)
+        """The epoch in which that was."""
         self.behind = 0
         self._nursery = nursery
         self._agent = agent
@@ -70,6 +73,7 @@ class Faults:
             self.source_refuses: 2,
             self.clock_steps: 1,
             self.old_copy: 0.5,
+            self.rival: 0.7,
         }
         if first is not None:
             short[self.kill_first] = 5
@@ -198,6 +202,24 @@ class Faults:
                 self._agent.gaps_allowed += 1
                 self._trace.note(f"old_copy held={self._second.group.held}")
                 await self._second.start(self._nursery)
+
+    async def rival(self) -> None:
+        """Another agent comes; where it took the group over, the first one comes back, sooner or later."""
+        async with self._second_busy:
+            rival = Rival(self._agent, self._second, self._lines[-1], self._chance, self._trace)
+            take_over = self._chance.happens(0.5)
+            before = self.put_back, self.since
+            self.put_back, self.since = True, rival.epoch
+            try:
+                with trio.CancelScope(shield=True):
+                    await rival.run(take_over=take_over)
+                if rival.fed:
+                    self._agent.gaps_allowed += 2
+                else:
+                    self.put_back, self.since = before
+                await self._while()
+            finally:
+                self._agent.take_over = self._agent.take_over or rival.fed
 
     # -- the agent ---------------------------------------------------------------------------------------------------
 

@@ -184,7 +184,14 @@ class _History:
             await trio.sleep(CHECK_SECONDS)
             check_levels(self.agent, self.second, self._trace)
             agent = self.agent.agent
-            if faults.put_back and agent is not None and agent.link.equal and agent.first.link is LinkState.CONNECTED:
+            is_new = self.agent.epoch > faults.since
+            if (
+                faults.put_back
+                and is_new
+                and agent is not None
+                and agent.link.equal
+                and agent.first.link is LinkState.CONNECTED
+            ):
                 faults.put_back = False
             if not faults.put_back:
                 check_marks(self.agent, self.second, self._trace)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -157,6 +158,9 @@ class AgentHost:
         self.mode = settings.mode
         self.gaps_allowed = 1
         """How many gaps there may be: those of unclean ends and of changes that went unrecorded."""
+        self.take_over = False
+        """Whether mounts make it the group's agent, whoever was before."""
+        self.epoch = Epoch(0)
         self.left_clean = False
         """Whether it has ended with a clean mark, by which a change behind the mount is told."""
         self.spells = 0
@@ -263,6 +267,7 @@ class AgentHost:
                 if todo.clean:
                     agent.link.equal = True
                 await trio.to_thread.run_sync(state.serving, welcome.store)
+                self.take_over = False
                 async with trio.open_nursery() as serving:
                     applications(serving)
                     self.serves.set()
@@ -288,7 +293,8 @@ class AgentHost:
 
     async def _greet(self, state: StateDirectory):  # type: ignore[no-untyped-def]
         stored = self._second.group.epoch
-        epoch = await trio.to_thread.run_sync(state.begin_epoch, GROUP, stored)
+        begin_epoch = partial(state.begin_epoch, take_over=self.take_over)
+        epoch = await trio.to_thread.run_sync(begin_epoch, GROUP, stored)
         agent = state.state.source
         if self._spool is not None:
             hello = Hello(PROTOCOL_VERSION, Role.AGENT, GROUP, epoch, agent)
@@ -300,6 +306,7 @@ class AgentHost:
         welcome, known = await first.start()
         run.last = welcome.held
         self._run = self.runs[epoch] = run
+        self.epoch = epoch
         return first, epoch, welcome, known
 
     def _first(self, epoch: Epoch, agent: str) -> ObservedFirst:
@@ -308,6 +315,7 @@ class AgentHost:
             group=GROUP,
             epoch=epoch,
             agent=agent,
+            take_over=self.take_over,
             through=self.settings.topology is Topology.RELAYED,
             mode=self.mode,
             outage=self.settings.outage,
