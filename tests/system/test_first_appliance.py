@@ -247,7 +247,9 @@ def test_a_first_appliance_without_a_second_says_so(world: World) -> None:
     made = Services(world, tcp=False)
     made.start("first")
     (world.source / "disk.img").write_bytes(b"x" * BLOCK)
-    line = world.refused("mount", world.source, world.mnt, *world.target)
-    assert "the first appliance cannot reach the second one" in line
-    assert "cannot be reached now" in made.log("first")
-    made.leave("first")
+    try:
+        line = world.refused("mount", world.source, world.mnt, *world.target)
+        assert "the first appliance cannot reach the second one" in line
+        assert "cannot be reached now" in made.log("first")
+    finally:
+        made.leave("first")
