@@ -148,6 +148,7 @@ class RelaySession:
             elif isinstance(message, Offer):
                 # Agents combine nothing on the way to a first appliance, and so have no reason to ask.
                 self._end.say(Wanted(message.seq, b"\1" * (len(message.blocks) // OFFERED_BYTES)))
+                await self._end.room_to_say()
             elif isinstance(message, Failure):
                 log.warning("%s: the peer gave up: %s", self._end.name, message.text)
                 return
