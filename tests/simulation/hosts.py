@@ -339,7 +339,7 @@ class AgentHost:
 
     def _is_lost(self, error: HistoryLost) -> None:
         self.lost += 1
-        self._trace.note(f"lost {error}")
+        self._trace.note(f"lost {type(error).__name__}")  # its text names an agent, by chance
 
     async def _reconcile(self, agent: Agent, work, clean: bool) -> None:  # type: ignore[no-untyped-def]
         try:
