@@ -198,7 +198,8 @@ class Faults:
             with trio.CancelScope(shield=True):
                 await self._second.kill()
                 self._second.store.put_back()
-                self.put_back = True
+                # Whoever does not know of it yet goes on; behind a first appliance that takes a while.
+                self.put_back, self.since = True, self._agent.epoch
                 self._agent.gaps_allowed += 1
                 self._trace.note(f"old_copy held={self._second.group.held}")
                 await self._second.start(self._nursery)
