@@ -64,9 +64,14 @@ def one_at_a_time(file: Path, seconds: float, *, fsync: bool) -> Measured:
 
 
 def many_at_a_time(file: Path, seconds: float) -> Measured:
-    """fio: DEPTH writers past the page cache."""
+    """fio: DEPTH writers past the page cache, each with a file of its own: those of one file queue in the kernel."""
+    size = VOLUME_BYTES // DEPTH
+    for number in range(DEPTH):
+        with open(file.with_name(f"writer{number}"), "ab") as one:
+            one.truncate(size)
     command = [
-        *("fio", "--name=job", f"--filename={file}", "--output-format=json", "--ioengine=psync", "--rw=randwrite"),
+        *("fio", "--name=job", f"--directory={file.parent}", "--filename_format=writer$jobnum", f"--size={size}"),
+        *("--allow_file_create=0", "--output-format=json", "--ioengine=psync", "--rw=randwrite"),
         *("--bs=4k", "--direct=1", f"--numjobs={DEPTH}", "--group_reporting", "--time_based", f"--runtime={seconds}"),
         *("--refill_buffers", "--percentile_list=50:99"),
     ]
