@@ -26,19 +26,21 @@ from replication.errors import HandshakeRefused, HistoryLost, LinkDown, Protocol
 from replication.forwarding import Forwarding
 from replication.messages import PROTOCOL_VERSION, ErrorCode, Hello, Role
 from replication.modes import Mode
+from replication.open_sessions import SESSIONS_MAX, OpenSessions, accept_each
 from replication.outbox import QUEUE_BYTES_MAX
 from replication.permissions import NotAllowed, check_peer
+from replication.refused import Refused
 from replication.relay import UPSTREAM_SECONDS, Connect, Relay
 from replication.relay_control import relay_control
 from replication.relay_session import RelaySession
-from replication.server_end import Refused, ServerEnd
+from replication.server_end import ServerEnd
 from replication.spool import Spool
+from replication.spooler import discard
 from replication.status import LinkState
 from replication.transport import Connection, Listener
 
 log = logging.getLogger("rewindfs.first_service")
 
-SESSIONS_MAX: Final = 64
 GROUPS_MAX: Final = 64
 """Most groups whose records are kept at a time; times the bytes of a queue, that is what memory they take."""
 SAME_EPOCH_SECONDS: Final = 5.0
@@ -51,6 +53,7 @@ IDLE_SECONDS: Final = 60.0
 """How long a Relay that has nothing to do is kept for its agent."""
 TAKE_UP_SECONDS: Final = 2.0
 """Between two attempts to forward what a spool holds whose agent has not come."""
+LEAVING: Final = "this first appliance is leaving; connect again later"
 DRAIN_SECONDS: Final = 10.0
 """How long `stop` waits until what was taken is durable, and then until it is in the spool."""
 
@@ -63,6 +66,8 @@ class _Seat:
     relay: Relay | None = None
     spool: Spool | None = None
     """Open as long as anybody needs the seat."""
+    taken_up: bool = False
+    """Whether what the spool holds is being forwarded without its agent, or tried to be."""
     users: int = 0
     """Who needs it: sessions that are admitted or wait for it, a relay that runs."""
 
@@ -86,12 +91,10 @@ class FirstService:
         self._queue_bytes_max = queue_bytes_max
         self._forwarding = forwarding
         self._spools = forwarding.spools
-        self._sessions_max = sessions_max
-        self._ends: set[ServerEnd] = set()
+        self._ends: OpenSessions[ServerEnd] = OpenSessions(sessions_max)
         self._seats: dict[str, _Seat] = {}
         self._relays: trio.Nursery | None = None
         self._stop = trio.Event()
-        self._left = trio.Event()
 
     def stop(self) -> None:
         """Have `serve` take nothing more, make durable what it has taken if it can, and return."""
@@ -115,7 +118,7 @@ class FirstService:
                 try:
                     async with trio.open_nursery() as accepting:
                         for listener in listeners:
-                            accepting.start_soon(self._accept, listener, sessions)
+                            accepting.start_soon(accept_each, listener, sessions, self.serve_connection)
                         task_status.started()
                         await self._stop.wait()
                         accepting.cancel_scope.cancel()
@@ -123,9 +126,8 @@ class FirstService:
                     for listener in listeners:
                         await listener.aclose()
                 for end in self._ends:
-                    end.end(ErrorCode.UNAVAILABLE, "this first appliance is leaving; connect again later")
-                while self._ends:
-                    await self._left.wait()
+                    end.end(ErrorCode.UNAVAILABLE, LEAVING)
+                await self._ends.all_left()
                 sessions.cancel_scope.cancel()
             await self._drain()
             self._relays.cancel_scope.cancel()
@@ -133,15 +135,13 @@ class FirstService:
     async def serve_connection(self, connection: Connection) -> None:
         """One session, from Hello to its end; closes the connection. Raises nothing of the peer's making."""
         end = ServerEnd(connection)
-        if len(self._ends) >= self._sessions_max:
-            end.end(ErrorCode.REFUSED, f"{self._sessions_max} sessions are open already; try again later")
-        self._ends.add(end)
+        self._ends.came(end)
+        if self._stop.is_set():
+            end.end(ErrorCode.UNAVAILABLE, LEAVING)
         try:
             await end.run(lambda: self._converse(end))
         finally:
-            self._ends.discard(end)
-            left, self._left = self._left, trio.Event()
-            left.set()
+            self._ends.left(end)
 
     # --- who is let in ---
 
@@ -153,6 +153,7 @@ class FirstService:
             check_peer(end.connection.peer, hello.role, hello.group)
         except NotAllowed as error:
             raise Refused(str(error)) from error
+        self._ends.greeted(end)
         if hello.role is Role.AGENT:
             await self._serve_agent(end, hello)
         else:
@@ -162,7 +163,11 @@ class FirstService:
         seat = self._take_seat(hello.group)
         try:
             async with seat.lock:
-                relay = await self._admit(seat, hello)
+                try:
+                    relay = await self._admit(seat, hello)
+                except Refused:
+                    self._see_to_spool(hello.group, seat)
+                    raise
                 session = RelaySession(end, relay)
                 relay.feed(session)
             await session.run()
@@ -171,10 +176,16 @@ class FirstService:
 
     def _take_seat(self, group: str) -> _Seat:
         """The group's seat; `_leave_seat` once. Raises Refused where there are too many."""
+        seat = self._seat_or_none(group)
+        if seat is None:
+            raise Refused(f"{GROUPS_MAX} groups are served here already; use another first appliance")
+        return seat
+
+    def _seat_or_none(self, group: str) -> _Seat | None:
         seat = self._seats.get(group)
         if seat is None:
             if len(self._seats) >= GROUPS_MAX:
-                raise Refused(f"{GROUPS_MAX} groups are served here already; use another first appliance")
+                return None
             seat = self._seats[group] = _Seat()
         seat.users += 1
         return seat
@@ -296,10 +307,21 @@ class FirstService:
             self._leave_seat(relay.group, seat)
 
     async def _take_up(self, group: str) -> None:
-        """Forwards what the group's spool holds, as the agent it is of, until there is a relay that does."""
+        """Forwards what the group's spool holds, as the agent it is of, until there is a relay that does.
+
+        Raises SpoolError."""
         assert self._spools is not None, "there is a spool"
-        seat = self._take_seat(group)
         said = ""
+        while (seat := self._seat_or_none(group)) is None:
+            if not said:
+                log.warning(
+                    said := f"group {group!r}: what may be spooled waits: {GROUPS_MAX} groups are served already"
+                )
+            await trio.sleep(TAKE_UP_SECONDS)
+        if seat.taken_up:
+            self._leave_seat(group, seat)
+            return
+        seat.taken_up = True
         try:
             while True:
                 async with seat.lock:
@@ -311,11 +333,21 @@ class FirstService:
                     try:
                         await self._begin(seat, Hello(PROTOCOL_VERSION, Role.AGENT, group, origin.epoch, origin.agent))
                     except Refused as error:
+                        if error.code is ErrorCode.FENCED:
+                            await discard(seat.spool, str(error))  # for good: no agent can bring it there any more
+                            return
                         if said != (said := str(error)):
                             log.warning("group %r: what is spooled waits: %s", group, error)
                 await trio.sleep(TAKE_UP_SECONDS)
         finally:
+            seat.taken_up = False
             self._leave_seat(group, seat)
+
+    def _see_to_spool(self, group: str, seat: _Seat) -> None:
+        """After an agent was sent away: what it, or one before it, left in the spool goes on meanwhile. It may be far
+        more than gets through while an agent waits for its Welcome."""
+        if seat.relay is None and seat.spool is not None and not seat.spool.empty and self._relays is not None:
+            self._relays.start_soon(self._take_up, group)
 
     async def _close_idle(self) -> None:
         while True:
@@ -340,16 +372,6 @@ class FirstService:
                         relay.group,
                         relay.first.status().queued_records,
                     )
-
-    async def _accept(self, listener: Listener, sessions: trio.Nursery) -> None:
-        while True:
-            try:
-                connection = await listener.accept()
-            except OSError as error:
-                log.error("cannot accept a connection, trying again in 1 s: %s", error)
-                await trio.sleep(1)
-            else:
-                sessions.start_soon(self.serve_connection, connection)
 
 
 async def _drain(relay: Relay) -> None:

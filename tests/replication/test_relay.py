@@ -536,8 +536,66 @@ async def test_an_agent_learns_that_what_was_spooled_for_it_is_damaged(
         here.second.reachable = True
         with trio.fail_after(20):
             await until(lambda: agent.link is LinkState.LOST)
-        assert here.seqs() == list(range(1, here.second.held + 1)) and 8 <= here.second.held < 16
+        assert here.seqs() == list(range(1, here.second.held + 1)) and here.second.held < 16
         assert list((tmp_path / "g").glob("*.rwq")) == []
+
+
+async def test_a_service_that_has_met_many_groups_starts_again(tmp_path: Path) -> None:
+    """Each of them has left the directory of its spool, and most have nothing in it."""
+    for number in range(first_service.GROUPS_MAX + 3):
+        (await GroupSpools(tmp_path).open(f"group{number}")).close()
+    async with site(forwarding=Forwarding(GroupSpools(tmp_path))) as here:
+        await trio.testing.wait_all_tasks_blocked()
+        agent = await here.started()
+        agent.append(write(1))
+        await agent.drain()
+
+
+async def test_a_spool_goes_on_after_its_agent_was_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def not_at_the_start(self: FirstService, group: str) -> None:
+        await trio.lowlevel.checkpoint()
+
+    forwarding = Forwarding(GroupSpools(tmp_path))
+    async with site(forwarding=forwarding) as here:
+        agent = await here.started()
+        here.second.reachable = False
+        await here.second.drop()
+        for seq in range(1, 21):
+            agent.append(write(seq))
+        with trio.fail_after(10):
+            await until(lambda: agent.kept == 20)
+    with monkeypatch.context() as patched:
+        patched.setattr(FirstService, "_take_up", not_at_the_start)
+        async with site(forwarding=forwarding) as here:
+            await trio.testing.wait_all_tasks_blocked()
+            patched.undo()
+            here.second.reachable = False
+            for epoch in (4, 5):
+                with pytest.raises(HandshakeRefused):
+                    await here.agent(epoch=epoch).start()
+            here.second.reachable = True
+            with trio.fail_after(20):
+                await until(lambda: here.second.held == 20)
+                agent = await here.started(epoch=6)
+            assert agent.last_seq == 20 and here.seqs() == list(range(1, 21))
+
+
+async def test_what_a_fenced_agent_left_in_the_spool_is_discarded(tmp_path: Path) -> None:
+    forwarding = Forwarding(GroupSpools(tmp_path))
+    async with site(forwarding=forwarding) as here:
+        agent = await here.started()
+        here.second.reachable = False
+        await here.second.drop()
+        agent.append(write(1))
+        with trio.fail_after(10):
+            await until(lambda: agent.kept == 1)
+    async with trio.open_nursery() as nursery:
+        here = Site(nursery, forwarding=forwarding)
+        here.second.refuses = ErrorCode.FENCED
+        await nursery.start(here.service.serve, [])
+        with trio.fail_after(10):
+            await until(lambda: not list((tmp_path / "g").glob("*.rwq")))
+        nursery.cancel_scope.cancel()
 
 
 async def _all(stranger: Stranger) -> AsyncIterator[Message]:
