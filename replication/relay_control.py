@@ -8,19 +8,17 @@ Invariants:
 
 from __future__ import annotations
 
-from typing import Final
-
 import trio
 
 from replication.errors import LinkDown, ProtocolError
 from replication.messages import ErrorCode, Failure, Hello, Message, Reply, Request, Role, Welcome
+from replication.refused import Refused
 from replication.relay import UPSTREAM_SECONDS, Connect
-from replication.server_end import Refused, ServerEnd
+from replication.server_end import ServerEnd
 from replication.session import Session, Side
+from replication.session_hearing import CONTROL_IDLE_SECONDS
+from replication.session_speech import send_in_time
 from replication.transport import Connection
-
-CONTROL_IDLE_SECONDS: Final = 600.0
-"""How long a command's session may say nothing."""
 
 
 async def relay_control(end: ServerEnd, hello: Hello, connect: Connect) -> None:
@@ -36,7 +34,7 @@ async def relay_control(end: ServerEnd, hello: Hello, connect: Connect) -> None:
         raise Refused(f"the second appliance does not answer within {UPSTREAM_SECONDS:g} s", ErrorCode.UNAVAILABLE)
     async with connection:
         try:
-            await connection.send(session.send(hello))
+            await send_in_time(connection, session.send(hello))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_pass_requests, end, connection, session, nursery.cancel_scope, limited, hello.group)
                 with end.guard():
@@ -87,12 +85,18 @@ async def _pass_requests(
                 if isinstance(message, Request):
                     if limited and message.body.get("group", group) != group:
                         raise Refused(f"only group {group!r} can be asked about here")
-                    await connection.send(session.send(message))
+                    await _pass_on(connection, session, message)
                 elif isinstance(message, Failure):
                     both.cancel()
-            with trio.move_on_after(CONTROL_IDLE_SECONDS):
-                if data := await end.receive():
-                    end.session.receive_data(data)
-                    continue
-            both.cancel()
-            return
+            if not (data := await end.receive(CONTROL_IDLE_SECONDS)):
+                both.cancel()
+                return
+            end.session.receive_data(data)
+
+
+async def _pass_on(connection: Connection, session: Session, request: Request) -> None:
+    try:
+        await send_in_time(connection, session.send(request))
+    except LinkDown as error:
+        # Of the link behind this one: the peer has done nothing wrong.
+        raise Refused(f"the link to the second appliance: {error}", ErrorCode.UNAVAILABLE) from error

@@ -4,6 +4,8 @@ Invariants:
 - order: records enter the queue in the order of the stream.
 - An Ack says only what the relay holds, or what the second appliance has said. While the queue is full nothing is read:
   that is the back-pressure, and the agent's queue fills up in turn.
+- bounded: an agent that does not take what it is told is not listened to any more, then its session ends; commands that
+  wait for the second appliance, or to be answered, have a limit.
 - A Compare is passed on only if its digests were keyed for the session with the second appliance that stands now. The
   agent was told that key in Welcome; once there is another one its session ends, to begin anew with that.
 """
@@ -15,8 +17,8 @@ from typing import Final
 
 import trio
 
-from dedup.types import Aggregate, Correct, Reconcile, Seq, Write
-from replication.errors import HistoryLost, LocalProtocolError, ReplicationError
+from dedup.types import Aggregate, Correct, EpochStart, Reconcile, Seq, Write
+from replication.errors import HistoryLost, LocalProtocolError, ProtocolError, ReplicationError
 from replication.frame_layout import OFFERED_BYTES
 from replication.messages import (
     VOLUMES_PER_PAGE_MAX,
@@ -34,12 +36,16 @@ from replication.messages import (
     Wanted,
 )
 from replication.modes import Mode
+from replication.refused import Refused
 from replication.relay import Relay
-from replication.server_end import Refused, ServerEnd, one_line
+from replication.server_end import ServerEnd, one_line
 from replication.session import RECORD_TYPES, State
+from replication.session_hearing import ANSWERS_MAX, MESSAGES_ROW
 
 log = logging.getLogger("rewindfs.first_service")
 
+LOCAL_COMMANDS: Final = frozenset({"mode.set", "link.status"})
+"""What is answered here, at once."""
 RECORD_BYTES: Final = 512
 """What a record without data is counted as when it asks for room."""
 QUEUED_ACK_SECONDS: Final = 0.05
@@ -60,6 +66,7 @@ class RelaySession:
         self._unsaid_queued = trio.Event()
         """Set when an Ack is due that only says what is held here."""
         self._next_event = end.session.next_event
+        self._asking = trio.CapacityLimiter(ANSWERS_MAX)
 
     async def run(self) -> None:
         """Feeds the relay, for which it is the feeder, until the connection ends or `end` is called. Raises what
@@ -130,13 +137,19 @@ class RelaySession:
     async def _take(self, answers: trio.Nursery) -> None:
         """Everything that has arrived completely."""
         first, next_event = self._first, self._next_event
+        taken = 0
         while (message := next_event()) is not None:
+            taken += 1
+            if not taken % MESSAGES_ROW:
+                await trio.lowlevel.checkpoint()
             if type(message) is Write:
                 size = len(message.extent.data)
                 if not first.has_room(size):
                     await self._room(size)
                 first.append(message)
             elif type(message) in RECORD_TYPES:
+                if isinstance(message, EpochStart) and message.epoch > self._relay.epoch:
+                    raise ProtocolError(f"epoch {message.epoch} starts in a session of epoch {self._relay.epoch}")
                 await self._room(_size(message))
                 first.append(message)  # type: ignore[arg-type]  # the line before says that it is a record
             elif isinstance(message, Compare):
@@ -167,6 +180,7 @@ class RelaySession:
             text = "the link to the second appliance was made anew: connect again, for digests with its new key"
             raise Refused(text, ErrorCode.UNAVAILABLE)
         self._relay.compare(message)
+        await self._end.room_to_say()
 
     async def _say_queued(self) -> None:
         while True:
@@ -179,15 +193,23 @@ class RelaySession:
 
     async def _answer(self, request: Request) -> None:
         with self._end.guard():
-            try:
-                reply = Reply(request.id, await self._run(request.command, request.body))
-            except ReplicationError as error:
-                reply = Reply(request.id, {}, one_line(str(error)) or type(error).__name__)
-            await self._end.room_to_say()
-            try:
-                self._end.say(reply)
-            except LocalProtocolError as error:
-                self._end.say(Reply(request.id, {}, one_line(f"{request.command} has no answer that fits: {error}")))
+            if request.command in LOCAL_COMMANDS:
+                # Not behind those that wait for a second appliance that may not answer: how it is, is what is asked.
+                await self._reply(request)
+            else:
+                async with self._asking:
+                    await self._reply(request)
+
+    async def _reply(self, request: Request) -> None:
+        try:
+            reply = Reply(request.id, await self._run(request.command, request.body))
+        except ReplicationError as error:
+            reply = Reply(request.id, {}, one_line(str(error)) or type(error).__name__)
+        await self._end.room_to_say()
+        try:
+            self._end.say(reply)
+        except LocalProtocolError as error:
+            self._end.say(Reply(request.id, {}, one_line(f"{request.command} has no answer that fits: {error}")))
 
     async def _run(self, command: str, body: dict[str, object]) -> dict[str, object]:
         if command == "mode.set":

@@ -28,10 +28,11 @@ import trio
 from dedup.errors import StoreError, StoreFailed, StoreFull
 from dedup.types import Epoch
 from replication.commands import Commands
-from replication.identity import Fingerprint
 from replication.maintenance import Maintenance
 from replication.messages import ErrorCode, Hello
-from replication.server_session import Refused, ServerSession
+from replication.open_sessions import SESSIONS_MAX, OpenSessions, accept_each
+from replication.refused import Refused
+from replication.server_session import ServerSession
 from replication.space_gate import SpaceGate
 from replication.store_writer import StoreWriter
 from replication.transport import Connection
@@ -49,11 +50,6 @@ def fenced_text(hello: Hello) -> str:
     return f"{who} group {hello.group!r}; nothing more of this mount is recorded: unmount it"
 
 
-SESSIONS_MAX: Final = 64
-PEER_SESSIONS_MAX: Final = 16
-"""Sessions of one key at a time: nobody can take all of them."""
-UNGREETED_MAX: Final = 64
-"""Connections that have not said Hello. One more ends the oldest of them: they cost little and come from anybody."""
 SAME_EPOCH_SECONDS: Final = 5.0
 DRAIN_SECONDS: Final = 10.0
 """How long `stop` lets sessions finish their batch and the answers to it."""
@@ -77,16 +73,12 @@ class SecondAppliance:
         self.maintenance = Maintenance(self.writer)
         self.space.thinner = self.maintenance.consolidate
         self.commands = Commands(self.writer, self.live, self.space, self.maintenance)
-        self._sessions_max = sessions_max
         self._maintain = maintain
-        self._sessions: set[ServerSession] = set()
-        self._ungreeted: dict[ServerSession, None] = {}
-        self._peers: dict[ServerSession, Fingerprint] = {}
+        self._sessions: OpenSessions[ServerSession] = OpenSessions(sessions_max)
         self._agents: dict[str, ServerSession] = {}
         self._fences: dict[str, tuple[Epoch, str]] = {}
         """The newest epoch that was let in, and the agent whose it is."""
         self._stop = trio.Event()
-        self._left = trio.Event()
 
     def live(self) -> Counter[str]:
         """Number of live agent sessions per group, and of all sessions under ""."""
@@ -115,7 +107,7 @@ class SecondAppliance:
                 try:
                     async with trio.open_nursery() as accepting:
                         for listener in listeners:
-                            accepting.start_soon(self._accept, listener, sessions)
+                            accepting.start_soon(accept_each, listener, sessions, self.serve_connection)
                         task_status.started()
                         await self._stop.wait()
                         accepting.cancel_scope.cancel()
@@ -124,8 +116,7 @@ class SecondAppliance:
                         await listener.aclose()
                 for session in self._sessions:
                     session.drain(DRAIN_SECONDS)
-                while self._sessions:
-                    await self._left.wait()
+                await self._sessions.all_left()
                 sessions.cancel_scope.cancel()
             background.cancel_scope.cancel()
         if self.writer.error is not None:
@@ -134,33 +125,17 @@ class SecondAppliance:
     async def serve_connection(self, connection: Connection) -> None:
         """One session, from Hello to its end; closes the connection. Raises nothing of the peer's making."""
         session = ServerSession(self, connection)
-        if len(self._ungreeted) >= UNGREETED_MAX:
-            oldest = next(iter(self._ungreeted))
-            del self._ungreeted[oldest]
-            oldest.end(ErrorCode.REFUSED, f"{UNGREETED_MAX} connections that came later wait without a Hello, too")
-        self._sessions.add(session)
-        self._ungreeted[session] = None
+        self._sessions.came(session)
         try:
             if self._stop.is_set():
                 session.drain(0)
             await session.run()
         finally:
-            self._sessions.discard(session)
-            self._ungreeted.pop(session, None)
-            self._peers.pop(session, None)
-            left, self._left = self._left, trio.Event()
-            left.set()
+            self._sessions.left(session)
 
     def greeted(self, session: ServerSession) -> None:
         """The session has said Hello, and may do what it said. Raises Refused when there are too many."""
-        if len(self._sessions) - len(self._ungreeted) >= self._sessions_max:
-            raise Refused(f"{self._sessions_max} sessions are open already; try again later")
-        peer = session.peer
-        if peer is not None:
-            if sum(one == peer.fingerprint for one in self._peers.values()) >= PEER_SESSIONS_MAX:
-                raise Refused(f"{peer.name} has {PEER_SESSIONS_MAX} sessions open already; try again later")
-            self._peers[session] = peer.fingerprint
-        self._ungreeted.pop(session, None)
+        self._sessions.greeted(session)
 
     async def admit(self, session: ServerSession, hello: Hello) -> GroupWriter:
         """The group that an agent may feed from now on, alone. Raises Refused, or what the store raises."""
@@ -224,16 +199,6 @@ class SecondAppliance:
         """The session feeds the group no longer."""
         if self._agents.get(group) is session:
             del self._agents[group]
-
-    async def _accept(self, listener: Listener, sessions: trio.Nursery) -> None:
-        while True:
-            try:
-                connection = await listener.accept()
-            except OSError as error:
-                log.error("cannot accept a connection, trying again in 1 s: %s", error)
-                await trio.sleep(1)
-            else:
-                sessions.start_soon(self.serve_connection, connection)
 
     async def _watch_failure(self) -> None:
         await self.writer.failed.wait()

@@ -3,6 +3,8 @@
 Invariants:
 - What is said goes out in the order of the calls; one task sends, and beside it `say` itself while that one has nothing
   to send.
+- A peer that says nothing within a frame, takes nothing of what it is told, or says much before its Welcome has broken
+  the link or the protocol: its own session ends.
 - Whatever ends the conversation, what was said before goes out first, the Failure last, if the peer takes it within
   FAREWELL_SECONDS.
 """
@@ -17,29 +19,23 @@ from typing import Final
 
 import trio
 
-from replication.errors import LinkDown, ProtocolError, ReplicationError
+from replication.errors import LinkDown, ProtocolError
+from replication.identity import Peer
 from replication.messages import PROTOCOL_VERSION, ErrorCode, Failure, Hello, Message
+from replication.refused import Refused
 from replication.session import Session, Side
+from replication.session_hearing import FOR_EVER, HELLO_SECONDS, hear_hello, receive_in_time
+from replication.session_speech import send_in_time
 from replication.transport import Connection
 from replication.wire import Buffer, encode
 
 log = logging.getLogger("rewindfs.first_service")
 
-HELLO_SECONDS: Final = 10.0
-"""How long a peer may take to say Hello."""
 FAREWELL_SECONDS: Final = 2.0
 """How long a peer may take to hear what it is owed, its Failure included."""
 UNSAID_BYTES_MAX: Final = 1 << 20
 """What may wait to be sent before `room_to_say` waits."""
 LINE_CHARACTERS_MAX: Final = 1000
-
-
-class Refused(ReplicationError):
-    """The session is not admitted, or over; the message goes to the peer."""
-
-    def __init__(self, text: str, code: ErrorCode = ErrorCode.REFUSED) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 class ServerEnd:
@@ -60,6 +56,11 @@ class ServerEnd:
         self._life = trio.CancelScope()
         self._over = False
         self._farewell: Failure | None = None
+
+    @property
+    def peer(self) -> Peer | None:
+        """Who the other end has proved to be; known once it has said Hello."""
+        return self.connection.peer
 
     @property
     def idle(self) -> bool:
@@ -87,26 +88,26 @@ class ServerEnd:
         self._talk.cancel()
 
     async def hello(self) -> Hello | None:
-        """The first message, of a version that is spoken here; None when the peer left without. Raises Refused."""
-        with trio.move_on_after(HELLO_SECONDS):
-            while data := await self.receive():
-                self.session.receive_data(data)
-                message = self.session.next_event()
-                if isinstance(message, Hello):
-                    if message.version != PROTOCOL_VERSION:
-                        raise Refused(
-                            f"protocol version {message.version} is not spoken here, {PROTOCOL_VERSION} is; "
-                            "use equal versions",
-                            ErrorCode.VERSION,
-                        )
-                    self.name = f"{message.role.value} of {message.group or 'no group'}, epoch {message.epoch}"
-                    return message
+        """The first message, of a version that is spoken here; None when the peer left without. Raises Refused and what
+        `receive` does."""
+        with trio.move_on_after(HELLO_SECONDS) as patience:
+            hello = await hear_hello(self.session, self.receive)
+        if patience.cancelled_caught:
+            raise Refused(f"no Hello within {HELLO_SECONDS:g} s", ErrorCode.PROTOCOL)
+        if hello is None:
             return None
-        raise Refused(f"no Hello within {HELLO_SECONDS:g} s", ErrorCode.PROTOCOL)
+        if hello.version != PROTOCOL_VERSION:
+            text = f"protocol version {hello.version} is not spoken here, {PROTOCOL_VERSION} is; use equal versions"
+            raise Refused(text, ErrorCode.VERSION)
+        self.name = f"{hello.role.value} of {hello.group or 'no group'}, epoch {hello.epoch}"
+        if self.peer is not None:
+            self.name += f", {self.peer.name}"
+        return hello
 
-    async def receive(self) -> bytes:
-        """What arrived; b"" at the end. Raises LinkDown, ProtocolError where the end cut a frame."""
-        data = await self.connection.receive()
+    async def receive(self, idle: float = FOR_EVER) -> bytes:
+        """What arrived; b"" at the end. Raises LinkDown; ProtocolError where the end cut a frame, or the peer said
+        nothing for too long: within a frame, or for `idle` seconds."""
+        data = await receive_in_time(self.connection, self.session, idle)
         if not data:
             self.session.receive_eof()
         return data
@@ -169,7 +170,7 @@ class ServerEnd:
                     buffers, self._unsaid, self._unsaid_bytes = list(self._unsaid), deque(), 0
                     self._room.set()
                     self._room = trio.Event()
-                    await self.connection.send(buffers)
+                    await send_in_time(self.connection, buffers)
                 elif self._over:
                     return
                 else:

@@ -36,7 +36,7 @@ from dedup.types import (
 )
 from replication.commands import Commands
 from replication.comparing import Comparer
-from replication.errors import LinkDown, LocalProtocolError, ProtocolError, ReplicationError
+from replication.errors import LinkDown, LocalProtocolError, ProtocolError
 from replication.held_blocks import HeldBlocks
 from replication.identity import Peer
 from replication.messages import (
@@ -57,8 +57,19 @@ from replication.messages import (
     Welcome,
 )
 from replication.permissions import Caller, NotAllowed, check_peer
+from replication.refused import Refused
 from replication.session import Session, Side
-from replication.session_hearing import Hearing
+from replication.session_hearing import (
+    ANSWERS_MAX,
+    CONTROL_IDLE_SECONDS,
+    FOR_EVER,
+    FRAME_IDLE_SECONDS,
+    HELLO_SECONDS,
+    MESSAGES_ROW,
+    Hearing,
+    fell_silent,
+    hear_hello,
+)
 from replication.session_speech import Speech
 from replication.space_gate import SpaceGate
 from replication.store_writer import Round, StoreWriter
@@ -73,32 +84,12 @@ log = logging.getLogger("rewindfs.second_appliance")
 
 BATCH_RECORDS_MAX: Final = 1024
 BATCH_BYTES_MAX: Final = 4 << 20
-HELLO_SECONDS: Final = 10.0
-"""How long a peer may take to say Hello."""
-CONTROL_IDLE_SECONDS: Final = 600.0
-"""How long an admin's or reader's session may say nothing. An agent's may do so for ever."""
-FRAME_IDLE_SECONDS: Final = 60.0
-"""How long a peer may say nothing in the middle of a frame."""
-HELLO_BYTES_MAX: Final = 4096
-"""Most that a peer may say before it is welcomed."""
-ANSWERS_MAX: Final = 4
-"""Commands of one session that run, or whose reply waits for the peer to read, at a time."""
-MESSAGES_ROW: Final = 1024
-"""After so many messages in a row other sessions have their turn."""
 FAREWELL_SECONDS: Final = 2.0
 """How long a session that is being ended may take to send what it owes, its Failure included."""
 DIGEST_KEY_BYTES: Final = 32
 ERROR_CHARACTERS_MAX: Final = 1000
 RECORD_BYTES: Final = 128
 """What a record counts in a batch, apart from the bytes it covers."""
-
-
-class Refused(ReplicationError):
-    """The session is not admitted; the message goes to the peer."""
-
-    def __init__(self, text: str, code: ErrorCode = ErrorCode.REFUSED) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 class Host(Protocol):
@@ -218,15 +209,7 @@ class ServerSession:
     async def _hello(self) -> Hello | None:
         """The first message, or None when there is none and nothing to say about it."""
         with trio.move_on_after(HELLO_SECONDS) as self._hearing.scope:
-            heard = 0
-            while data := await self._hearing.receive():
-                heard += len(data)
-                if heard > HELLO_BYTES_MAX:
-                    raise ProtocolError(f"more than {HELLO_BYTES_MAX} bytes before the Welcome")
-                self._session.receive_data(data)
-                message = self._session.next_event()
-                if isinstance(message, Hello):
-                    return message
+            return await hear_hello(self._session, self._hearing.receive)
         if self._hearing.scope.cancelled_caught and not self._hearing.stopped:
             raise Refused(f"no Hello within {HELLO_SECONDS:g} s", ErrorCode.PROTOCOL)
         return None
@@ -294,23 +277,21 @@ class ServerSession:
             await self._speech.say(VolumePage(tuple(volumes[start:end]), last=end >= len(volumes)))
 
     async def _stream(self, caller: Caller, group: GroupWriter | None, answers: trio.Nursery) -> None:
-        for_ever = float("inf")
-        idle = CONTROL_IDLE_SECONDS if group is None else for_ever
+        idle = CONTROL_IDLE_SECONDS if group is None else FOR_EVER
         with trio.CancelScope() as self._hearing.scope:
             while True:
                 await self._take(caller, group, answers)
                 patience = FRAME_IDLE_SECONDS if self._session.incomplete else idle
-                if patience != for_ever:
+                if patience != FOR_EVER:
                     self._hearing.scope.deadline = trio.current_time() + patience
                 data = await self._hearing.receive()
                 if not data:
                     return
-                if patience != for_ever:
-                    self._hearing.scope.deadline = for_ever
+                if patience != FOR_EVER:
+                    self._hearing.scope.deadline = FOR_EVER
                 self._session.receive_data(data)
         if not self._hearing.stopped:
-            what = "in the middle of a frame" if self._session.incomplete else "and asked for nothing"
-            raise ProtocolError(f"the peer said nothing for {patience:g} s {what}")
+            raise fell_silent(self._session, patience)
 
     async def _take(self, caller: Caller, group: GroupWriter | None, answers: trio.Nursery) -> None:
         """Everything that has arrived completely, the records in batches."""

@@ -1,17 +1,36 @@
-"""How a server listens on one connection: until it is told to stop, and soon where a lone writer answers at once.
+"""How one connection is listened to: not for ever within a frame, until it is told to stop, and soon where a lone
+writer answers at once.
 
-Invariant: only the wait for the peer is ever cancelled, never the work on what has arrived.
+Invariants:
+- Only the wait for the peer is ever cancelled, never the work on what has arrived.
+- What is kept of a peer that was not welcomed yet is bounded by HELLO_BYTES_MAX and one receive.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import trio
 
+from replication.errors import ProtocolError
+from replication.messages import Hello
 from replication.session import Session
 from replication.transport import Connection
 
+HELLO_SECONDS: Final = 10.0
+"""How long a peer may take to say Hello."""
+HELLO_BYTES_MAX: Final = 4096
+"""Most that a peer may say before it is welcomed."""
+FRAME_IDLE_SECONDS: Final = 60.0
+"""How long a peer may say nothing in the middle of a frame."""
+CONTROL_IDLE_SECONDS: Final = 600.0
+"""How long an admin's or reader's session may say nothing. An agent's may do so for ever."""
+FOR_EVER: Final = float("inf")
+ANSWERS_MAX: Final = 4
+"""Commands of one session that run, or whose reply waits for the peer to read, at a time."""
+MESSAGES_ROW: Final = 1024
+"""After so many messages in a row other sessions have their turn."""
 SOON_MILLISECONDS: Final = 1
 """How long the thread sleeps for the next record of a lone writer: the least that poll(2) can wait."""
 SOON_ROW: Final = 16
@@ -76,3 +95,38 @@ class Hearing:
         if not data or self._row >= SOON_ROW:
             self._row, self._rest = 0, 1 if data else SOON_REST
         return data
+
+
+async def hear_hello(session: Session, receive: Callable[[], Awaitable[bytes]]) -> Hello | None:
+    """The first message, or None when the peer left, or was not to be heard any more, without one. Raises ProtocolError
+    for anything else, and for more than HELLO_BYTES_MAX."""
+    heard = 0
+    while data := await receive():
+        heard += len(data)
+        if heard > HELLO_BYTES_MAX:
+            raise ProtocolError(f"more than {HELLO_BYTES_MAX} bytes before the Welcome")
+        session.receive_data(data)
+        message = session.next_event()
+        if isinstance(message, Hello):
+            return message
+    return None
+
+
+def fell_silent(session: Session, seconds: float) -> ProtocolError:
+    """Why a session ends whose peer said nothing for so long."""
+    what = "in the middle of a frame" if session.incomplete else "and asked for nothing"
+    return ProtocolError(f"the peer said nothing for {seconds:g} s {what}")
+
+
+async def receive_in_time(connection: Connection, session: Session, idle: float = FOR_EVER) -> bytes:
+    """The next bytes; b"" at the end. Raises LinkDown, and ProtocolError once the peer has said nothing for
+    FRAME_IDLE_SECONDS within a frame, or for `idle` seconds between two."""
+    while True:
+        seconds = FRAME_IDLE_SECONDS if session.incomplete else idle
+        if seconds == FOR_EVER:
+            return await connection.receive()
+        with trio.move_on_after(seconds):
+            return await connection.receive()
+        # The frame's end may have come by `receive_soon` meanwhile.
+        if session.incomplete or seconds == idle:
+            raise fell_silent(session, seconds)

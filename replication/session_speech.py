@@ -85,16 +85,9 @@ class Speech:
     async def _say_rest(self, rest: Buffer) -> None:
         self._turn.acquire_nowait()
         try:
-            await self._send([rest])
+            await send_in_time(self._connection, [rest])
         finally:
             self._turn.release()
-
-    async def _send(self, buffers: Sequence[Buffer]) -> None:
-        seconds = STALL_SECONDS + sum(map(len, buffers)) / STALL_BYTES_PER_SECOND
-        with trio.move_on_after(seconds):
-            await self._connection.send(buffers)
-            return
-        raise LinkDown(f"the peer has taken nothing of what it was sent for {seconds:.0f} s")
 
     async def _say(self, make: Callable[[], Message]) -> None:
         try:
@@ -104,10 +97,19 @@ class Speech:
         try:
             frame = self._frame(make())
             self.cut = True
-            await self._send(frame)
+            await send_in_time(self._connection, frame)
             self.cut = False
         finally:
             self._turn.release()
+
+
+async def send_in_time(connection: Connection, buffers: Sequence[Buffer]) -> None:
+    """Sends them; LinkDown when the peer is too slow to take them."""
+    seconds = STALL_SECONDS + sum(map(len, buffers)) / STALL_BYTES_PER_SECOND
+    with trio.move_on_after(seconds):
+        await connection.send(buffers)
+        return
+    raise LinkDown(f"the peer has taken nothing of what it was sent for {seconds:.0f} s")
 
 
 def _levels(group: Levels) -> Ack:

@@ -12,7 +12,7 @@ import trio.testing
 
 from dedup.store import Store
 from dedup.types import Seq
-from replication import second_appliance
+from replication import open_sessions
 from replication.commands import _COMMANDS, without_others
 from replication.identity import Fingerprint
 from replication.identity import Peer as Identity
@@ -182,7 +182,7 @@ async def test_status_tells_of_one_s_own_groups(store: FakeStore) -> None:
 
 
 async def test_one_key_cannot_take_all_sessions(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(second_appliance, "PEER_SESSIONS_MAX", 2)
+    monkeypatch.setattr(open_sessions, "PEER_SESSIONS_MAX", 2)
     async with running(store) as world:
         greedy = identity(Role.READER, name="greedy")
         first = await session(world, greedy, Role.READER)
@@ -198,7 +198,7 @@ async def test_one_key_cannot_take_all_sessions(store: FakeStore, monkeypatch: p
 
 
 async def test_connections_without_a_hello_keep_nobody_out(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(second_appliance, "UNGREETED_MAX", 3)
+    monkeypatch.setattr(open_sessions, "UNGREETED_MAX", 3)
     async with running(store, sessions_max=2) as world:
         silent = [await world.connect() for _ in range(9)]
         await trio.testing.wait_all_tasks_blocked()

@@ -52,7 +52,7 @@ from replication.messages import (
     Wanted,
     Welcome,
 )
-from replication.server_session import ANSWERS_MAX, HELLO_BYTES_MAX
+from replication.session_hearing import ANSWERS_MAX, HELLO_BYTES_MAX
 from replication.transport import Connection, memory_pair
 from replication.wire import Decoder, encode
 from tests.replication.fake_store import FakeStore
