@@ -8,7 +8,7 @@ agent is served, by an appliance that holds a history without a hole.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 import trio
@@ -172,10 +172,13 @@ class Half(Peer):
             return b""
 
 
-async def attack(world: World, frames: Sequence[bytes], piece: int) -> list[Message]:
-    """Sends the frames in pieces of so many bytes; what it heard until the connection ended."""
+async def attack(
+    serve: Callable[[Connection], Awaitable[object]], frames: Sequence[bytes], piece: int
+) -> list[Message]:
+    """Sends the frames in pieces of so many bytes; what it heard until the connection ended. `serve` has the other end
+    of it served."""
     ours, theirs = memory_pair()
-    await world.channel.send(theirs)
+    await serve(theirs)
     peer = Half(ours, ours._stream)  # type: ignore[arg-type]
     data = b"".join(frames)
     # What follows the Hello comes after the Welcome, as from everybody who is to be listened to.
@@ -218,7 +221,7 @@ def one_case(mutations: Sequence[Mutation], piece: int) -> None:
         store = FakeStore()
         async with running(store) as world:
             with trio.fail_after(30):
-                check_heard(await attack(world, mutated(mutations), piece))
+                check_heard(await attack(world.channel.send, mutated(mutations), piece))
                 await serves_another(world, store, 40)
 
     trio.run(main)
@@ -255,7 +258,7 @@ def test_sessions_that_are_mutated_end_alone_at_length() -> None:
                 try:
                     with trio.fail_after(60):
                         mutations, piece = seeded(seed)
-                        check_heard(await attack(world, mutated(mutations), piece))
+                        check_heard(await attack(world.channel.send, mutated(mutations), piece))
                         await serves_another(world, store, 40 + seed)
                         store.group("g").records.clear()
                         store._groups.clear()
