@@ -17,14 +17,13 @@ import trio
 from dedup.errors import RewindError, StoreFailed
 from dedup.types import Epoch, Record, Resize, Write
 from fusefs.agent import Agent
-from fusefs.agent_start import begin, make_equal, plan, resync_after_outages
+from fusefs.agent_start import begin, make_equal, open_intent, plan, resync_after_outages
 from fusefs.state_directory import StateDirectory
 from fusefs.volume_table import VolumeTable, list_volumes
 from replication.agent_link import AgentLink
 from replication.errors import HandshakeRefused, HistoryLost, LinkDown, ProtocolError
 from replication.first_appliance import FirstAppliance
 from replication.first_service import FirstService
-from replication.intent_log import IntentLog
 from replication.messages import PROTOCOL_VERSION, Compare, Hello, Role
 from replication.outbox import FRAME_OVERHEAD_BYTES
 from replication.reconcile import Reconciled
@@ -257,7 +256,7 @@ class AgentHost:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(first.run)
                 files = await trio.to_thread.run_sync(list_volumes, self.source)
-                intent = IntentLog.open(state.intent_path)
+                intent = open_intent(state.intent_path, last)
                 todo = plan(welcome, known, files, last, intent)
                 self._trace.note(f"epoch {epoch} after {welcome.held}, clean={todo.clean}, all={todo.everything}")
                 link = AgentLink(first, welcome.held, RecordClock(welcome.time, welcome.run, self.now_ns))
@@ -365,7 +364,7 @@ class AgentHost:
             intent.clear((volume, region) for volume, regions in intent.marked().items() for region in regions)
             await intent.close()
             files = await trio.to_thread.run_sync(list_volumes, self.source)
-            await trio.to_thread.run_sync(state.ended_cleanly, agent.link.last, files)
+            await trio.to_thread.run_sync(state.ended_cleanly, agent.link.last, files, agent.link.time)
             self.left_clean = True
         except (OSError, RewindError) as error:
             self._trace.note(f"no clean mark {error}")
