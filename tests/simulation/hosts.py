@@ -24,6 +24,7 @@ from replication.agent_link import AgentLink
 from replication.errors import HandshakeRefused, HistoryLost, LinkDown, ProtocolError
 from replication.first_appliance import FirstAppliance
 from replication.first_service import FirstService
+from replication.intent_log import IntentLog
 from replication.messages import PROTOCOL_VERSION, Compare, Hello, Role
 from replication.outbox import FRAME_OVERHEAD_BYTES
 from replication.reconcile import Reconciled
