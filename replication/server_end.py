@@ -23,7 +23,7 @@ from replication.errors import LinkDown, ProtocolError
 from replication.identity import Peer
 from replication.messages import PROTOCOL_VERSION, ErrorCode, Failure, Hello, Message
 from replication.refused import Refused
-from replication.session import Session, Side
+from replication.session import Session, Side, State
 from replication.session_hearing import FOR_EVER, HELLO_SECONDS, hear_hello, receive_in_time
 from replication.session_speech import send_in_time
 from replication.transport import Connection
@@ -113,9 +113,9 @@ class ServerEnd:
         return data
 
     def say(self, message: Message) -> None:
-        """Has it sent, after all that was said before. Raises LocalProtocolError for what may not be said. The caller
-        bounds how much it says, or asks for `room_to_say`."""
-        if self._over:
+        """Has it sent, after all that was said before; nothing where the peer has left, or the session is over. Raises
+        LocalProtocolError for what may not be said. The caller bounds how much it says, or asks for `room_to_say`."""
+        if self._over or self.session.state is State.CLOSED:
             return
         idle = self.idle
         for buffer in self.session.send(message):

@@ -42,6 +42,8 @@ class ScriptedSecond:
         """Acknowledge each record as received."""
         self.syncs = True
         """Answer a SyncRequest."""
+        self.compares = True
+        """Answer a Compare."""
         self.delay = 0.0
         """Seconds until a record is answered."""
         self.reachable = True
@@ -145,7 +147,7 @@ class ScriptedSecond:
                 await trio.sleep(self.delay)
                 self.log.append(message)  # type: ignore[arg-type]
                 self.held = message.seq  # type: ignore[union-attr]
-                if isinstance(message, Compare):
+                if isinstance(message, Compare) and self.compares:
                     await self.say(CompareResult(message.seq, bytes(len(message.digests) // 16 - 1) + b"\1"))
                 if self.acks:
                     await self.say(Ack(Seq(self.held), Seq(self.durable), Seq(self.held), Seq(self.durable)))

@@ -1,17 +1,18 @@
-"""A peer that asks and does not listen."""
+"""A peer that asks and does not listen, or leaves before it is answered."""
 
 from __future__ import annotations
 
 import socket
 
 import trio
+import trio.testing
 
 from dedup.types import Heartbeat, Seq, TimeNs
-from replication.messages import Offer
+from replication.messages import Compare, CompareResult, Offer, Reply, Request
 from replication.server_end import UNSAID_BYTES_MAX
 from replication.session import State
 from replication.transport import SocketConnection
-from tests.replication.test_relay import RUN, Stranger, hello, site
+from tests.replication.test_relay import DISK, RUN, Stranger, hello, site
 
 BLOCKS = 1024
 
@@ -33,3 +34,32 @@ async def test_answers_that_nobody_reads_do_not_pile_up() -> None:
                     offer = Offer(Seq(seq), bytes(32 * BLOCKS))
                     await stranger.say(offer, Heartbeat(Seq(seq), TimeNs(seq), RUN))
             assert end._unsaid_bytes <= UNSAID_BYTES_MAX + 64 * BLOCKS
+
+
+async def test_an_agent_that_leaves_as_its_answers_come_ends_alone() -> None:
+    """The session has read the end of the stream, and has not left yet, when the answers are there."""
+    async with site() as here:
+        for epoch in range(3, 23):
+            stranger = Stranger(await here.connect())
+            await stranger.say(hello(epoch=epoch))
+            while stranger.session.state is not State.STREAMING:
+                await stranger.hear()
+            seq = Seq(stranger.session.last_seq + 1)
+            here.second.compares = False
+            await stranger.say(
+                Compare(seq, TimeNs(seq), RUN, DISK, 0, bytes(16), 4096),
+                Request(1, "asked", {}),
+                Request(2, "asked", {}),
+            )
+            await trio.testing.wait_all_tasks_blocked()
+            await here.second.say(CompareResult(seq, b"\1"))
+            for number in (1, 2):
+                await here.second.say(Reply(here.second.requests[-number].id, {}))
+            await stranger.connection.aclose()
+            await trio.testing.wait_all_tasks_blocked()
+            here.second.held = here.second.durable = seq
+            here.service.relays()[0].sync()
+            await trio.testing.wait_all_tasks_blocked()
+        agent = await here.started(epoch=99)
+        agent.append(Heartbeat(Seq(agent.last_seq + 1), TimeNs(99), RUN))
+        await agent.drain()
