@@ -211,6 +211,8 @@ class Forwarder:
         connection = await self.connect()
         try:
             session, welcome, volumes = await greet(connection, self.hello)
+            if welcome.mode is not None and not self._through:
+                raise ProtocolError("a first appliance is there, where a second one was expected")
             return connection, session, welcome, volumes
         except BaseException:
             await connection.aclose()

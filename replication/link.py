@@ -34,6 +34,7 @@ from replication.messages import (
 from replication.offering import AHEAD_FRAMES, Offering, Traffic
 from replication.outbox import FRAME_OVERHEAD_BYTES, Frame, Outbox
 from replication.session import REQUESTS_OPEN_MAX, Session, Side, State
+from replication.session_hearing import receive_in_time
 from replication.transport import Connection
 from replication.wire import Buffer
 
@@ -43,6 +44,8 @@ HANDSHAKE_SECONDS: Final = 10.0
 """Longest that a peer may take from Hello to its last VolumePage."""
 VOLUMES_MAX: Final = 1 << 20
 """Most volumes that a peer may list."""
+PATHS_CHARACTERS_MAX: Final = 256 << 20
+"""Most that their paths may come to."""
 ANSWER_MILLISECONDS: Final = 1
 """The least that poll(2) can wait; an embedded second appliance answers in about 0.15 ms."""
 ANSWER_ROW: Final = 32
@@ -65,6 +68,7 @@ async def greet(connection: Connection, hello: Hello) -> tuple[Session, Welcome,
     session = Session(Side.CLIENT)
     welcome: Welcome | None = None
     volumes: list[VolumeState] = []
+    characters = 0
     with trio.move_on_after(HANDSHAKE_SECONDS):
         await connection.send(session.send(hello))
         while session.state is not State.STREAMING:
@@ -73,8 +77,9 @@ async def greet(connection: Connection, hello: Hello) -> tuple[Session, Welcome,
                     welcome = message
                 case VolumePage(volumes=page):
                     volumes += page
-                    if len(volumes) > VOLUMES_MAX:
-                        raise ProtocolError(f"the peer lists more than {VOLUMES_MAX} volumes")
+                    characters += sum(len(volume.path) for volume in page)
+                    if len(volumes) > VOLUMES_MAX or characters > PATHS_CHARACTERS_MAX:
+                        raise ProtocolError(f"the peer lists more volumes than {VOLUMES_MAX}, or too long paths")
                 case Failure(code, text):
                     raise HandshakeRefused(code, text)
         if welcome is not None:
@@ -84,7 +89,7 @@ async def greet(connection: Connection, hello: Hello) -> tuple[Session, Welcome,
 
 async def _next(connection: Connection, session: Session) -> Message:
     while (message := session.next_event()) is None:
-        data = await connection.receive()
+        data = await receive_in_time(connection, session)
         if not data:
             session.receive_eof()
             raise LinkDown("the second appliance closed the connection")
