@@ -166,7 +166,7 @@ async def test_an_agent_that_never_listens_is_not_listened_to_and_put_out(autoju
             await stranger.say(hello())
             await listed(stranger)
             # Replies as large as may be: some fill the socket, one waits, and the rest of the questions are not read.
-            question = {"x": ["y" * 4000] * 200}
+            question: dict[str, object] = {"x": ["y" * 4000] * 200}
             with trio.fail_after(1000), contextlib.suppress(LinkDown):
                 for number in range(1, 64):
                     await stranger.say(Request(number, "echo", question))
