@@ -15,7 +15,7 @@ from replication.messages import ErrorCode, Failure, Hello, Message, Reply, Requ
 from replication.refused import Refused
 from replication.relay import UPSTREAM_SECONDS, Connect
 from replication.server_end import ServerEnd
-from replication.session import Session, Side
+from replication.session import Session, Side, State
 from replication.session_hearing import CONTROL_IDLE_SECONDS
 from replication.session_speech import send_in_time
 from replication.transport import Connection
@@ -82,6 +82,8 @@ async def _pass_requests(
     with end.guard():
         while True:
             while (message := end.session.next_event()) is not None:
+                if session.state is State.CLOSED:
+                    return  # the second appliance has said its last word, which is on its way to the peer
                 if isinstance(message, Request):
                     if limited and message.body.get("group", group) != group:
                         raise Refused(f"only group {group!r} can be asked about here")

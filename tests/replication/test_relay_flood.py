@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 from dedup.types import Heartbeat, Seq, TimeNs
-from replication.messages import Compare, CompareResult, Offer, Reply, Request
+from replication.messages import Compare, CompareResult, ErrorCode, Failure, Offer, Reply, Request, Role
 from replication.server_end import UNSAID_BYTES_MAX
 from replication.session import State
 from replication.transport import SocketConnection
@@ -63,3 +63,18 @@ async def test_an_agent_that_leaves_as_its_answers_come_ends_alone() -> None:
         agent = await here.started(epoch=99)
         agent.append(Heartbeat(Seq(agent.last_seq + 1), TimeNs(99), RUN))
         await agent.drain()
+
+
+async def test_a_command_that_comes_as_the_second_appliance_refuses_ends_alone() -> None:
+    async with site() as here:
+        for _ in range(20):  # which of the two is looked at first is left to chance
+            stranger = Stranger(await here.connect())
+            await stranger.say(hello(role=Role.READER, agent="", epoch=0))
+            while stranger.session.state is not State.STREAMING:
+                await stranger.hear()
+            await trio.testing.wait_all_tasks_blocked()
+            async with trio.open_nursery() as both:
+                both.start_soon(here.second.say, Failure(ErrorCode.STORE_FAILED, "the test says no"))
+                both.start_soon(stranger.say, Request(1, "asked", {}))
+            await trio.testing.wait_all_tasks_blocked()
+        await here.started()
