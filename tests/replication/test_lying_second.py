@@ -160,6 +160,18 @@ HEAD = len(b"".join(encode(VolumePage((), True)))) - int.from_bytes(
 """What a frame has beside the bytes that its length counts."""
 
 
+class Strict(ScriptedSecond):
+    """It leaves when records do not follow: what a forged Welcome brings about."""
+
+    broken = False
+
+    async def _serve(self, connection: Connection) -> None:
+        try:
+            await super()._serve(connection)
+        except ProtocolError:
+            self.broken = True
+
+
 class Liars:
     """`connect` is what the first appliance is given."""
 
@@ -211,7 +223,7 @@ async def compare(first: FirstAppliance, seq: Seq) -> None:
 async def a_history(seed: int) -> bool:
     """Whether everything arrived; else the history was lost, by a lie that says so."""
     async with trio.open_nursery() as nursery:
-        second = ScriptedSecond(nursery)
+        second = Strict(nursery)
         liars = Liars(second, seed)
         dice = liars.dice
         mode = dice.choice(list(Mode))
@@ -243,6 +255,7 @@ async def a_history(seed: int) -> bool:
                 nursery.cancel_scope.cancel()
                 return False
         if not liars.forged:
+            assert not second.broken
             seqs = [s for one in second.log for s in range(getattr(one, "first_seq", one.seq), one.seq + 1)]
             assert seqs == list(range(1, 41))
             assert all(
