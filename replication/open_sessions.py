@@ -20,9 +20,9 @@ from replication.transport import Connection
 
 log = logging.getLogger("rewindfs.sessions")
 
-SESSIONS_MAX: Final = 64
-PEER_SESSIONS_MAX: Final = 16
-"""Sessions of one key at a time: nobody can take all of them."""
+SESSIONS_MAX: Final = 128
+PEER_SESSIONS_MAX: Final = 96
+"""Sessions of one key at a time: a first appliance needs one for each of its groups, and nobody can take all of them."""
 UNGREETED_MAX: Final = 64
 """Connections that have not said Hello. One more ends the oldest of them: they cost little and come from anybody."""
 
