@@ -22,7 +22,7 @@ log = logging.getLogger("rewindfs.sessions")
 
 SESSIONS_MAX: Final = 128
 PEER_SESSIONS_MAX: Final = 96
-"""Sessions of one key at a time: a first appliance needs one for each of its groups, and nobody can take all of them."""
+"""Sessions of one key at a time: a first appliance needs one for each group, and nobody can take all of them."""
 UNGREETED_MAX: Final = 64
 """Connections that have not said Hello. One more ends the oldest of them: they cost little and come from anybody."""
 
