@@ -297,9 +297,16 @@ def test_open_requests_are_bounded_and_answered_once() -> None:
 
 
 def test_welcome_answers_in_the_version_of_hello() -> None:
-    pair = Pair()
-    pair.say(Side.CLIENT, Hello(7, Role.AGENT, "g", Epoch(1), "a"))
-    pair.agree_refused(Side.SERVER, welcome(version=PROTOCOL_VERSION))
+    client, server = Session(Side.CLIENT), Session(Side.SERVER)
+    server.receive_data(b"".join(client.send(Hello(7, Role.AGENT, "g", Epoch(1), "a"))))
+    hello = server.next_event()
+    assert isinstance(hello, Hello) and hello.version == 7
+    ours = welcome(version=PROTOCOL_VERSION)
+    with pytest.raises(LocalProtocolError, match="version"):
+        server.send(ours)
+    client.receive_data(b"".join(encode(ours)))
+    with pytest.raises(ProtocolError, match="version"):
+        client.next_event()
 
 
 def test_noise_closes_the_session() -> None:

@@ -25,7 +25,7 @@ from replication.errors import HandshakeRefused, HistoryLost, LinkDown, Protocol
 from replication.first_appliance import FirstAppliance
 from replication.first_service import FirstService
 from replication.intent_log import IntentLog
-from replication.messages import PROTOCOL_VERSION, Compare, Hello, Role
+from replication.messages import PROTOCOL_VERSION, Compare, ErrorCode, Hello, Role
 from replication.outbox import FRAME_OVERHEAD_BYTES
 from replication.reconcile import Reconciled
 from replication.record_clock import RecordClock
@@ -250,6 +250,8 @@ class AgentHost:
                     break
                 except (LinkDown, ProtocolError, HandshakeRefused) as error:
                     self._trace.note(f"mount fails {type(error).__name__}")
+                    if isinstance(error, HandshakeRefused) and error.code is ErrorCode.FENCED:
+                        self.take_over = True  # what its text tells a person to do
                     await trio.sleep(RESTART_SECONDS)
             else:
                 return

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from dedup.types import BLOCK_BYTES, Correct, Create, Record, Rename, Resize, Retire, Seq, Write
+from dedup.types import BLOCK_BYTES, Correct, Create, ReconcileBegin, Record, Rename, Resize, Retire, Seq, Write
 from fusefs.volume_table import list_volumes
 from replication.messages import Compare
 from tests.simulation.image import cut, put
@@ -106,7 +106,7 @@ class Run:
         self.stamped[record.seq] = record
         self.last = record.seq
         task = trio.lowlevel.current_task()
-        if not isinstance(record, Correct):
+        if not isinstance(record, (Correct, ReconcileBegin)):
             self._by_task[task] = record.seq
         if isinstance(record, (Write, Resize)):
             self._pending[task] = record
@@ -151,7 +151,8 @@ class Run:
             self._named = None
 
     def seq_of_task(self) -> Seq:
-        """Of the last record that this task has queued, corrections apart: nobody waits for those."""
+        """Of the last record that this task has queued; corrections and the beginning of a gap apart, for which nobody
+        waits."""
         return self._by_task.get(trio.lowlevel.current_task(), Seq(0))
 
     def _corrected(self, seq: Seq) -> bool:
