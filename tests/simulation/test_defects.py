@@ -14,6 +14,7 @@ RARE = {
     "the first write of a byte wins",
     "a gap is not said",
     "a reconcile reads without the lock",
+    "the last record of a batch is lost",
 }
 """What takes some dozens of histories."""
 
