@@ -10,7 +10,7 @@ import pytest
 
 from tests.simulation.history import Outcome, run_history
 
-HISTORIES = 40
+HISTORIES = 24
 MANY_HISTORIES = 1500
 REPOSITORY = Path(__file__).parents[2]
 

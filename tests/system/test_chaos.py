@@ -56,7 +56,7 @@ def run(world: World, site: str, mode: str, faults: str, seconds: float, *, quic
     print(strike(world, site, mode, faults, seconds, seed, with_fio=not quick, with_disk=not quick))
 
 
-@pytest.mark.parametrize(("site", "mode", "faults"), [("embedded", "sync", "all"), ("first", "async", "all")])
+@pytest.mark.parametrize(("site", "mode", "faults"), [("first", "async", "all")])
 def test_a_few_faults(world: World, site: str, mode: str, faults: str) -> None:
     run(world, site, mode, faults, 3, quick=True)
 
