@@ -234,6 +234,8 @@ class Commands:
             return next(iter(known.values()))
         if name in known:
             return known[name]
+        if name and caller.limited:
+            raise UnknownName(f"no group {name!r} in the store")
         listed = ", ".join(sorted(known)) or "none"
         if name:
             raise UnknownName(f"no group {name!r} in the store; it holds {listed}")

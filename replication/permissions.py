@@ -38,12 +38,18 @@ class Caller:
     @property
     def limited(self) -> bool:
         """Whether it may touch some groups only."""
-        return self.role is Role.AGENT or (self.peer is not None and bool(self.peer.groups))
+        return self._of_one_group or (self.peer is not None and bool(self.peer.groups))
 
     def may_touch(self, group: str) -> bool:
-        if self.role is Role.AGENT:
+        if self._of_one_group:
             return group == self.group
         return self.peer is None or self.peer.may_touch(group)
+
+    @property
+    def _of_one_group(self) -> bool:
+        """An agent's session is of one group, and so is a reader's that named one: a first appliance passes on what its
+        own peers ask, with a key of its own that may more than they."""
+        return self.role is Role.AGENT or (self.role is Role.READER and bool(self.group))
 
 
 def check_peer(peer: Peer | None, role: Role, group: str) -> None:

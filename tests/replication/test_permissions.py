@@ -17,7 +17,7 @@ from replication.commands import _COMMANDS, without_others
 from replication.identity import Fingerprint
 from replication.identity import Peer as Identity
 from replication.messages import ErrorCode, Failure, Role, Welcome
-from replication.permissions import NotAllowed, check_peer
+from replication.permissions import Caller, NotAllowed, check_peer
 from replication.transport import memory_pair
 from tests.dedup.model import Model
 from tests.replication.fake_store import FakeStore
@@ -220,3 +220,11 @@ def test_an_identity_without_groups_may_touch_all(trusted: Role, wanted: Role) -
         allowed = False
     check_peer(None, wanted, "any")
     assert allowed == (trusted is Role.ADMIN or wanted is Role.READER or trusted is wanted)
+
+
+def test_a_reader_that_names_a_group_is_of_that_group() -> None:
+    """As one that a first appliance passes on is: the key it comes with may more."""
+    assert Caller(Role.READER, "g").limited and Caller(Role.READER, "g").may_touch("g")
+    assert not Caller(Role.READER, "g").may_touch("other")
+    assert not Caller(Role.READER, "").limited and Caller(Role.READER, "").may_touch("other")
+    assert not Caller(Role.ADMIN, "g").limited and Caller(Role.ADMIN, "g").may_touch("other")
