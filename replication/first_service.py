@@ -26,7 +26,7 @@ from replication.errors import HandshakeRefused, HistoryLost, LinkDown, Protocol
 from replication.forwarding import Forwarding
 from replication.messages import PROTOCOL_VERSION, ErrorCode, Hello, Role
 from replication.modes import Mode
-from replication.open_sessions import SESSIONS_MAX, OpenSessions, accept_each
+from replication.open_sessions import SESSIONS_MAX, OpenSessions, accept_until
 from replication.outbox import QUEUE_BYTES_MAX
 from replication.permissions import NotAllowed, check_peer
 from replication.refused import Refused
@@ -115,16 +115,7 @@ class FirstService:
             for group in left_behind:
                 self._relays.start_soon(self._take_up, group)
             async with trio.open_nursery() as sessions:
-                try:
-                    async with trio.open_nursery() as accepting:
-                        for listener in listeners:
-                            accepting.start_soon(accept_each, listener, sessions, self.serve_connection)
-                        task_status.started()
-                        await self._stop.wait()
-                        accepting.cancel_scope.cancel()
-                finally:
-                    for listener in listeners:
-                        await listener.aclose()
+                await accept_until(self._stop, listeners, sessions, self.serve_connection, task_status)
                 for end in self._ends:
                     end.end(ErrorCode.UNAVAILABLE, LEAVING)
                 await self._ends.all_left()

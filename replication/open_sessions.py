@@ -8,7 +8,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import trio
@@ -100,12 +100,34 @@ class Accepts(Protocol):
 
     async def accept(self) -> Connection: ...
 
+    async def aclose(self) -> None: ...
 
-async def accept_each(
+
+async def accept_until(
+    stop: trio.Event,
+    listeners: Sequence[Accepts],
+    sessions: trio.Nursery,
+    serve: Callable[[Connection], Coroutine[Any, Any, None]],
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """Has each connection served by a task of its own, until `stop`; then closes the listeners. `task_status` is told
+    once it listens."""
+    try:
+        async with trio.open_nursery() as accepting:
+            for listener in listeners:
+                accepting.start_soon(_accept_each, listener, sessions, serve)
+            task_status.started()
+            await stop.wait()
+            accepting.cancel_scope.cancel()
+    finally:
+        for listener in listeners:
+            await listener.aclose()
+
+
+async def _accept_each(
     listener: Accepts, sessions: trio.Nursery, serve: Callable[[Connection], Coroutine[Any, Any, None]]
 ) -> None:
-    """Has each connection served by a task of its own, until cancelled. Where the system has no room for another it
-    says so, and tries again."""
+    """Until cancelled. Where the system has no room for another connection it says so, and tries again."""
     while True:
         try:
             connection = await listener.accept()

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -30,7 +30,7 @@ from dedup.types import Epoch
 from replication.commands import Commands
 from replication.maintenance import Maintenance
 from replication.messages import ErrorCode, Hello
-from replication.open_sessions import SESSIONS_MAX, OpenSessions, accept_each
+from replication.open_sessions import SESSIONS_MAX, Accepts, OpenSessions, accept_until
 from replication.refused import Refused
 from replication.server_session import ServerSession
 from replication.space_gate import SpaceGate
@@ -53,14 +53,6 @@ def fenced_text(hello: Hello) -> str:
 SAME_EPOCH_SECONDS: Final = 5.0
 DRAIN_SECONDS: Final = 10.0
 """How long `stop` lets sessions finish their batch and the answers to it."""
-
-
-class Listener(Protocol):
-    """What connections come from; `transport.listen_unix` makes one."""
-
-    async def accept(self) -> Connection: ...
-
-    async def aclose(self) -> None: ...
 
 
 class SecondAppliance:
@@ -91,7 +83,7 @@ class SecondAppliance:
         self._stop.set()
 
     async def serve(
-        self, listeners: Sequence[Listener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, listeners: Sequence[Accepts], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Serve until `stop`; close the listeners. All that was acknowledged is in the store, received at least.
 
@@ -104,16 +96,7 @@ class SecondAppliance:
                 background.start_soon(self.maintenance.serve)
             async with trio.open_nursery() as sessions:
                 sessions.start_soon(self._watch_failure)
-                try:
-                    async with trio.open_nursery() as accepting:
-                        for listener in listeners:
-                            accepting.start_soon(accept_each, listener, sessions, self.serve_connection)
-                        task_status.started()
-                        await self._stop.wait()
-                        accepting.cancel_scope.cancel()
-                finally:
-                    for listener in listeners:
-                        await listener.aclose()
+                await accept_until(self._stop, listeners, sessions, self.serve_connection, task_status)
                 for session in self._sessions:
                     session.drain(DRAIN_SECONDS)
                 await self._sessions.all_left()
