@@ -121,6 +121,7 @@ class Reconciler:
     _ahead: int = 0
     _throttling: trio.Lock = field(default_factory=trio.Lock)
     _readers: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(READERS))
+    _interrupted: bool = False
     _failure: Exception | None = None
 
     def __post_init__(self) -> None:
@@ -225,10 +226,15 @@ class Reconciler:
             if asked is None:
                 return None
             try:
-                return *asked, await self.link.first.compared(asked[1])
+                answer = await self.link.first.compared(asked[1])
             except (LinkReset, LinkDown) as reset:
-                log.info("volume %d is compared again at %d: %s", volume, offset, reset)
+                if not self._interrupted:  # said once: many ranges ask again, many times, as long as an outage lasts
+                    log.info("volume %d is compared again from %d on: %s", volume, offset, reset)
+                self._interrupted = True
                 await trio.sleep(_RETRY_SECONDS)
+            else:
+                self._interrupted = False
+                return *asked, answer
 
     async def _question(self, volume: VolumeId, fd: int, offset: int, length: int, unit: int) -> tuple[int, Seq] | None:
         """Queues the Compare of one range, once that can be: its unit and seq."""
