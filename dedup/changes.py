@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 
 from dedup.catalog import Catalog, Txn
+from dedup.difference import indexed_leaves
 from dedup.journal_entry import EntryKind, decode, extents_of
 from dedup.journal_reader import scan
 from dedup.layout import LEAF_BLOCKS
@@ -82,7 +83,7 @@ class Changes:
                 return self._counted(txn, old, written)
         self._leaves_of.pop(new.volume, None)
         changed = 0
-        for leaf in sorted(self._indexed(txn, None if old is None else old.view, new.view, new.volume)):
+        for leaf in sorted(indexed_leaves(self._catalog, txn, None if old is None else old.view, new.view, new.volume)):
             was = HOLE if old is None else old.leaf(txn, leaf)
             changed += int(np.count_nonzero(new.leaf(txn, leaf) != was))
         return changed
@@ -144,17 +145,3 @@ class Changes:
             if len(self._leaves) > LEAVES_MAX:
                 self._leaves.popitem(last=False)
         return changed
-
-    # -- by the pointer maps -----------------------------------------------------------------------------------------
-
-    def _indexed(self, txn: Txn, old: View | None, new: View, volume: VolumeId) -> set[int]:
-        """The leaves with a version between the views' anchors, and those that their overlays may change."""
-        pointers = self._catalog.pointers
-        leaves = set(pointers.changed_leaves(txn, volume, Seq(0) if old is None else old.anchor, new.anchor))
-        for view in (old, new):
-            if view is not None:
-                overlay = view.state.overlay
-                leaves.update(leaf for leaf, _, _ in overlay.leaves(volume))
-                if volume in overlay.cuts:
-                    leaves.update(pointers.leaves(txn, volume, overlay.cuts[volume] // LEAF_BLOCKS))
-        return leaves

@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,10 +20,12 @@ from dedup import layout, resolution
 from dedup.catalog import Catalog, Index, Txn
 from dedup.changes import Changes
 from dedup.container import ContainerPool
+from dedup.difference import differing_ranges
 from dedup.errors import UnknownName
 from dedup.gaps import Gaps
 from dedup.group_state import GroupState
 from dedup.group_views import DatedView, GroupViews
+from dedup.history import ByteRange, GroupMoment
 from dedup.image import Image
 from dedup.manifest import read_manifest
 from dedup.marker import read_marker
@@ -294,7 +296,12 @@ class GroupReader:
 
     def volumes_at(self, seq: Seq) -> dict[str, VolumeState]:
         """Path → volume, of those that existed at `seq`."""
-        return {volume.path: volume for volume in self.view(seq).state.volumes.values()}
+        return self.group_at(seq).volumes
+
+    def group_at(self, seq: Seq) -> GroupMoment:
+        """The group at the last record at or before `seq` that the history still tells from others."""
+        view = self.view(seq)
+        return GroupMoment(self.moment(view), {volume.path: volume for volume in view.state.volumes.values()})
 
     def image(self, volume: VolumeId, seq: Seq) -> Image:
         """The volume at `seq`. UnknownName if it did not exist then.
@@ -318,6 +325,22 @@ class GroupReader:
             self._views.check(txn, dated)
 
         return VolumePointers(dated.view, self._catalog, volume, check)
+
+    def differing(
+        self, old: tuple[VolumeId, Seq] | None, new: tuple[VolumeId, Seq] | None, start: int = 0
+    ) -> Iterator[ByteRange]:
+        """As `History.differing`."""
+        sides = [None if one is None else self._volume_at(*one) for one in (old, new)]
+        (before, before_size), (after, after_size) = [(None, 0) if side is None else side for side in sides]
+        return differing_ranges(self._store.index, self._catalog, before, after, start, max(before_size, after_size))
+
+    def _volume_at(self, volume: VolumeId, seq: Seq) -> tuple[VolumePointers, int]:
+        """Its pointers and its size. UnknownName."""
+        dated = self._views.at(seq)
+        state = dated.view.volume(volume)
+        if state is None:
+            raise UnknownName(f"group {self.name} had no volume {volume} at seq={seq}")
+        return self._pointers(dated, volume), state.size
 
     def changed_bytes(self, volume: VolumeId, old: Seq | None, new: Seq) -> int:
         """Bytes of blocks whose pointers differ between two moments (None: compared with nothing)."""

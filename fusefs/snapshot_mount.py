@@ -28,9 +28,9 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from dedup.errors import BadTime, MomentGone, MomentRefused, UnknownName, WouldBlock
-from dedup.image import Image, room_for
+from dedup.history import History, PastImage
+from dedup.image import room_for
 from dedup.moment import rfc3339
-from dedup.reader import GroupReader
 from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq, TimeNs
 from fusefs.errors import fuse_error, handler
 from fusefs.snapshot_inodes import SnapshotInodes
@@ -79,7 +79,7 @@ class SnapshotMount(pyfuse3.Operations):
 
     supports_dot_lookup = False
 
-    def __init__(self, reader: GroupReader, store_statvfs: Callable[[], os.statvfs_result]) -> None:
+    def __init__(self, reader: History, store_statvfs: Callable[[], os.statvfs_result]) -> None:
         """`store_statvfs` tells of the disk that `df` is to show; called in a thread."""
         super().__init__()
         self._reader = reader
@@ -89,7 +89,7 @@ class SnapshotMount(pyfuse3.Operations):
         self._one_turn = trio.CapacityLimiter(1)
         self._one_entry = trio.CapacityLimiter(1)
         self._readers = trio.CapacityLimiter(READERS_MAX)
-        self._images: OrderedDict[Hashable, Image] = OrderedDict()
+        self._images: OrderedDict[Hashable, PastImage] = OrderedDict()
         self._refusals: OrderedDict[Directory, str] = OrderedDict()
         self._open_files: dict[int, SnapshotFile] = {}
         self._listings: dict[int, _Listing] = {}
@@ -123,7 +123,7 @@ class SnapshotMount(pyfuse3.Operations):
             self._images.pop(node.key, None)
             return await self._read_image(await self._image(node), off, size)
 
-    async def _read_image(self, image: Image, off: int, size: int) -> bytes:
+    async def _read_image(self, image: PastImage, off: int, size: int) -> bytes:
         async with self._readers:
             buffer = self._spare_buffers.pop() if self._spare_buffers else _new_buffer()
             if size > READ_BYTES_MAX:
@@ -135,7 +135,7 @@ class SnapshotMount(pyfuse3.Operations):
                 self._spare_buffers.append(buffer)
             return part  # type: ignore[return-value]  # pyfuse3 takes any buffer
 
-    async def _image(self, node: SnapshotFile) -> Image:
+    async def _image(self, node: SnapshotFile) -> PastImage:
         image = self._images.get(node.key)
         if image is None:
             image = await self._take_turns(_image_of, self._reader, node)
@@ -398,7 +398,7 @@ def _lookup(tree: SnapshotTree, directory: Directory, name: str, who: int) -> Fo
     return tree.lookup(directory, name, who=who)
 
 
-def _image_of(reader: GroupReader, node: SnapshotFile) -> Image:
+def _image_of(reader: History, node: SnapshotFile) -> PastImage:
     """MomentGone where history has nothing of exactly that moment."""
     image = reader.image(node.state.volume, node.moment.seq)
     reader.require(node.moment.seq)

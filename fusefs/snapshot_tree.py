@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from dedup.errors import MomentGone, UnknownName
+from dedup.history import GroupMoment, History
 from dedup.moment import AtSeq, AtTime, Latest, Named, parse_time
-from dedup.reader import GroupReader
 from dedup.types import Moment, Seq, Snapshot, TimeNs, VolumeState
 from fusefs.bound_names import BoundNames
 
@@ -106,23 +106,15 @@ class Found:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """The group at a moment: path → volume."""
-
-    moment: Moment
-    volumes: dict[str, VolumeState]
-
-
 class SnapshotTree:
     """The tree over one group. Not for two threads at once, since its reader is not."""
 
-    def __init__(self, reader: GroupReader, *, clock: Callable[[], float]) -> None:
+    def __init__(self, reader: History, *, clock: Callable[[], float]) -> None:
         """`clock` counts seconds, for names that stay bound for a while."""
         self._reader = reader
         self._clock = clock
         self._bound = BoundNames()
-        self._groups: OrderedDict[Seq, _Group] = OrderedDict()
+        self._groups: OrderedDict[Seq, GroupMoment] = OrderedDict()
         self._rewritten = reader.rewritten
         self._cached_states = 0
         self._paths: frozenset[str] = frozenset()
@@ -275,24 +267,22 @@ class SnapshotTree:
     def _is_there(self, moment: Moment) -> bool:
         return self._group_at(moment.seq).moment.seq == moment.seq
 
-    def _group_of(self, moment: Moment) -> _Group:
+    def _group_of(self, moment: Moment) -> GroupMoment:
         """The group at exactly that moment. MomentGone."""
         if not self._is_there(moment):
             raise MomentGone(f"group {moment.group}: seq={moment.seq} has been thinned out; look the moment up again")
         return self._group_at(moment.seq)
 
-    def _group_at(self, seq: Seq) -> _Group:
+    def _group_at(self, seq: Seq) -> GroupMoment:
         """The group at the last record at or before `seq`."""
         group = self._groups.get(seq)
         if group is None:
-            state = self._reader.view(seq).state
-            moment = Moment(self._reader.name, state.held, state.time, state.point)
-            group = _Group(moment, {volume.path: volume for volume in state.volumes.values()})
+            group = self._reader.group_at(seq)
             self._remember(seq, group)
         self._groups.move_to_end(seq)
         return group
 
-    def _remember(self, seq: Seq, group: _Group) -> None:
+    def _remember(self, seq: Seq, group: GroupMoment) -> None:
         self._groups[seq] = group
         self._cached_states += 1 + len(group.volumes)
         while self._cached_states > CACHED_STATES_MAX and len(self._groups) > 1:

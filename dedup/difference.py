@@ -1,0 +1,86 @@
+"""Where two images differ, from their pointers alone: no block is read, and no leaf that cannot differ is looked at.
+
+Of one volume at two moments the keys of the pointer maps say which leaves have a version between the two anchors; with
+what both overlays change, that is all that can differ. Of two volumes every leaf with a pointer is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dedup.catalog import Catalog, Index, Txn
+from dedup.history import ByteRange
+from dedup.layout import LEAF_BLOCKS
+from dedup.pointer_map import Addresses
+from dedup.synthesis import View, VolumePointers
+from dedup.types import BLOCK_BYTES, HOLE, Seq, VolumeId
+
+_LEAVES_PER_REQUEST: Final = 256
+_LEAF_BYTES: Final = LEAF_BLOCKS * BLOCK_BYTES
+_HOLES: Final[Addresses] = np.full(LEAF_BLOCKS, HOLE, dtype=np.uint64)
+
+
+def indexed_leaves(catalog: Catalog, txn: Txn, old: View | None, new: View, volume: VolumeId) -> set[int]:
+    """The leaves of `volume` that may differ between two views, the later last: those with a version between the
+    views' anchors, and those that their overlays may change."""
+    pointers = catalog.pointers
+    leaves = set(pointers.changed_leaves(txn, volume, Seq(0) if old is None else old.anchor, new.anchor))
+    for view in (old, new):
+        if view is not None:
+            overlay = view.state.overlay
+            leaves.update(overlay.leaf_numbers(volume))
+            if volume in overlay.cuts:
+                leaves.update(pointers.leaves(txn, volume, overlay.cuts[volume] // LEAF_BLOCKS))
+    return leaves
+
+
+def differing_ranges(
+    index: Index, catalog: Catalog, old: VolumePointers | None, new: VolumePointers | None, start: int, end: int
+) -> Iterator[ByteRange]:
+    """The ranges of blocks from byte `start` to byte `end` whose pointers differ; None is all holes.
+
+    Ascending, adjacent ones joined. A transaction lasts for some hundred leaves. MomentGone, Damaged.
+    """
+    with index.read() as txn:
+        leaves = sorted(leaf for leaf in _leaves(catalog, txn, old, new) if leaf * _LEAF_BYTES < end)
+    leaves = leaves[int(np.searchsorted(leaves, start // _LEAF_BYTES)) :]
+    at, length = 0, 0
+    for low in range(0, len(leaves), _LEAVES_PER_REQUEST):
+        with index.read() as txn:
+            found = [_runs(txn, old, new, leaf) for leaf in leaves[low : low + _LEAVES_PER_REQUEST]]
+        for leaf, (starts, stops) in zip(leaves[low : low + _LEAVES_PER_REQUEST], found, strict=True):
+            for first, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                offset = leaf * _LEAF_BYTES + first * BLOCK_BYTES
+                if at + length == offset and length:
+                    length += (stop - first) * BLOCK_BYTES
+                    continue
+                yield from _cut(at, length, start, end)
+                at, length = offset, (stop - first) * BLOCK_BYTES
+    yield from _cut(at, length, start, end)
+
+
+def _cut(at: int, length: int, start: int, end: int) -> Iterator[ByteRange]:
+    low, high = max(at, start), min(at + length, end)
+    if low < high:
+        yield ByteRange(low, high - low)
+
+
+def _leaves(catalog: Catalog, txn: Txn, old: VolumePointers | None, new: VolumePointers | None) -> set[int]:
+    if old is not None and new is not None and old.volume == new.volume:
+        earlier, later = sorted((old.view, new.view), key=lambda view: view.state.held)
+        return indexed_leaves(catalog, txn, earlier, later, old.volume)
+    return {leaf for pointers in (old, new) if pointers is not None for leaf in pointers.written_leaves(txn)}
+
+
+def _runs(
+    txn: Txn, old: VolumePointers | None, new: VolumePointers | None, leaf: int
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Where the runs of differing blocks begin within a leaf, and where they stop."""
+    was = _HOLES if old is None else old.leaf(txn, leaf)
+    now = _HOLES if new is None else new.leaf(txn, leaf)
+    steps = np.diff((was != now).astype(np.int8), prepend=0, append=0)
+    return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
