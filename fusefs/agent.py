@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import stat
 from collections.abc import Callable
@@ -387,27 +388,34 @@ class Agent:
 
     # -- the group ---------------------------------------------------------------------------------------------------
 
-    async def bookmark(self, name: str) -> Seq:
-        """A named recovery point across all volumes, after a flush; durable at the second appliance when it returns.
+    async def bookmark(self, name: str, within: float = math.inf) -> Seq:
+        """Records a named recovery point across all volumes, after a flush, and returns its seq at once.
 
-        RequestRefused if the name is taken; OutageError when it cannot be recorded now. A link that is down, and no
-        outage yet, is waited for: the second appliance may be starting again.
+        RequestRefused if the name is taken; OutageError when it cannot be recorded now, or not within so many seconds.
+        A link that is down, and no outage yet, is waited for: the second appliance may be starting again.
         """
+        until = trio.current_time() + within
+        with trio.move_on_at(until):
+            await self.check_bookmark(name)
+            await trio.to_thread.run_sync(pyfuse3.syncfs, str(self.source))
+            if not await self.link.room(RECORD_BYTES):
+                raise OutageError("the second appliance cannot be reached: nothing is recorded now, nor is a bookmark")
+        if trio.current_time() >= until:  # whatever the scope caught: a thread is not cut short
+            raise OutageError(f"the bookmark could not be recorded within {within:g} s, and is not")
+        self.link.require_equal()
+        return self.link.put(lambda seq, time, run: Bookmark(seq, time, run, name))
+
+    async def check_bookmark(self, name: str) -> None:
+        """Asks the second appliance whether there may be a bookmark of that name now. Errors as `bookmark`."""
+        self.link.require_equal()
         while True:
             try:
                 await self.first.request("name.check", {"name": name})
-                break
+                return
             except (LinkDown, LinkReset):
                 if self.first.outage:
                     raise
                 await trio.sleep(_INSIST_SECONDS)
-        await trio.to_thread.run_sync(pyfuse3.syncfs, str(self.source))
-        if not await self.link.room(RECORD_BYTES):
-            raise OutageError("the second appliance cannot be reached: nothing is recorded now, nor is a bookmark")
-        self.link.require_equal()
-        seq = self.link.put(lambda seq, time, run: Bookmark(seq, time, run, name))
-        await self.first.reached(seq, Level.DURABLE)
-        return seq
 
     async def insist(self, build: Callable[[Seq, TimeNs, ClockRun], Record]) -> Seq:
         """Records something that must not be missing, however long an outage lasts. Raises HistoryLost."""

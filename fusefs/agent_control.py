@@ -26,6 +26,8 @@ CONNECTIONS_MAX: Final = 16
 REQUEST_SECONDS: Final = 10.0
 """How long a connected command may take to say what it wants."""
 REPLY_SECONDS: Final = 600.0
+UNLESS_LEFT: Final = frozenset({"bookmark"})
+"""What is not done any more once who asked for it is gone: the application may go on already."""
 
 Body = dict[str, object]
 Handlers = Mapping[str, Callable[[Body], Awaitable[Body]]]
@@ -48,9 +50,25 @@ async def _serve_one(connection: Connection, handlers: Handlers, limit: trio.Cap
                 request = await _receive(connection)
             if not isinstance(request, Request):
                 raise ProtocolError("not a request")
-            await connection.send(encode(await _answer(request, handlers)))
+            reply = None
+            async with trio.open_nursery() as nursery:
+                if request.command in UNLESS_LEFT:
+                    nursery.start_soon(_cancel_when_left, connection, nursery.cancel_scope)
+                reply = await _answer(request, handlers)
+                nursery.cancel_scope.cancel()
+            if reply is not None:
+                await connection.send(encode(reply))
         except (RewindError, trio.TooSlowError) as error:
             log.warning("a control connection ended: %s", error)
+
+
+async def _cancel_when_left(connection: Connection, scope: trio.CancelScope) -> None:
+    try:
+        while await connection.receive():
+            pass  # more than a request is not answered, nor is it an end
+    except LinkDown:
+        pass
+    scope.cancel()
 
 
 async def _answer(request: Request, handlers: Handlers) -> Reply:

@@ -15,7 +15,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "mount": ("fusefs.mount_cli:mount", "Mount SOURCE at MOUNTPOINT and protect it."),
     "unmount": ("fusefs.mount_cli:unmount", "Drain to durable, then unmount."),
     "mode": ("fusefs.mount_cli:mode", "Change the mode of a running mount."),
-    "bookmark": ("fusefs.mount_cli:bookmark", "Name this moment, across all volumes, after a flush."),
+    "bookmark": ("fusefs.bookmark_cli:bookmark", "Name this moment, across all volumes, after a flush."),
     "reconcile": ("fusefs.reconcile_cli:reconcile", "Compare the source with the store, and send what differs."),
     "browse": ("fusefs.browse_cli:browse", "Mount the snapshots of STORE, read-only."),
     "status": ("fusefs.status_cli:status", "How a mount or a store is doing."),

@@ -1,4 +1,4 @@
-"""The commands about a source mount: mount, unmount, bookmark, status."""
+"""The commands about a source mount: mount, unmount, mode."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import msgspec
 import trio
 
 from dedup.errors import RewindError
-from dedup.moment import check_name
-from dedup.terminal import json_option
 from fusefs.agent_control import Body, ask
 from fusefs.mount_process import DRAIN_SECONDS, MountSettings, run_mount
 from fusefs.mountpoint import NotMounted, absolute, check_mountpoint, control_socket, is_dead, mount_at
@@ -235,17 +233,6 @@ async def _wait_for_end(pid: int, seconds: float) -> None:
         os.close(fd)
     if patience.cancelled_caught:
         raise RewindError(f"unmounted, but process {pid} is still draining; its log says why")
-
-
-@click.command()
-@click.argument("mountpoint", type=DIRECTORY)
-@click.argument("name")
-@json_option
-def bookmark(mountpoint: Path, name: str, as_json: bool) -> None:
-    """Give this moment a NAME, across all volumes of the mount, after a flush."""
-    check_name(name)
-    answer = tell(mountpoint, "bookmark", {"name": name})
-    print_json(answer) if as_json else click.echo(f"bookmark {name} at seq={answer['seq']}")
 
 
 @click.command()

@@ -8,6 +8,7 @@ Order of the end: unmounted, drained, the clean mark, the second appliance stopp
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from replication.background import Ready
 from replication.errors import Fenced, HistoryLost, LinkDown, RequestRefused
 from replication.first_appliance import FirstAppliance
 from replication.forwarding import Forwarding
+from replication.messages import Level
 from replication.modes import Mode, Outage
 from replication.reconcile import Reconciled, Work
 from replication.record_clock import RecordClock
@@ -301,6 +303,7 @@ class MountProcess:
             {
                 "status": self._status,
                 "bookmark": self._bookmark,
+                "bookmark.check": self._bookmark_check,
                 "mode": self._mode,
                 "unmount": self._unmount,
                 "durable": self._durable,
@@ -309,12 +312,20 @@ class MountProcess:
         )
 
     async def _bookmark(self, body: Body) -> Body:
-        name = body.get("name")
-        if not isinstance(name, str):
-            raise RewindError("a bookmark needs a name")
-        check_name(name)
-        self.agent.link.require_equal()
-        return {"name": name, "seq": await self.agent.bookmark(name)}
+        """With `within`, seconds: recorded by then or not at all; `durable` says whether it was that by then, too."""
+        name, within = _bookmark_name(body), body.get("within", math.inf)
+        if not isinstance(within, (int, float)):
+            raise RewindError("the time for a bookmark is a number of seconds")
+        until = trio.current_time() + within
+        seq = await self.agent.bookmark(name, within)
+        with trio.move_on_at(until) as patience:
+            await self.first.reached(seq, Level.DURABLE)
+        return {"name": name, "seq": seq, "durable": not patience.cancelled_caught}
+
+    async def _bookmark_check(self, body: Body) -> Body:
+        """Whether there may be such a bookmark now, before an application is frozen for it."""
+        await self.agent.check_bookmark(_bookmark_name(body))
+        return {"source": str(self._settings.source)}
 
     async def _mode(self, body: Body) -> Body:
         self.first.switch_mode(Mode(body.get("mode")))
@@ -415,6 +426,14 @@ class MountProcess:
         """Whether the link behind the first appliance elsewhere has been down for as long as an outage takes."""
         down: Any = (beyond or {}).get("down_seconds")
         return down is not None and down >= self._settings.outage_after
+
+
+def _bookmark_name(body: Body) -> str:
+    name = body.get("name")
+    if not isinstance(name, str):
+        raise RewindError("a bookmark needs a name")
+    check_name(name)
+    return name
 
 
 def _say_lost(error: HistoryLost) -> None:
