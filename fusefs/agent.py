@@ -397,13 +397,17 @@ class Agent:
         until = trio.current_time() + within
         with trio.move_on_at(until):
             await self.check_bookmark(name)
-            await trio.to_thread.run_sync(pyfuse3.syncfs, str(self.source))
+            await self.sync()
             if not await self.link.room(RECORD_BYTES):
                 raise OutageError("the second appliance cannot be reached: nothing is recorded now, nor is a bookmark")
         if trio.current_time() >= until:  # whatever the scope caught: a thread is not cut short
             raise OutageError(f"the bookmark could not be recorded within {within:g} s, and is not")
         self.link.require_equal()
         return self.link.put(lambda seq, time, run: Bookmark(seq, time, run, name))
+
+    async def sync(self) -> None:
+        """What was written to the source is on its disk when this returns."""
+        await trio.to_thread.run_sync(pyfuse3.syncfs, str(self.source))
 
     async def check_bookmark(self, name: str) -> None:
         """Asks the second appliance whether there may be a bookmark of that name now. Errors as `bookmark`."""

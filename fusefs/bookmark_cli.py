@@ -71,7 +71,7 @@ def _say(answer: dict[str, Any]) -> None:
 async def _between(mountpoint: Path, name: str, hooks: Hooks) -> Frozen:
     """Nothing is frozen where the mount says beforehand that there can be no such bookmark. RewindError."""
     socket = control_socket(mountpoint)
-    checked = await ask(socket, "bookmark.check", {"name": name}, timeout=hooks.limit)
+    checked = await ask(socket, "bookmark.check", {"name": name})
     environment = {
         "REWINDFS_MOUNTPOINT": str(mountpoint),
         "REWINDFS_SOURCE": str(checked["source"]),

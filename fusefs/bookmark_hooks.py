@@ -73,6 +73,8 @@ class Frozen:
     thaw: HookRun | None = None
     seconds: float = 0.0
     """From the begin of the freeze to the end of the thaw."""
+    signal: signal.Signals | None = None
+    """The last one that came."""
     errors: list[str] = field(default_factory=list)
     """One line each; empty when all went well."""
 
@@ -90,11 +92,13 @@ async def bookmark_frozen(hooks: Hooks, environment: Mapping[str, str], take: Ta
     begun = trio.current_time()
     with trio.open_signal_receiver(*_SIGNALS) as signals:
         async with trio.open_nursery() as nursery:
-            frozen_scope = trio.CancelScope()
-            nursery.start_soon(_end_at_signal, signals, frozen_scope, frozen)
+            scope = trio.CancelScope()
+            nursery.start_soon(_end_at_signal, signals, scope, frozen)
             try:
-                with frozen_scope:
+                with scope:
                     await _freeze_and_take(hooks, environment, take, frozen)
+                if scope.cancelled_caught:
+                    frozen.errors.append(_interrupted(frozen))
             finally:
                 with trio.CancelScope(shield=True):
                     await _thaw(hooks, environment, frozen)
@@ -105,10 +109,14 @@ async def bookmark_frozen(hooks: Hooks, environment: Mapping[str, str], take: Ta
 
 async def _end_at_signal(signals: AsyncIterator[int], scope: trio.CancelScope, frozen: Frozen) -> None:
     async for number in signals:
-        if not scope.cancel_called and frozen.thaw is None:
-            scope.cancel()
-            known = "no bookmark was made" if frozen.freeze is None else "`rewindfs snapshot list` tells if it was made"
-            frozen.errors.append(f"interrupted by {signal.Signals(number).name} before the bookmark was made: {known}")
+        frozen.signal = signal.Signals(number)
+        scope.cancel()
+
+
+def _interrupted(frozen: Frozen) -> str:
+    known = "no bookmark was made" if frozen.freeze is None else "`rewindfs snapshot list` tells whether it was made"
+    name = "a signal" if frozen.signal is None else frozen.signal.name
+    return f"interrupted by {name} before there was an answer: {known}"
 
 
 async def _freeze_and_take(hooks: Hooks, environment: Mapping[str, str], take: Take, frozen: Frozen) -> None:

@@ -323,8 +323,10 @@ class MountProcess:
         return {"name": name, "seq": seq, "durable": not patience.cancelled_caught}
 
     async def _bookmark_check(self, body: Body) -> Body:
-        """Whether there may be such a bookmark now, before an application is frozen for it."""
+        """Whether there may be such a bookmark now, before an application is frozen for it. The source is synced, so
+        that there is less to sync while it is."""
         await self.agent.check_bookmark(_bookmark_name(body))
+        await self.agent.sync()
         return {"source": str(self._settings.source)}
 
     async def _mode(self, body: Body) -> Body:

