@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -213,6 +214,18 @@ class GroupViews:
         For many records this costs much less than a view of each.
         """
         return self._settled(lambda manifest: step(self._stamps(manifest)))
+
+    def scanned(self, after: Seq, step: Callable[[GroupState, Iterator[Scanned]], _T]) -> _T:
+        """What the step makes of the state at the last checkpoint at or before `after`, and of the entries behind it
+        up to the head; it is called anew if the history is rewritten under it."""
+        return self._settled(partial(self._scanned, after, step))
+
+    def _scanned(self, after: Seq, step: Callable[[GroupState, Iterator[Scanned]], _T], manifest: int) -> _T:
+        with self._index.read() as txn:
+            anchor = self._anchor(txn, after, manifest)
+            state, start = start_of(self._storage, self._directory, self._catalog, txn, anchor)
+        entries = scan(self._storage, self._directory, start, files=self._files_from(start))
+        return step(state, takewhile(lambda entry: entry.seq <= self._state.held, entries))
 
     def _stamps(self, manifest: int) -> Stamps:
         def anchor_at(seq: Seq) -> Checkpoint | None:

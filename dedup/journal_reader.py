@@ -7,6 +7,7 @@ for the invariants that are relied on here.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,15 @@ import xxhash
 from dedup.errors import Damaged
 from dedup.journal_entry import KINDS, EntryKind, Logged, decode
 from dedup.layout import (
+    ADDRESS_BYTES,
     CHECKSUM_BYTES,
     ENTRY_BYTES_MAX,
     ENTRY_HEADER,
     ENTRY_HEADER_BYTES,
     ENTRY_PADDING_MASK,
+    EXTENT_HEADER,
+    EXTENT_HEADER_BYTES,
+    FINGERPRINT_BYTES,
     RAW_GENERATION,
     SEGMENT_HEADER_BYTES,
     checksum,
@@ -32,10 +37,12 @@ from dedup.layout import (
 )
 from dedup.manifest import Manifest, read_manifest
 from dedup.storage import Storage
-from dedup.types import ClockRun, JournalId, Seq, TimeNs
+from dedup.types import ClockRun, JournalId, Seq, TimeNs, VolumeId
 
 _LAST_ENTRY_BYTES: Final = 1 << 16
 """Where the last entry of a segment is looked for first: nearly all are far smaller."""
+_EXTENTS: Final = struct.Struct("<I")
+"""The last field of an entry's header."""
 CHUNK_BYTES: Final = 1 << 20
 """Read at a time; more only for one entry that is larger."""
 
@@ -86,6 +93,18 @@ class Scanned(NamedTuple):
     def position(self) -> JournalPosition:
         """The position after the entry."""
         return JournalPosition(self.segment.first, self.end, self.segment.generation)
+
+    def written_bytes(self, volume: VolumeId | None = None) -> int:
+        """The bytes of its extents, all or a volume's, without decoding them. Damaged when they do not fit it."""
+        nbytes, at = 0, ENTRY_HEADER_BYTES
+        for _ in range(_EXTENTS.unpack_from(self.raw, ENTRY_HEADER_BYTES - _EXTENTS.size)[0]):
+            if at + EXTENT_HEADER_BYTES > len(self.raw):
+                raise Damaged(f"the entry of seq {self.seq}: its extents do not fit it")
+            of, _, _, written, blocks = EXTENT_HEADER.struct.unpack_from(self.raw, at)
+            if volume is None or of == volume:
+                nbytes += written
+            at += EXTENT_HEADER_BYTES + blocks * (ADDRESS_BYTES + FINGERPRINT_BYTES)
+        return nbytes
 
 
 def segments(storage: Storage, directory: Path) -> list[Seq]:

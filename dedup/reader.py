@@ -27,6 +27,7 @@ from dedup.group_state import GroupState
 from dedup.group_views import DatedView, GroupViews
 from dedup.history import ByteRange, GroupMoment
 from dedup.image import Image
+from dedup.journal_reader import Scanned
 from dedup.manifest import read_manifest
 from dedup.marker import read_marker
 from dedup.metadata_journal import Logged
@@ -279,6 +280,19 @@ class GroupReader:
     def stamped(self, step: Callable[[Stamps], _T]) -> _T:
         """As `GroupViews.stamped`."""
         return self._views.stamped(step)
+
+    def scanned_since(self, time: TimeNs, step: Callable[[GroupState, Iterator[Scanned]], _T]) -> _T:
+        """As `GroupViews.scanned`, from a checkpoint on behind which every record of that time or later lies."""
+        runs = self.runs()
+        with self._store.index.read() as txn:
+            ends = [*(run.previous_time for run in runs[1:]), self.state.time]
+            run = next((run for run, end in zip(runs, ends, strict=True) if end >= time), None)
+            anchor = None
+            if run is not None and time > 0:
+                anchor = self._catalog.anchor_by_time(txn, run, TimeNs(time - 1))
+                anchor = anchor or self._catalog.anchor(txn, Seq(run.first - 1))
+        after = self.held if run is None else Seq(0) if anchor is None else anchor.held
+        return self._views.scanned(after, step)
 
     def points(self) -> Points:
         """What can be restored now."""

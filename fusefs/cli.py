@@ -24,7 +24,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "retention": ("replication.retention_cli:retention", "How finely history is kept, and how large a store may grow."),
     "consolidate": ("replication.keep_cli:consolidate", "Thin history as the retention policy says."),
     "gc": ("replication.keep_cli:gc", "Free what no recovery point needs any more."),
-    "points": ("replication.points_cli:points", "What can be restored: ranges, gaps, flushes, bookmarks."),
+    "points": ("replication.points_cli:points", "What can be restored: ranges, gaps, flushes; a timeline."),
     "verify": ("replication.verify_cli:verify", "Check a store, or repair it."),
     "appliance": ("replication.cli:appliance", "Run an appliance as a process of its own."),
     "identity": ("replication.identity_cli:identity", "Keys for tls:// addresses, and whose are trusted."),

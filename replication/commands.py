@@ -159,6 +159,9 @@ class Commands:
             self._group(caller, body).name if named else None,
             _text(body, "volume", "") or None,
             _text(body, "at", "latest"),
+            _text(body, "since", "") or None,
+            _text(body, "until", "") or None,
+            _count(body, "buckets"),
         )
         page = await self._reports.page(subject, _count(body, "start"))
         return without_others(page) if caller.limited else page

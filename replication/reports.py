@@ -27,6 +27,7 @@ from dedup.reader import StoreReader
 from dedup.snapshot_list import listed_snapshots
 from dedup.snapshot_map import snapshot_map
 from dedup.store_report import store_document
+from dedup.timeline import span_of, timeline_json, timeline_of
 from replication.address import store_path
 from replication.errors import ProtocolError
 from replication.messages import Role
@@ -64,6 +65,9 @@ class Subject:
     group: str | None = None
     volume: str | None = None
     at: str = "latest"
+    since: str | None = None
+    until: str | None = None
+    buckets: int = 0
 
 
 def make_report(store: StoreReader, subject: Subject) -> Report:
@@ -154,6 +158,23 @@ def _points(store: StoreReader, subject: Subject) -> Report:
     return _split(document, ("ranges", "gaps", "bookmarks"))
 
 
+def _timeline(store: StoreReader, subject: Subject) -> Report:
+    """The buckets are of one pass, so they are in the head: there are at most BUCKETS_MAX."""
+    group = store.group(subject.group)
+    group.refresh()
+    span = span_of(group, subject.since, subject.until)
+    if span is None:
+        return Report({"timeline": None, "snapshots": []}, ())
+    since, until = span
+    found = timeline_of(group, since, until, subject.buckets, subject.volume)
+    named = (
+        {"name": one.name, "seq": one.seq, "time": rfc3339(one.time), "kind": one.kind}
+        for one in group.snapshots()
+        if since <= one.time <= until
+    )
+    return Report({"timeline": timeline_json(found), "snapshots": []}, (("snapshots", one) for one in named))
+
+
 def _snapshots(store: StoreReader, subject: Subject) -> Report:
     """Rows `snapshots`, each followed by the `volumes` of it: a group may have more volumes than fit into a page."""
     names = store.groups() if subject.group is None else [subject.group]
@@ -216,6 +237,7 @@ def _list(value: object) -> list[object]:
 
 _KINDS: Final[dict[str, Callable[[StoreReader, Subject], Report]]] = {
     "points": _points,
+    "timeline": _timeline,
     "snapshots": _snapshots,
     "map": _map,
     "store": _store,

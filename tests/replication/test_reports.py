@@ -34,6 +34,7 @@ VOLUMES = 6
 COMMANDS: list[tuple[Any, ...]] = [
     (points, "STORE", "--group", "g"),
     (points, "STORE", "d2/disk.img", "--group", "g"),
+    (points, "STORE", "d2/disk.img", "--group", "g", "--timeline", "--since", "mark1", "--buckets", "7"),
     (snapshot, "list", "STORE"),
     (snapshot, "list", "STORE", "--group", "other"),
     (snapshot, "map", "STORE", "d3/disk.img", "--at", "mark3", "--group", "g"),
@@ -95,7 +96,7 @@ async def test_an_address_tells_what_the_path_tells(store: Path) -> None:
 
 
 def test_pages_go_through_all_rows_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for subject in (Subject("snapshots"), Subject("points", "g"), Subject("map", "g", "d1/disk.img")):
+    for subject in (Subject("snapshots"), Subject("points", "g"), Subject("timeline", "g"), Subject("map", "g", "d1/disk.img")):
         with open_report(str(store), subject) as whole:
             document = whole.document()
         for page_rows in (1, 2, 5):
@@ -128,6 +129,9 @@ async def refused(address: str) -> None:
         ({"kind": "map", "group": "g", "volume": "nothing"}, "had no volume 'nothing'"),
         ({"kind": "map", "group": "g", "volume": "d1/disk.img", "at": "seq=999"}, "seq=999"),
         ({"kind": "points", "group": "g", "start": -1}, "no such number"),
+        ({"kind": "timeline", "group": "g", "buckets": "many"}, "no such number"),
+        ({"kind": "timeline", "group": "g", "since": "never was"}, "no TIME|has no bookmark"),
+        ({"kind": "timeline", "group": "g", "since": "latest", "until": "mark1"}, "exchange the two"),
     ):
         with pytest.raises(RequestRefused, match=why):
             await ask(body)  # type: ignore[arg-type]
