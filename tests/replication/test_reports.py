@@ -96,7 +96,13 @@ async def test_an_address_tells_what_the_path_tells(store: Path) -> None:
 
 
 def test_pages_go_through_all_rows_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for subject in (Subject("snapshots"), Subject("points", "g"), Subject("timeline", "g"), Subject("map", "g", "d1/disk.img")):
+    subjects = (
+        Subject("snapshots"),
+        Subject("points", "g"),
+        Subject("timeline", "g"),
+        Subject("map", "g", "d1/disk.img"),
+    )
+    for subject in subjects:
         with open_report(str(store), subject) as whole:
             document = whole.document()
         for page_rows in (1, 2, 5):

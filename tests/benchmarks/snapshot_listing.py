@@ -1,0 +1,186 @@
+"""How long `ls` takes in a snapshot mount with thousands of names, and how much memory the mount has afterwards.
+
+    python -m tests.benchmarks.snapshot_listing [--names N] [--records N] [--volumes N] [--stores DIR]
+
+Two stores: in one each name was given as `snapshot create` does it, behind a checkpoint; in the other the names are
+bookmarks, and the checkpoints lie where the store makes them by itself. In both a tenth of the writes makes a volume
+longer. Cold: the first time after the mount; warm: the second. The kernel's caches are dropped before each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from dedup.group_writer import GroupWriter
+from dedup.journal_entry import EntryKind, Logged
+from dedup.store import Store
+from dedup.types import (
+    BASE_JOURNAL,
+    BLOCK_BYTES,
+    Bookmark,
+    ClockRun,
+    Create,
+    Epoch,
+    EpochStart,
+    Extent,
+    ReconcileEnd,
+    Record,
+    Seq,
+    SnapshotCreate,
+    TimeNs,
+    VolumeId,
+    Write,
+)
+from tests.benchmarks.mounts import drop_caches, rss_anon, workplace
+from tests.benchmarks.read_rates import browsed
+
+FIRST_TIME: Final = 1_700_000_000 * 10**9
+SECOND: Final = 10**9
+RUN: Final = ClockRun(0)
+GROWS_EACH: Final = 10
+FIXED_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    names: int
+    records: int
+    volumes: int
+    at_checkpoints: bool
+
+
+class _Maker:
+    def __init__(self, store: Store, shape: Shape) -> None:
+        self._store = store
+        self._shape = shape
+        self._group: GroupWriter = store.group("group")
+        self._random = random.Random(1)
+        self._blocks = [self._random.randbytes(BLOCK_BYTES) for _ in range(64)]
+        self._lengths = [FIXED_BYTES] * shape.volumes
+
+    def make(self) -> None:
+        shape = self._shape
+        first: list[Record] = [EpochStart(*self._stamp(1), Epoch(1), clean=False)]
+        for index in range(shape.volumes):
+            path = f"disk{index}.img"
+            first.append(Create(*self._stamp(2 + index), VolumeId(index + 1), path, FIXED_BYTES, 0o644, 0, 0))
+        self._group.ingest([*first, ReconcileEnd(*self._stamp(2 + shape.volumes))])
+        for number in range(shape.names):
+            count = shape.records * (number + 1) // shape.names - shape.records * number // shape.names
+            self._group.ingest([self._write(ahead) for ahead in range(1, count + 1)])
+            if self._store.checkpoint_due() or shape.at_checkpoints:
+                self._store.checkpoint()
+            self._name(f"name-{number}")
+
+    def _stamp(self, ahead: int) -> tuple[Seq, TimeNs, ClockRun]:
+        seq = self._group.held + ahead
+        return Seq(seq), TimeNs(FIRST_TIME + seq * SECOND), RUN
+
+    def _write(self, ahead: int) -> Write:
+        index = self._random.randrange(self._shape.volumes)
+        offset = self._random.randrange(FIXED_BYTES // BLOCK_BYTES) * BLOCK_BYTES
+        if ahead % GROWS_EACH == 0:
+            offset = self._lengths[index]
+            self._lengths[index] += BLOCK_BYTES
+        return Write(*self._stamp(ahead), Extent(VolumeId(index + 1), offset, self._random.choice(self._blocks)))
+
+    def _name(self, name: str) -> None:
+        group = self._group
+        if not self._shape.at_checkpoints:
+            group.ingest([Bookmark(*self._stamp(1), name)])
+            return
+        seq, moment, run = group.held, group.time, group.run
+        body = SnapshotCreate(seq, moment, run, name, seq, moment)
+        group.append([Logged(EntryKind.SNAPSHOT_CREATE, seq, seq, moment, run, BASE_JOURNAL, (), body)])
+
+
+def make_store(path: Path, shape: Shape) -> None:
+    """Makes the store at `path`, if it is not there."""
+    if path.exists():
+        return
+    Store.create(path)
+    store = Store.open(path)
+    _Maker(store, shape).make()
+    store.close()
+
+
+def mount_process(mountpoint: Path) -> int:
+    """Who serves it: the one process whose command line names the mountpoint."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if str(mountpoint).encode() in words and b"browse" in words:
+                return int(entry.name)
+    raise RuntimeError(f"nobody serves {mountpoint}")
+
+
+def _ls(*args: str | Path) -> None:
+    subprocess.run(["ls", *map(str, args)], stdout=subprocess.DEVNULL, check=True)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    drop_caches()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(store: Path, shape: Shape, directory: Path) -> Iterator[tuple[str, float, float, int]]:
+    """(what, cold s, warm s, RssAnon afterwards), each in a mount of its own."""
+    volume, name = "volumes/disk0.img", f"name-{shape.names // 2}"
+    steps: list[tuple[str, Callable[[Path], object]]] = [
+        ("ls volumes/V", lambda place: _ls(place / volume)),
+        ("ls -l volumes/V", lambda place: _ls("-l", place / volume)),
+        ("ls points", lambda place: _ls(place / "points")),
+        ("ls -l points", lambda place: _ls("-l", place / "points")),
+        ("stat volumes/V/NAME", lambda place: os.stat(place / volume / name)),
+        ("ls points/NAME", lambda place: _ls(place / "points" / name)),
+    ]
+    for index, (what, step) in enumerate(steps):
+        with browsed(store, directory / f"snap{index}") as place:
+            cold = _timed(lambda: step(place))  # noqa: B023 - called at once
+            warm = _timed(lambda: step(place))  # noqa: B023
+            yield what, cold, warm, rss_anon(mount_process(place))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--names", type=int, default=10_000)
+    parser.add_argument("--records", type=int, default=500_000)
+    parser.add_argument("--volumes", type=int, default=5)
+    parser.add_argument("--stores", type=Path, help="where the stores are kept for another run")
+    options = parser.parse_args()
+    with workplace() as directory, nullcontext(options.stores or directory) as stores:
+        stores.mkdir(exist_ok=True)
+        for at_checkpoints in (True, False):
+            shape = Shape(options.names, options.records, options.volumes, at_checkpoints)
+            store = stores / f"{shape.names}-{shape.records}-{shape.volumes}-{at_checkpoints}"
+            make_store(store, shape)
+            where = "snapshots at checkpoints" if at_checkpoints else "bookmarks between checkpoints"
+            table = Table(title=f"{shape.names:,} {where}, {shape.records:,} records, {shape.volumes} volumes")
+            for column in ("", "cold s", "warm s", "RssAnon MB"):
+                table.add_column(column, justify="right" if column else "left")
+            place = directory / f"mounts-{at_checkpoints}"
+            place.mkdir()
+            for what, cold, warm, rss in measure(store, shape, place):
+                table.add_row(what, f"{cold:.2f}", f"{warm:.2f}", f"{rss / 1e6:.0f}")
+            Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
