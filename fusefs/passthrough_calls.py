@@ -1,4 +1,4 @@
-"""What the source mount does to the source, as plain functions that may wait for a disk: run them in threads.
+"""What a passthrough does to the directory behind it, as plain functions that may wait for a disk: run them in threads.
 
 The exceptions are `status_of`, `entry_of` and `without_privileges`, which touch only what is in memory.
 """
@@ -9,11 +9,10 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from pyfuse3 import EntryAttributes, RequestContext
 
-from dedup.types import VolumeId
 from fusefs.inode_map import Node
 from fusefs.names import HIDDEN_NAME
 
@@ -23,12 +22,15 @@ bounds how long a change made behind the mount stays unseen; 0 would cost a geta
 PATH_FLAGS: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+F = TypeVar("F")
+
+
 @dataclass(slots=True, eq=False)
-class Handle:
-    """An open file; its number is its descriptor."""
+class Handle(Generic[F]):
+    """An open file; its number is its descriptor. `file` is what the mount knows of the file."""
 
     node: Node
-    volume: VolumeId | None
+    file: F
     writable: bool
     append: bool
     privileged: bool
