@@ -46,11 +46,17 @@ def print_json_list(items: Iterable[object]) -> None:
 
 
 def print_json_ranges(
-    head: Mapping[str, object], ranges: Iterable[object], tail: Callable[[], Mapping[str, object]] = dict
+    head: Mapping[str, object],
+    ranges: Iterable[object],
+    tail: Callable[[], Mapping[str, object]] = dict,
+    *,
+    name: str = "ranges",
 ) -> None:
-    """One JSON object whose "ranges" are printed one by one as they are found: there may be millions. Keys of `head`
-    come before, those of `tail`, which is asked when the last range is out, behind them."""
-    click.echo("{" + "".join(f"{_member(*one)}, " for one in head.items()) + '"ranges": [', nl=False)
+    """One JSON object whose `name` is an array that is printed item by item as they are found: there may be millions.
+
+    Keys of `head` come before it, those of `tail`, which is asked when the last item is out, behind it.
+    """
+    click.echo("{" + "".join(f"{_member(*one)}, " for one in head.items()) + f"{json.dumps(name)}: [", nl=False)
     separator = "\n"
     for one in ranges:
         click.echo(separator + json.dumps(one), nl=False)

@@ -25,14 +25,15 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
-from dedup.types import NAME_BYTES_MAX
+from dedup.types import VolumeId
 from fusefs import system_calls
 from fusefs.errors import fuse_error, handler, refused
 from fusefs.inode_map import FileKey, InodeMap, Node
 from fusefs.intercept import CreateFile, Intercept, RemoveFile, RenamePath
 from fusefs.kernel_init import answer_init
 from fusefs.mountpoint import CONTROL_XATTR
-from fusefs.names import check_new_name, check_visible
+from fusefs.names import check_new_name, check_rename, check_visible
+from fusefs.restore_claim import RestoreClaims
 from fusefs.source_calls import (
     PATH_FLAGS,
     Handle,
@@ -44,7 +45,9 @@ from fusefs.source_calls import (
     make_file,
     names_in,
     open_entries,
+    room_of,
     set_mode_and_owner,
+    status_if_any,
     status_of,
     without_privileges,
 )
@@ -69,6 +72,7 @@ class SourceMount(pyfuse3.Operations):
         super().__init__()
         self.enable_writeback_cache = writeback
         self._intercept = intercept
+        self.claims = RestoreClaims()
         self._control = os.fsencode(control)
         self._inodes = InodeMap(source)
         self._handles: dict[int, Handle] = {}
@@ -90,6 +94,10 @@ class SourceMount(pyfuse3.Operations):
         self._handles.clear()
         self._listings.clear()
         self._inodes.close()
+
+    def open_volumes(self) -> set[VolumeId]:
+        """Those that anybody has open through this mount. The kernel says a moment late that a file was closed."""
+        return {handle.volume for handle in self._handles.values() if handle.volume is not None}
 
     # The two hot paths: no wrapper, no thread when the page cache has the bytes, nothing between request and agent.
 
@@ -129,7 +137,7 @@ class SourceMount(pyfuse3.Operations):
 
     @handler
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return await self._open(self._inodes.node(inode), flags)
+        return await self._open(self._inodes.node(inode), flags, ctx.pid)
 
     @handler
     async def create(
@@ -146,7 +154,7 @@ class SourceMount(pyfuse3.Operations):
             entry = await self._look_up(directory, name)
             node = self._inodes.node(entry.st_ino)
             try:
-                return await self._open(node, flags), entry
+                return await self._open(node, flags, ctx.pid), entry
             except BaseException:
                 await self._forget(node.number, 1)
                 raise
@@ -189,6 +197,7 @@ class SourceMount(pyfuse3.Operations):
             uid, gid = attr.st_uid if fields.update_uid else -1, attr.st_gid if fields.update_gid else -1
             await self._set_mode_and_owner(node, mode, uid, gid)
         if fields.update_size:
+            self._refuse_claimed(node, ctx.pid)
             await self._resize(node, fh, attr.st_size)
         if fields.update_atime or fields.update_mtime:
             await self._in_thread(
@@ -218,8 +227,8 @@ class SourceMount(pyfuse3.Operations):
 
     @handler
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        names = await self._in_thread(os.listxattr, self._inodes.node(inode).proc_path)
-        return [os.fsencode(name) for name in names]
+        path = self._inodes.node(inode).proc_path
+        return [os.fsencode(name) for name in await self._in_thread(os.listxattr, path)]
 
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -227,12 +236,7 @@ class SourceMount(pyfuse3.Operations):
 
     @handler
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
-        status = await self._in_thread(os.statvfs, self._inodes.root.fd)
-        result = StatvfsData()
-        for name in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail"):
-            setattr(result, f"f_{name}", getattr(status, f"f_{name}"))
-        result.f_namemax = min(status.f_namemax, NAME_BYTES_MAX)
-        return result
+        return room_of(await self._in_thread(os.statvfs, self._inodes.root.fd))
 
     # Names
 
@@ -281,8 +285,8 @@ class SourceMount(pyfuse3.Operations):
         async with self._namespace:
             status = status_of(directory, name)
             if stat.S_ISREG(status.st_mode):
-                key = self._recorded_key(status, name)
-                await self._intercept.namespace(RemoveFile(self._inodes.path(directory, name), key, perform))
+                self.claims.check(ctx.pid, path := self._inodes.path(directory, name))
+                await self._intercept.namespace(RemoveFile(path, self._recorded_key(status, name), perform))
             else:
                 await self._in_thread(perform)
 
@@ -303,31 +307,20 @@ class SourceMount(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:
         old_dir, new_dir = self._inodes.node(parent_inode_old), self._inodes.node(parent_inode_new)
-        if flags not in (0, system_calls.RENAME_NOREPLACE, system_calls.RENAME_EXCHANGE):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         check_visible(old_dir, name_old)
         check_new_name(new_dir, name_new)
-        exchange = flags == system_calls.RENAME_EXCHANGE
         async with self._namespace:
-            moved = status_of(old_dir, name_old)
-            try:
-                target: os.stat_result | None = status_of(new_dir, name_new)
-            except FileNotFoundError:
-                target = None
-            if stat.S_ISREG(moved.st_mode) and moved.st_nlink > 1:
-                raise refused(f"rename of {os.fsdecode(name_old)!r}: it has {moved.st_nlink} hard links")
-            # Refused here, before anything is recorded, where it is certain; the source has the last word.
-            if target is None and exchange:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            if target is not None and flags == system_calls.RENAME_NOREPLACE:
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            moved, target = status_of(old_dir, name_old), status_if_any(new_dir, name_new)
+            check_rename(name_old, moved, target, flags)
+            old, new = self._inodes.path(old_dir, name_old), self._inodes.path(new_dir, name_new)
+            self.claims.check(ctx.pid, old, new)
             await self._intercept.namespace(
                 RenamePath(
-                    old=self._inodes.path(old_dir, name_old),
-                    new=self._inodes.path(new_dir, name_new),
+                    old=old,
+                    new=new,
                     key=self._recorded_key(moved, name_old),
                     replaced=None if target is None else self._recorded_key(target, name_new),
-                    exchange=exchange,
+                    exchange=flags == system_calls.RENAME_EXCHANGE,
                     is_directory=stat.S_ISDIR(moved.st_mode),
                     replaced_is_directory=target is not None and stat.S_ISDIR(target.st_mode),
                     perform=partial(system_calls.rename, old_dir.fd, name_old, new_dir.fd, name_new, flags),
@@ -400,9 +393,15 @@ class SourceMount(pyfuse3.Operations):
         else:
             await self._in_thread(os.close, fd)
 
-    async def _open(self, node: Node, flags: int) -> FileInfo:
+    def _refuse_claimed(self, node: Node, pid: int) -> None:
+        if self.claims.concern(pid) and os.fstat(node.fd).st_nlink:
+            self.claims.check(pid, self._inodes.path(node))
+
+    async def _open(self, node: Node, flags: int, pid: int) -> FileInfo:
         truncate = bool(flags & os.O_TRUNC)
         writable = truncate or flags & os.O_ACCMODE != os.O_RDONLY
+        if writable:
+            self._refuse_claimed(node, pid)
         fd = await self._open_source(node, writable)
         info = self._register(fd, node, flags, writable)
         if truncate:
@@ -476,7 +475,8 @@ class SourceMount(pyfuse3.Operations):
         perform = partial(make_file, directory, name, mode, ctx, made)
         try:
             async with self._namespace:
-                await self._intercept.namespace(CreateFile(self._inodes.path(directory, name), perform))
+                self.claims.check(ctx.pid, path := self._inodes.path(directory, name))
+                await self._intercept.namespace(CreateFile(path, perform))
         except BaseException:
             made.close()
             raise
