@@ -196,7 +196,7 @@ class MountProcess:
     async def serve(self, ready: Ready) -> None:
         """Mounts, says that it is ready, and serves until it is unmounted or told to leave; then drains."""
         settings = self._settings
-        unfinished = await trio.to_thread.run_sync(UnfinishedRestores, self._state.restores_path)
+        unfinished = await trio.to_thread.run_sync(UnfinishedRestores, self._state.restores_path, self._store)
         operations = SourceMount(
             settings.source, self.agent, control=self._state.control_path, writeback=settings.writeback
         )

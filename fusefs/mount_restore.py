@@ -17,7 +17,7 @@ from dedup.types import Seq, VolumeId
 from fusefs.agent import Agent
 from fusefs.agent_control import Body, Handlers
 from fusefs.restore_claim import RestoreClaims, is_below
-from fusefs.unfinished_restores import UnfinishedRestore, UnfinishedRestores
+from fusefs.unfinished_restores import UnfinishedRestores
 
 POLLS: Final = 60
 _POLL_SECONDS: Final = 0.05
@@ -76,7 +76,7 @@ class MountRestore:
         place, seq, bookmark = (body.get(name) for name in ("place", "seq", "bookmark"))
         if not isinstance(place, str) or not isinstance(seq, int) or not isinstance(bookmark, str):
             raise RewindError("a restore needs a place, a seq and a bookmark")
-        await trio.to_thread.run_sync(self._unfinished.begun, UnfinishedRestore(place, Seq(seq), bookmark))
+        await trio.to_thread.run_sync(self._unfinished.begun, place, Seq(seq), bookmark)
         return {}
 
     async def _end(self, body: Body) -> Body:

@@ -120,8 +120,8 @@ class RestoredFile:
                 raise RewindError(f"{self._path}: another restore is writing it; wait until it has ended") from None
             if not self.temporary.exists() or os.fstat(fd).st_ino != self.temporary.stat().st_ino:
                 raise RewindError(f"{self._path}: another restore has just written it")
-            resumed_at = self._resume(fd)
             try:
+                resumed_at = self._resume(fd)
                 self._write(fd)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):

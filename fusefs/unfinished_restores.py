@@ -24,9 +24,10 @@ NOTES_MAX: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class UnfinishedRestore:
-    """`place` (a volume, a directory, or the whole group) was to become as it was at `seq`. `bookmark` names the moment
-    before; empty where none was wanted."""
+    """`place` (a volume, a directory, or the whole group) was to become as it was at `seq`, of that store. `bookmark`
+    names the moment before; empty where none was wanted."""
 
+    store: str
     place: str
     seq: Seq
     bookmark: str
@@ -35,11 +36,13 @@ class UnfinishedRestore:
 class UnfinishedRestores:
     """The notes of one source, in a file. Its methods block for as long as a sync takes: call them in a thread."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads the file, if there is one. Damaged."""
+    def __init__(self, path: Path, store: str) -> None:
+        """Reads the file, if there is one; what it says of another store than that is of no use any more. Damaged."""
         self._path = path
+        self._store = store
         try:
-            self.all = msgspec.json.decode(path.read_bytes(), type=tuple[UnfinishedRestore, ...])
+            notes = msgspec.json.decode(path.read_bytes(), type=tuple[UnfinishedRestore, ...])
+            self.all = tuple(note for note in notes if note.store == store)
         except FileNotFoundError:
             self.all = ()
         except (ValueError, RecursionError) as error:
@@ -47,13 +50,13 @@ class UnfinishedRestores:
                 f"{path} is damaged ({error}), which says what is half restored; remove it, and restore that anew"
             ) from error
 
-    def begun(self, restore: UnfinishedRestore) -> None:
+    def begun(self, place: str, seq: Seq, bookmark: str) -> None:
         """Durable when it returns. It stands for what was unfinished below its place."""
-        kept = self._beside(restore.place)
+        kept = self._beside(place)
         if len(kept) >= NOTES_MAX:
             raise RewindError(f"{len(kept)} restores have been begun and not ended; end some of them first: "
                               "`rewindfs status` names them")  # fmt: skip
-        self._keep((*kept, restore))
+        self._keep((*kept, UnfinishedRestore(self._store, place, seq, bookmark)))
 
     def ended(self, place: str) -> None:
         """All below `place` is as somebody wanted it. Durable when it returns."""
