@@ -131,15 +131,25 @@ def made(path: Path, reading: Reading) -> tuple[Seq, Seq]:
 
 if __name__ == "__main__":
     import cProfile, pstats
+
     which = sys.argv[1]
-    r = {"full": Reading("f", 64*GIB, 64*GIB), "sparse": Reading("s", 64*GIB, 2*GIB), "q": Reading("q", 4*GIB, 4*GIB)}[which]
+    r = {
+        "full": Reading("f", 64 * GIB, 64 * GIB),
+        "sparse": Reading("s", 64 * GIB, 2 * GIB),
+        "q": Reading("q", 4 * GIB, 4 * GIB),
+    }[which]
     p = Path(sys.argv[2]) / which
-    t = time.time(); b, a = made(p, r); print("made", time.time() - t, b, a)
+    t = time.time()
+    b, a = made(p, r)
+    print("made", time.time() - t, b, a)
     g = StoreReader.open(p).group()
     t = time.time()
     prof = cProfile.Profile()
-    if len(sys.argv) > 3: prof.enable()
+    if len(sys.argv) > 3:
+        prof.enable()
     n = sum(1 for _ in g.differing((VOLUME, b), (VOLUME, a)))
-    if len(sys.argv) > 3: prof.disable()
+    if len(sys.argv) > 3:
+        prof.disable()
     print(n, time.time() - t)
-    if len(sys.argv) > 3: pstats.Stats(prof).sort_stats("tottime").print_stats(20)
+    if len(sys.argv) > 3:
+        pstats.Stats(prof).sort_stats("tottime").print_stats(20)
