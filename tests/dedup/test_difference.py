@@ -88,7 +88,7 @@ def take(world: World, other: VolumeId, step: tuple[str, bool | None, object]) -
             raise AssertionError(step)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(steps, min_size=4, max_size=30), st.integers(0, SIZE), st.randoms(use_true_random=False))
 def test_ranges_are_those_of_the_model(
     history: list[tuple[str, bool | None, object]], start: int, dice: random.Random

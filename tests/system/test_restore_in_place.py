@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from fusefs.restore_cli import restore as restore_command
+from tests.system.commands_here import document, invoke, refusal
 from tests.system.harness import World, volumes_in, wait_for_end
 
 BLOCK = 4096
@@ -51,9 +53,12 @@ def write_blocks(file: Path, dice: random.Random, count: int) -> None:
             opened.write(dice.randbytes(BLOCK))
 
 
+def words(world: World, place: str, at: str, *options: str) -> tuple[str | Path, ...]:
+    return world.store, place, "--at", at, "--in-place", world.mnt, *options
+
+
 def restore(world: World, place: str, at: str, *options: str) -> dict[str, Any]:
-    report: dict[str, Any] = world.json("restore", world.store, place, "--at", at, "--in-place", world.mnt, *options)
-    return report
+    return document(restore_command, *words(world, place, at, *options))
 
 
 def different_bytes(old: bytes, new: bytes) -> int:
@@ -66,8 +71,8 @@ def different_bytes(old: bytes, new: bytes) -> int:
 
 def logical_bytes(world: World) -> int:
     """What the store was ever sent."""
-    found: int = world.json("status", world.store)["store"]["logical_bytes"]
-    return found
+    with world.reader() as group:
+        return group.state.logical_bytes
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -75,7 +80,7 @@ def test_restored_and_undone_byte_for_byte(volumes: World, dice: random.Random, 
     world = volumes
     world.mount(mode)
     write_blocks(world.mnt / "disk.img", dice, 20)
-    world.rewindfs("bookmark", world.mnt, "then")
+    world.ask("bookmark", name="then")
     then = contents(world)
     write_blocks(world.mnt / "disk.img", dice, 30)
     os.truncate(world.mnt / "disk.img", 100 * BLOCK + 7)
@@ -110,7 +115,7 @@ def test_restored_and_undone_byte_for_byte(volumes: World, dice: random.Random, 
 def test_one_volume_is_restored_while_the_others_are_written(volumes: World, dice: random.Random) -> None:
     world = volumes
     world.mount("sync")
-    world.rewindfs("bookmark", world.mnt, "then")
+    world.ask("bookmark", name="then")
     then = contents(world)
     write_blocks(world.mnt / "disk.img", dice, 30)
     write_blocks(world.mnt / "other.img", dice, 30)
@@ -133,16 +138,15 @@ def test_who_has_it_open_is_named(volumes: World, dice: random.Random) -> None:
     world.ask("bookmark", name="then")
     then = contents(world)["disk.img"]
     write_blocks(world.mnt / "disk.img", dice, 3)
-    asked = ("restore", world.store, "disk.img", "--at", "then", "--in-place", world.mnt)
     with open(world.mnt / "disk.img", "rb") as file:
         holder = subprocess.Popen(["sleep", "1000"], stdin=file, env=world.environment)
     try:
         now = contents(world)
-        told = world.refused(*asked)
+        told = world.refused("restore", *words(world, "disk.img", "then"))
         assert f"{world.mnt}/disk.img is in use: process {holder.pid} (sleep 1000)" in told and "--force" in told
         assert contents(world) == now
         assert restore(world, "disk.img", "then", "--dry-run")["bytes_written"] > 0
-        world.rewindfs(*asked, "--force")
+        restore(world, "disk.img", "then", "--force")
         assert contents(world)["disk.img"] == then
     finally:
         holder.kill()
@@ -156,7 +160,7 @@ def test_loop_device_is_named(world: World) -> None:
     world.ask("bookmark", name="then")
     place = world.loop_mount(world.mnt / "ext4.img")
     (place / "file").write_text("new")
-    told = world.refused("restore", world.store, "ext4.img", "--at", "then", "--in-place", world.mnt)
+    told = refusal(restore_command, *words(world, "ext4.img", "then"))
     assert "/dev/loop" in told and f"(mounted at {place})" in told
     world.loop_unmount(place)
     restore(world, "ext4.img", "then")
@@ -184,10 +188,10 @@ def test_what_is_being_restored_others_leave_alone(volumes: World) -> None:
             lambda: (world.mnt / "db/new").write_bytes(b""),
         )
         for change in changes:
-            with pytest.raises(OSError) as refusal:
+            with pytest.raises(OSError) as raised:
                 change()
-            assert refusal.value.errno == errno.EBUSY
-        told = world.refused("restore", world.store, "disk.img", "--at", "latest", "--in-place", world.mnt)
+            assert raised.value.errno == errno.EBUSY
+        told = refusal(restore_command, *words(world, "disk.img", "latest"))
         assert f"another restore is under way, by process {owner.pid}" in told
     finally:
         owner.kill()
@@ -299,25 +303,24 @@ def test_killed_mount_is_mounted_again_and_the_restore_repeated(large: World, di
     world.check_equal()
 
 
+@pytest.mark.slow
 def test_what_is_refused_before_anything_is_claimed(volumes: World) -> None:
     world = volumes
     world.mount("async")
     other = world.directory / "other-store"
-    world.rewindfs("snapshot", "create", world.store, "--name", "then")
     world.run("cp", "-r", world.store, other)
     world.run(sys.executable, "-c", NEW_UUID.format(store=str(other)))
     points = world.json("points", world.store)
     place = ("--at", "latest", "--in-place", world.mnt)
-    told = world.refused("restore", other, "disk.img", *place)
+    told = refusal(restore_command, other, "disk.img", *place)
     assert f"{world.mnt} feeds group source of {world.store}, which is not the store {other}" in told
-    told = world.refused("restore", world.store, "disk.img", "--group", "g2", *place)
+    told = refusal(restore_command, world.store, "disk.img", "--group", "g2", *place)
     assert "mount of group source, not of group g2" in told
-    told = world.refused("restore", world.store, "nothing.img", *place)
+    told = refusal(restore_command, world.store, "nothing.img", *place)
     assert "no volume 'nothing.img'" in told and "disk.img" in told
-    told = world.refused("restore", world.store, "disk.img", "--at", "latest", "--in-place", world.store)
+    told = refusal(restore_command, world.store, "disk.img", "--at", "latest", "--in-place", world.store)
     assert "not the mountpoint of a source mount" in told
-    done = world.rewindfs("restore", world.store, "../x", *place, check=False)
-    assert done.returncode == 2
+    assert invoke(restore_command, world.store, "../x", *place).exit_code == 2
     assert [world.json("points", world.store)[key] for key in ("bookmarks", "flushes")] == [
         points["bookmarks"],
         points["flushes"],
@@ -336,13 +339,13 @@ write_marker(Storage(), Path({store!r}))
 def test_nothing_outside_is_written_through_a_symbolic_link(volumes: World) -> None:
     world = volumes
     world.mount("async")
-    world.rewindfs("bookmark", world.mnt, "then")
+    world.ask("bookmark", name="then")
     os.unlink(world.mnt / "db/app.db")
     os.rmdir(world.mnt / "db")
     outside = world.directory / "outside"
     outside.mkdir()
     os.symlink(outside, world.mnt / "db")
-    told = world.refused("restore", world.store, "db/app.db", "--at", "then", "--in-place", world.mnt)
+    told = refusal(restore_command, *words(world, "db/app.db", "then"))
     assert "a symbolic link leads away from there" in told
     assert list(outside.iterdir()) == []
     os.unlink(world.mnt / "db")

@@ -8,13 +8,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
-from click.testing import CliRunner, Result
 
-from dedup.errors import RewindError, UnknownName
+from dedup.errors import UnknownName
 from fusefs.restore_cli import restore as restore_command
 from replication.diff_cli import diff as diff_command
+from tests.system.commands_here import document, invoke, refusal
 from tests.system.harness import World, check_same
 
 BLOCK = 4096
@@ -57,28 +56,16 @@ class Shadow:
         return {name: (self.world.source / name).read_bytes() for name in NAMES}
 
 
-def invoke(command: click.Command, *words: str | Path) -> Result:
-    """The command, in this process: a start of Python for each would be most of the time. What it raises is raised."""
-    result = CliRunner().invoke(command, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
 def restore(world: World, *words: str | Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(invoke(restore_command, world.store, *words, "--json").stdout)
-    return report
+    return document(restore_command, world.store, *words)
 
 
 def diff(world: World, *words: str | Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(invoke(diff_command, world.store, *words, "--json").stdout)
-    return report
+    return document(diff_command, world.store, *words)
 
 
 def refused(world: World, *words: str | Path) -> str:
-    with pytest.raises(RewindError) as refusal:
-        invoke(restore_command, world.store, *words)
-    return str(refusal.value)
+    return refusal(restore_command, world.store, *words)
 
 
 def test_restored_files_equal_their_shadows(world: World) -> None:
@@ -142,6 +129,7 @@ def test_what_is_refused(world: World) -> None:
         assert invoke(restore_command, world.store, "a.img", "--at", "latest", *wrong).exit_code == 2
 
 
+@pytest.mark.slow
 def test_full_disk_says_what_is_missing_and_goes_on(world: World) -> None:
     (world.source / "a.img").write_bytes(os.urandom(3 << 20))
     world.mount("async")
@@ -161,6 +149,7 @@ def test_full_disk_says_what_is_missing_and_goes_on(world: World) -> None:
         world.run("umount", small)
 
 
+@pytest.mark.slow
 def test_damage_is_loud_and_the_rest_comes_back(world: World) -> None:
     content = os.urandom(64 * BLOCK)
     (world.source / "a.img").write_bytes(content)
