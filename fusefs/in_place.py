@@ -66,9 +66,9 @@ class InPlaceRestore:
         if self._progress is not None:
             total = sum(one.length for change in self._plan.kept for one in self._plan.ranges(self._history, change))
             self._progress.phase("restore", total)
-        restyled = self._plan.restyled
+        restyled = {change.path for change in self._plan.restyled}
         for change in self._plan.kept:
-            if change in restyled or not _is_same(self._history, self._plan, change):
+            if change.path in restyled or not _is_same(self._history, self._plan, change):
                 self._restore(change)
 
     def _restore(self, change: VolumeChange) -> None:

@@ -24,7 +24,8 @@ def _processes(path: Path) -> Iterator[str]:
     key = status.st_dev, status.st_ino
     for pid in sorted(int(name) for name in os.listdir(_PROC) if name.isdigit()):
         try:
-            if pid != os.getpid() and any(_is_open(pid, fd, path.name, key) for fd in os.listdir(f"/proc/{pid}/fd")):
+            opened = any(_is_open(pid, fd, path.name, key) for fd in os.listdir(f"/proc/{pid}/fd"))
+            if pid != os.getpid() and (opened or _is_mapped(pid, key)):
                 yield f"process {pid} ({_command(pid)})"
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # it has ended, or it is another user's
@@ -40,6 +41,16 @@ def _is_open(pid: int, fd: str, name: str, key: tuple[int, int]) -> bool:
     except OSError:
         return False  # closed meanwhile, or on a mount that is dead: in both cases it is not the file looked for
     return (status.st_dev, status.st_ino) == key
+
+
+def _is_mapped(pid: int, key: tuple[int, int]) -> bool:
+    """Whether it has the file in its memory, closed or not."""
+    for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
+        _, _, _, device, inode = line.split(maxsplit=5)[:5]
+        major, minor = (int(part, 16) for part in device.split(b":"))
+        if (os.makedev(major, minor), int(inode)) == key:
+            return True
+    return False
 
 
 def _command(pid: int) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,9 @@ from dedup.errors import Damaged, RewindError
 from dedup.history import ByteRange, History
 from dedup.terminal import TerminalProgress, size_text
 from dedup.types import BLOCK_BYTES, Moment, VolumeState
-from fusefs.durable_file import replace_file, sync_directory
 from fusefs.past_file import PIECE_BYTES, give_style, write_all
 from fusefs.system_calls import RENAME_NOREPLACE, rename
+from replication.durable_file import replace_file, sync_directory
 
 STRETCH_PIECES: Final = 256
 """Pieces with data after which what was written is synced, read back and noted."""
@@ -118,8 +119,7 @@ class RestoredFile:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RewindError(f"{self._path}: another restore is writing it; wait until it has ended") from None
-            if not self.temporary.exists() or os.fstat(fd).st_ino != self.temporary.stat().st_ino:
-                raise RewindError(f"{self._path}: another restore has just written it")
+            self._require_own(fd)
             try:
                 resumed_at = self._resume(fd)
                 self._write(fd)
@@ -135,6 +135,14 @@ class RestoredFile:
             os.close(fd)
         damaged = tuple(ByteRange(*one) for one in self._note.damaged)
         return Restored(self._path, self._bytes, self._ranges, resumed_at, damaged, has_owner)
+
+    def _require_own(self, fd: int) -> None:
+        """RewindError unless what was opened is there under its name, and is this user's alone."""
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink > 1:
+            raise RewindError(f"{self.temporary} is there and is not this user's own file; remove it")
+        if not os.path.lexists(self.temporary) or os.lstat(self.temporary).st_ino != status.st_ino:
+            raise RewindError(f"{self._path}: another restore has just written it")
 
     # -- going on ----------------------------------------------------------------------------------------------------
 

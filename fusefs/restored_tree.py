@@ -18,8 +18,8 @@ from dedup.errors import RewindError
 from dedup.history import ByteRange, History
 from dedup.terminal import TerminalProgress
 from dedup.types import Moment, VolumeState
-from fusefs.durable_file import replace_file, sync_directory
 from fusefs.restored_file import Restored, RestoredFile, beside
+from replication.durable_file import replace_file, sync_directory
 
 
 class TreeNote(msgspec.Struct):
@@ -67,12 +67,15 @@ class RestoredTree:
         done = [self._restore(name, volume) for name, volume in sorted(self._volumes.items())]
         for directory, _, _ in os.walk(self.temporary, topdown=False):
             sync_directory(Path(directory))
+        os.chmod(self.temporary, 0o777 & ~_umask())
         os.rename(self.temporary, self._path)
         sync_directory(self._path.parent)
         self._note_path.unlink(missing_ok=True)
         return done
 
     def _resume(self) -> None:
+        if os.path.lexists(self.temporary) and os.lstat(self.temporary).st_uid != os.geteuid():
+            raise RewindError(f"{self.temporary} is there and is another user's; remove it")
         try:
             note = msgspec.json.decode(self._note_path.read_bytes(), type=TreeNote)
         except (FileNotFoundError, ValueError, RecursionError):
@@ -85,7 +88,7 @@ class RestoredTree:
             wanted.checked, wanted.damaged = self._check, {}
         if self.temporary.is_dir():
             shutil.rmtree(self.temporary)
-        self.temporary.mkdir()
+        self.temporary.mkdir(mode=0o700)
         replace_file(self._note_path, msgspec.json.encode(wanted))
 
     def _restore(self, name: str, volume: VolumeState) -> Restored:
@@ -107,3 +110,10 @@ class RestoredTree:
             return Restored(final, made.bytes, made.ranges, made.resumed_at, made.damaged, made.has_owner)
         damaged = tuple(ByteRange(*one) for one in self._note.damaged.get(name, ()))
         return Restored(final, 0, 0, volume.size, damaged, has_owner=True)
+
+
+def _umask() -> int:
+    """The process's. It can only be had by setting it: nothing else is made meanwhile."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

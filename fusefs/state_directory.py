@@ -25,8 +25,8 @@ import msgspec
 
 from dedup.errors import Damaged, RewindError, UnknownFormat
 from dedup.types import Epoch, Seq, TimeNs
-from fusefs.durable_file import replace_file
 from fusefs.volume_table import STATE_DIRECTORY
+from replication.durable_file import replace_file
 
 STATE_VERSION = 1
 

@@ -16,8 +16,8 @@ import msgspec
 
 from dedup.errors import Damaged, RewindError
 from dedup.types import Seq
-from fusefs.durable_file import replace_file
 from fusefs.restore_claim import is_below
+from replication.durable_file import replace_file
 
 NOTES_MAX: Final = 64
 
