@@ -6,7 +6,8 @@ what both overlays change, that is all that can differ. Of two volumes every lea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -47,24 +48,21 @@ def differing_ranges(
     """
     with index.read() as txn:
         leaves = sorted(leaf for leaf in _leaves(catalog, txn, old, new) if leaf * _LEAF_BYTES < end)
-    leaves = leaves[int(np.searchsorted(leaves, start // _LEAF_BYTES)) :]
-    at, length = 0, 0
+    leaves = leaves[bisect_left(leaves, start // _LEAF_BYTES) :]
+    at = stop = 0
     for low in range(0, len(leaves), _LEAVES_PER_REQUEST):
         with index.read() as txn:
-            found = [_runs(txn, old, new, leaf) for leaf in leaves[low : low + _LEAVES_PER_REQUEST]]
-        for leaf, (starts, stops) in zip(leaves[low : low + _LEAVES_PER_REQUEST], found, strict=True):
-            for first, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-                offset = leaf * _LEAF_BYTES + first * BLOCK_BYTES
-                if at + length == offset and length:
-                    length += (stop - first) * BLOCK_BYTES
-                    continue
-                yield from _cut(at, length, start, end)
-                at, length = offset, (stop - first) * BLOCK_BYTES
-    yield from _cut(at, length, start, end)
+            blocks = _differing_blocks(txn, old, new, leaves[low : low + _LEAVES_PER_REQUEST])
+        for first, last in _runs(blocks):
+            if first * BLOCK_BYTES != stop:
+                yield from _cut(at, stop, start, end)
+                at = first * BLOCK_BYTES
+            stop = (last + 1) * BLOCK_BYTES
+    yield from _cut(at, stop, start, end)
 
 
-def _cut(at: int, length: int, start: int, end: int) -> Iterator[ByteRange]:
-    low, high = max(at, start), min(at + length, end)
+def _cut(at: int, stop: int, start: int, end: int) -> Iterator[ByteRange]:
+    low, high = max(at, start), min(stop, end)
     if low < high:
         yield ByteRange(low, high - low)
 
@@ -76,11 +74,18 @@ def _leaves(catalog: Catalog, txn: Txn, old: VolumePointers | None, new: VolumeP
     return {leaf for pointers in (old, new) if pointers is not None for leaf in pointers.written_leaves(txn)}
 
 
-def _runs(
-    txn: Txn, old: VolumePointers | None, new: VolumePointers | None, leaf: int
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Where the runs of differing blocks begin within a leaf, and where they stop."""
-    was = _HOLES if old is None else old.leaf(txn, leaf)
-    now = _HOLES if new is None else new.leaf(txn, leaf)
-    steps = np.diff((was != now).astype(np.int8), prepend=0, append=0)
-    return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+def _differing_blocks(
+    txn: Txn, old: VolumePointers | None, new: VolumePointers | None, leaves: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    """The blocks of the leaves whose pointers differ, ascending."""
+    was, now = (np.stack([_HOLES if side is None else side.leaf(txn, leaf) for leaf in leaves]) for side in (old, new))
+    rows, places = np.nonzero(was != now)
+    found: npt.NDArray[np.int64] = np.array(leaves, dtype=np.int64)[rows] * LEAF_BLOCKS + places
+    return found
+
+
+def _runs(blocks: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """The first and the last of each run of consecutive blocks."""
+    ends = np.flatnonzero(np.diff(blocks) != 1)
+    firsts, lasts = blocks[np.append(0, ends + 1)[: len(blocks)]], blocks[np.append(ends, -1)[: len(blocks)]]
+    return zip(firsts.tolist(), lasts.tolist(), strict=True)

@@ -75,6 +75,10 @@ class History(Protocol):
         """The group's."""
 
     @property
+    def store_uuid(self) -> str:
+        """Of the store that it is in: tells any two stores apart, whatever they are called."""
+
+    @property
     def covered_until(self) -> TimeNs:
         """Nothing happened after the last record until this time."""
 

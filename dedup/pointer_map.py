@@ -46,7 +46,8 @@ DELTA_POINTERS_MAX: Final = LEAF_BLOCKS // 4
 SEQ_MAX: Final = Seq((1 << 64) - 1)
 _POINTER_BYTES: Final = POINTER_RUN_DTYPE.itemsize
 """Of a run, and of a delta's pointer with its index: versions have 2 bytes and some of these, then the checksum."""
-_NO_HOLES: Final = np.uint64(0)
+_PLACES: Final[Addresses] = np.arange(LEAF_BLOCKS, dtype=np.uint64)
+_ADDRESS_MAX: Final = np.uint64((1 << 64) - 1)
 
 
 def encode_whole(addresses: Addresses) -> bytes:
@@ -66,16 +67,15 @@ def decode_whole(value: bytes) -> Addresses:
     if not body or len(body) % POINTER_RUN_DTYPE.itemsize:
         raise Damaged("index: a pointer-map leaf has a bad length; rebuild the index with `rewindfs verify --repair`")
     runs = np.frombuffer(body, dtype=POINTER_RUN_DTYPE)
-    counts = runs["count"].astype(np.int64)
-    if int(counts.sum()) != LEAF_BLOCKS:
+    counts, addresses = runs["count"].astype(np.int64), runs["address"]
+    holes = addresses == HOLE
+    starts = np.cumsum(counts) - counts
+    if int(counts.sum()) != LEAF_BLOCKS or (~holes & (addresses > _ADDRESS_MAX - counts.astype(np.uint64))).any():
         raise Damaged("index: a pointer-map leaf has a bad run; rebuild the index with `rewindfs verify --repair`")
-    bases = np.repeat(runs["address"], counts)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    inside = (np.arange(LEAF_BLOCKS) - first).astype(np.uint64)
-    inside[bases == HOLE] = _NO_HOLES
-    result: Addresses = bases + inside
-    if (result < bases).any():
-        raise Damaged("index: a pointer-map leaf has a bad run; rebuild the index with `rewindfs verify --repair`")
+    # An address less its place in the leaf may wrap around: adding the places back wraps it again.
+    result: Addresses = np.repeat(addresses - starts.astype(np.uint64), counts) + _PLACES
+    if holes.any():
+        result[np.repeat(holes, counts)] = HOLE
     return result
 
 

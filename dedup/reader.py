@@ -57,6 +57,11 @@ class StoreReader:
         self.lock = threading.Lock()
         self._groups: dict[str, GroupReader] = {}
 
+    @property
+    def uuid(self) -> str:
+        """Tells any two stores apart. Damaged."""
+        return read_marker(self.storage, self.path).uuid.hex()
+
     @classmethod
     def open(cls, path: Path, storage: Storage | None = None, *, pinning: Pinning = Pinning.EVERYTHING) -> StoreReader:
         """Opens the store at `path`. What `pinning` says is not thinned out or swept until `close`.
@@ -128,6 +133,11 @@ class GroupReader:
     def refresh(self) -> None:
         """Sees everything that was journalled before this call."""
         self._views.refresh()
+
+    @property
+    def store_uuid(self) -> str:
+        """As `StoreReader.uuid`."""
+        return self._store.uuid
 
     @property
     def held(self) -> Seq:

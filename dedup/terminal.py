@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -43,6 +43,29 @@ def print_json_list(items: Iterable[object]) -> None:
         click.echo(before + "\n" + textwrap.indent(json.dumps(item, indent=2), "  "), nl=False)
         before = ","
     click.echo("[]" if before == "[" else "\n]")
+
+
+def print_json_ranges(
+    head: Mapping[str, object],
+    ranges: Iterable[object],
+    tail: Callable[[], Mapping[str, object]] = dict,
+    *,
+    name: str = "ranges",
+) -> None:
+    """One JSON object whose `name` is an array that is printed item by item as they are found: there may be millions.
+
+    Keys of `head` come before it, those of `tail`, which is asked when the last item is out, behind it.
+    """
+    click.echo("{" + "".join(f"{_member(*one)}, " for one in head.items()) + f"{json.dumps(name)}: [", nl=False)
+    separator = "\n"
+    for one in ranges:
+        click.echo(separator + json.dumps(one), nl=False)
+        separator = ",\n"
+    click.echo("]" + "".join(f", {_member(*one)}" for one in tail().items()) + "}")
+
+
+def _member(name: str, value: object) -> str:
+    return f"{json.dumps(name)}: {json.dumps(value)}"
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

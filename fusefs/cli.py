@@ -18,6 +18,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "bookmark": ("fusefs.bookmark_cli:bookmark", "Name this moment, across all volumes, after a flush."),
     "reconcile": ("fusefs.reconcile_cli:reconcile", "Compare the source with the store, and send what differs."),
     "browse": ("fusefs.browse_cli:browse", "Mount the snapshots of STORE, read-only."),
+    "restore": ("fusefs.restore_cli:restore", "Bring a past moment back: into a file, or in place."),
+    "diff": ("replication.diff_cli:diff", "Where a volume differs between two moments."),
     "status": ("fusefs.status_cli:status", "How a mount or a store is doing."),
     "snapshot": ("replication.snapshot_cli:snapshot", "Create, list and delete snapshots."),
     "journal": ("replication.journal_cli:journal", "Create, list and use data journals of different granularity."),

@@ -27,9 +27,11 @@ from fusefs.agent_heal import heal
 from fusefs.agent_start import begin, make_equal, open_intent, plan, resync_after_outages
 from fusefs.daemon import serve
 from fusefs.mount_reconcile import OnlineReconcile
+from fusefs.mount_restore import MountRestore
 from fusefs.mountpoint import mount_options
 from fusefs.source_mount import SourceMount
 from fusefs.state_directory import StateDirectory
+from fusefs.unfinished_restores import UnfinishedRestores
 from fusefs.volume_table import VolumeTable, list_volumes
 from replication.agent_link import AgentLink
 from replication.background import Ready
@@ -119,6 +121,7 @@ class MountProcess:
     agent: Agent
     first: FirstAppliance
     _work: Sequence[Work]
+    _restore: MountRestore
 
     def __init__(
         self, settings: MountSettings, state: StateDirectory, supervisor: Supervisor | None, spool: Spool | None
@@ -195,9 +198,11 @@ class MountProcess:
     async def serve(self, ready: Ready) -> None:
         """Mounts, says that it is ready, and serves until it is unmounted or told to leave; then drains."""
         settings = self._settings
+        unfinished = await trio.to_thread.run_sync(UnfinishedRestores, self._state.restores_path, self._store)
         operations = SourceMount(
             settings.source, self.agent, control=self._state.control_path, writeback=settings.writeback
         )
+        self._restore = MountRestore(self.agent, operations.claims, operations.open_volumes, unfinished)
         options = mount_options(str(settings.source), allow_other=settings.allow_other, extra=settings.options)
         control = listen_unix(self._state.control_path, replace_stale=True)
         try:
@@ -308,6 +313,7 @@ class MountProcess:
                 "unmount": self._unmount,
                 "durable": self._durable,
                 **self._online.handlers(),
+                **self._restore.handlers(),
             },
         )
 
@@ -363,6 +369,7 @@ class MountProcess:
             "source": str(settings.source),
             "mountpoint": str(settings.mountpoint),
             "store_path": None if settings.target.store is None else str(settings.target.store),
+            "store_uuid": self._store,
             "store_report": store,
             "target": str(settings.target.address),
             "mode": status.mode.value,
@@ -387,6 +394,7 @@ class MountProcess:
             "durable_seq": status.durable,
             "intent_bytes": sum(map(len, self.agent.intent.marked().values())) * REGION_BYTES,
             "volumes": len(self.agent.volumes),
+            "half_restored": self._restore.report(),
             "reconcile": None if progress is None else progress.document(),
             "pids": {"mount": os.getpid(), "second": self._second_pid()},
         }

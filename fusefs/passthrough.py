@@ -24,7 +24,6 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
-from dedup.types import NAME_BYTES_MAX
 from fusefs import system_calls
 from fusefs.errors import handler, refused
 from fusefs.inode_map import InodeMap, Node
@@ -40,6 +39,7 @@ from fusefs.passthrough_calls import (
     make_entry,
     names_in,
     open_entries,
+    room_of,
     set_mode_and_owner,
     without_privileges,
 )
@@ -107,6 +107,9 @@ class Passthrough(pyfuse3.Operations, Generic[F]):
     async def _change_attributes(self, node: Node, change: Callable[[], os.stat_result]) -> os.stat_result:
         """Runs `change`, which sets mode and owner and may wait for a disk."""
 
+    def _check_change(self, node: Node, pid: int) -> None:
+        """OSError where thread `pid` may not open a regular file for writing now, nor change its size."""
+
     def _opened(self, file: F, fd: int) -> None:
         """A handle is open from here to `_closed`."""
 
@@ -117,7 +120,7 @@ class Passthrough(pyfuse3.Operations, Generic[F]):
 
     @handler
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return await self._open(self._inodes.node(inode), flags)
+        return await self._open(self._inodes.node(inode), flags, ctx.pid)
 
     @handler
     async def create(
@@ -134,7 +137,7 @@ class Passthrough(pyfuse3.Operations, Generic[F]):
             entry = await self._look_up(directory, name)
             node = self._inodes.node(entry.st_ino)
             try:
-                return await self._open(node, flags), entry
+                return await self._open(node, flags, ctx.pid), entry
             except BaseException:
                 await self._forget(node.number, 1)
                 raise
@@ -166,6 +169,7 @@ class Passthrough(pyfuse3.Operations, Generic[F]):
             uid, gid = attr.st_uid if fields.update_uid else -1, attr.st_gid if fields.update_gid else -1
             await self._set_mode_and_owner(node, mode, uid, gid)
         if fields.update_size:
+            self._check_change(node, ctx.pid)
             await self._resize(node, fh, attr.st_size)
         if fields.update_atime or fields.update_mtime:
             await self._in_thread(
@@ -202,12 +206,7 @@ class Passthrough(pyfuse3.Operations, Generic[F]):
 
     @handler
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
-        status = await self._in_thread(os.statvfs, self._inodes.root.fd)
-        result = StatvfsData()
-        for name in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail"):
-            setattr(result, f"f_{name}", getattr(status, f"f_{name}"))
-        result.f_namemax = min(status.f_namemax, NAME_BYTES_MAX)
-        return result
+        return room_of(await self._in_thread(os.statvfs, self._inodes.root.fd))
 
     # Names
 
@@ -320,9 +319,11 @@ class Passthrough(pyfuse3.Operations, Generic[F]):
         else:
             await self._in_thread(os.close, fd)
 
-    async def _open(self, node: Node, flags: int) -> FileInfo:
+    async def _open(self, node: Node, flags: int, pid: int) -> FileInfo:
         truncate = bool(flags & os.O_TRUNC)
         writable = truncate or flags & os.O_ACCMODE != os.O_RDONLY
+        if writable:
+            self._check_change(node, pid)
         fd = await self._open_file(node, writable)
         info = self._register(fd, node, flags, writable)
         if truncate:

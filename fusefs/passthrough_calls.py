@@ -1,6 +1,7 @@
 """What a passthrough does to the directory behind it, as plain functions that may wait for a disk: run them in threads.
 
-The exceptions are `status_of`, `entry_of` and `without_privileges`, which touch only what is in memory.
+The exceptions are `status_of`, `status_if_any`, `entry_of`, `room_of` and `without_privileges`, which touch only what
+is in memory.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
-from pyfuse3 import EntryAttributes, RequestContext
+from pyfuse3 import EntryAttributes, RequestContext, StatvfsData
 
+from dedup.types import NAME_BYTES_MAX
 from fusefs.inode_map import Node
 from fusefs.names import HIDDEN_NAME
 
@@ -70,6 +72,13 @@ def status_of(directory: Node, name: bytes) -> os.stat_result:
     return os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
 
 
+def status_if_any(directory: Node, name: bytes) -> os.stat_result | None:
+    try:
+        return status_of(directory, name)
+    except FileNotFoundError:
+        return None
+
+
 def entry_of(node: Node, status: os.stat_result) -> EntryAttributes:
     entry = EntryAttributes()
     entry.st_ino = node.number
@@ -86,6 +95,14 @@ def entry_of(node: Node, status: os.stat_result) -> EntryAttributes:
     entry.st_mtime_ns = status.st_mtime_ns
     entry.st_ctime_ns = status.st_ctime_ns
     return entry
+
+
+def room_of(status: os.statvfs_result) -> StatvfsData:
+    result = StatvfsData()
+    for name in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail"):
+        setattr(result, f"f_{name}", getattr(status, f"f_{name}"))
+    result.f_namemax = min(status.f_namemax, NAME_BYTES_MAX)
+    return result
 
 
 def without_privileges(mode: int) -> int | None:

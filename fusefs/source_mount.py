@@ -27,9 +27,10 @@ from fusefs.errors import fuse_error, handler, refused
 from fusefs.inode_map import FileKey, Node
 from fusefs.intercept import CreateFile, Intercept, RemoveFile, RenamePath
 from fusefs.mountpoint import CONTROL_XATTR
-from fusefs.names import check_new_name, check_visible
+from fusefs.names import check_new_name, check_rename, check_visible
 from fusefs.passthrough import READ_BYTES_MAX, Passthrough
-from fusefs.passthrough_calls import Made, close_duplicate, make_file, status_of
+from fusefs.passthrough_calls import Made, close_duplicate, make_file, status_if_any, status_of
+from fusefs.restore_claim import RestoreClaims
 
 
 class SourceMount(Passthrough[VolumeId | None]):
@@ -39,9 +40,14 @@ class SourceMount(Passthrough[VolumeId | None]):
         """Opens the source directory, before anything is mounted over it. `control`: see mountpoint.CONTROL_XATTR."""
         super().__init__(source, writeback=writeback)
         self._intercept = intercept
+        self.claims = RestoreClaims()
         self._control = os.fsencode(control)
         self._namespace = trio.Lock()
         self._read_buffer = memoryview(bytearray(READ_BYTES_MAX))
+
+    def open_volumes(self) -> set[VolumeId]:
+        """Those that anybody has open through this mount. The kernel says a moment late that a file was closed."""
+        return {handle.file for handle in self._handles.values() if handle.file is not None}
 
     # The two hot paths: no wrapper, no thread when the page cache has the bytes, nothing between request and agent.
 
@@ -103,8 +109,8 @@ class SourceMount(Passthrough[VolumeId | None]):
         async with self._namespace:
             status = status_of(directory, name)
             if stat.S_ISREG(status.st_mode):
-                key = self._recorded_key(status, name)
-                await self._intercept.namespace(RemoveFile(self._inodes.path(directory, name), key, perform))
+                self.claims.check(ctx.pid, path := self._inodes.path(directory, name))
+                await self._intercept.namespace(RemoveFile(path, self._recorded_key(status, name), perform))
             else:
                 await self._in_thread(perform)
 
@@ -119,31 +125,20 @@ class SourceMount(Passthrough[VolumeId | None]):
         ctx: RequestContext,
     ) -> None:
         old_dir, new_dir = self._inodes.node(parent_inode_old), self._inodes.node(parent_inode_new)
-        if flags not in (0, system_calls.RENAME_NOREPLACE, system_calls.RENAME_EXCHANGE):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         check_visible(old_dir, name_old)
         check_new_name(new_dir, name_new)
-        exchange = flags == system_calls.RENAME_EXCHANGE
         async with self._namespace:
-            moved = status_of(old_dir, name_old)
-            try:
-                target: os.stat_result | None = status_of(new_dir, name_new)
-            except FileNotFoundError:
-                target = None
-            if stat.S_ISREG(moved.st_mode) and moved.st_nlink > 1:
-                raise refused(f"rename of {os.fsdecode(name_old)!r}: it has {moved.st_nlink} hard links")
-            # Refused here, before anything is recorded, where it is certain; the source has the last word.
-            if target is None and exchange:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            if target is not None and flags == system_calls.RENAME_NOREPLACE:
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            moved, target = status_of(old_dir, name_old), status_if_any(new_dir, name_new)
+            check_rename(name_old, moved, target, flags)
+            old, new = self._inodes.path(old_dir, name_old), self._inodes.path(new_dir, name_new)
+            self.claims.check(ctx.pid, old, new)
             await self._intercept.namespace(
                 RenamePath(
-                    old=self._inodes.path(old_dir, name_old),
-                    new=self._inodes.path(new_dir, name_new),
+                    old=old,
+                    new=new,
                     key=self._recorded_key(moved, name_old),
                     replaced=None if target is None else self._recorded_key(target, name_new),
-                    exchange=exchange,
+                    exchange=flags == system_calls.RENAME_EXCHANGE,
                     is_directory=stat.S_ISDIR(moved.st_mode),
                     replaced_is_directory=target is not None and stat.S_ISDIR(target.st_mode),
                     perform=partial(system_calls.rename, old_dir.fd, name_old, new_dir.fd, name_new, flags),
@@ -154,6 +149,10 @@ class SourceMount(Passthrough[VolumeId | None]):
 
     def _file_of(self, node: Node) -> VolumeId | None:
         return self._intercept.volume_of(node.key)
+
+    def _check_change(self, node: Node, pid: int) -> None:
+        if self.claims.concern(pid) and os.fstat(node.fd).st_nlink:
+            self.claims.check(pid, self._inodes.path(node))
 
     def _opened(self, file: VolumeId | None, fd: int) -> None:
         self._intercept.opened(file, fd)
@@ -180,7 +179,8 @@ class SourceMount(Passthrough[VolumeId | None]):
     async def _make_file(self, directory: Node, name: bytes, mode: int, ctx: RequestContext, made: Made) -> None:
         perform = partial(make_file, directory, name, mode, ctx, made)
         async with self._namespace:
-            await self._intercept.namespace(CreateFile(self._inodes.path(directory, name), perform))
+            self.claims.check(ctx.pid, path := self._inodes.path(directory, name))
+            await self._intercept.namespace(CreateFile(path, perform))
 
     async def _change_size(self, file: VolumeId | None, fd: int, size: int) -> None:
         await self._intercept.resize(file, fd, size)

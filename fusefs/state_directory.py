@@ -1,7 +1,7 @@
 """SOURCE/.rewindfs: what the agent must know again after it has ended, however it ended.
 
-`lock` (one mount of a source at a time), `agent.json`, `intent` (the intent log), `control` (the socket that commands
-speak to).
+`lock` (one mount of a source at a time), `agent.json`, `intent` (the intent log), `restores.json` (restores in place
+that have not ended), `control` (the socket that commands speak to).
 
 Invariants:
 - `agent.json` is replaced as a whole: written anew, synced, renamed over, directory synced;
@@ -26,6 +26,7 @@ import msgspec
 from dedup.errors import Damaged, RewindError, UnknownFormat
 from dedup.types import Epoch, Seq, TimeNs
 from fusefs.volume_table import STATE_DIRECTORY
+from replication.durable_file import replace_file
 
 STATE_VERSION = 1
 
@@ -107,6 +108,10 @@ class StateDirectory:
         return self.path / "intent"
 
     @property
+    def restores_path(self) -> Path:
+        return self.path / "restores.json"
+
+    @property
     def control_path(self) -> Path:
         return self.path / "control"
 
@@ -149,18 +154,7 @@ class StateDirectory:
         os.close(self._lock_fd)
 
     def _save(self, state: AgentState) -> None:
-        temporary = self.path / "agent.json.tmp"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(msgspec.json.encode(state))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / "agent.json")
-        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        replace_file(self.path / "agent.json", msgspec.json.encode(state))
         self.state = state
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, NewType
 
 import msgspec
 
+from replication.durable_file import replace_file, sync_directory
 from replication.errors import ReplicationError
 from replication.messages import Role
 
@@ -235,7 +236,7 @@ class Identity:
             missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
             for path in reversed(missing):
                 path.mkdir(mode=0o700, exist_ok=True)
-                _sync_directory(path.parent)
+                sync_directory(path.parent)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -285,28 +286,8 @@ def _read(path: Path) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     """Replaces the file durably. To be called with the lock: nobody else uses the other name."""
-    draft = path.with_name(f"{path.name}.new")
     with _explained(path):
-        draft.unlink(missing_ok=True)  # left by a process that was killed
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-        _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        replace_file(path, content)
 
 
 @contextmanager

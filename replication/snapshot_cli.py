@@ -5,14 +5,22 @@ What changes the store goes through its second appliance where one runs, and tak
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 
 import click
 
 from dedup.group_writer import GroupWriter
 from dedup.moment import duration_ns, rfc3339
-from dedup.terminal import group_option, json_option, print_json, print_json_list, print_table, shown, size_text
+from dedup.terminal import (
+    group_option,
+    json_option,
+    print_json,
+    print_json_list,
+    print_json_ranges,
+    print_table,
+    shown,
+    size_text,
+)
 from dedup.types import TimeNs
 from replication.errors import ProtocolError
 from replication.reports import Report, Subject, open_report, whole_snapshots
@@ -147,9 +155,4 @@ def _print_map(report: Report, as_json: bool) -> None:
             where = "" if kind == "hole" else f"  {one['journal']}  container {one['container']} slot {one['slot']}"
             click.echo(f"{one['offset']:>16}  {one['length']:>14}  {kind:<7}{where}")
         return
-    click.echo(json.dumps({key: head[key] for key in ("volume", "seq", "time")})[:-1] + ', "ranges": [', nl=False)
-    separator = "\n"
-    for one in ranges:
-        click.echo(separator + json.dumps(one), nl=False)
-        separator = ",\n"
-    click.echo("]}")
+    print_json_ranges({key: head[key] for key in ("volume", "seq", "time")}, ranges)

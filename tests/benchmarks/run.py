@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SUBJECTS = ("write_rates", "read_rates", "footprint", "scale")
+SUBJECTS = ("write_rates", "read_rates", "footprint", "scale", "going_back")
 
 
 def main() -> None:
