@@ -1,7 +1,8 @@
 """One restore in place, from the command's side: what it agrees on with the mount's process before and after it.
 
-Order: the claim; a bookmark, durable; the plan from there to the moment wanted; the note of what is begun; the changes;
-everything durable; the store's latest moment held against the one wanted; the note dropped, the claim given back.
+Order: the claim; all that is to be written, read once; a bookmark, durable; the plan from there to the moment wanted;
+the note of what is begun; the changes; everything durable; the store's latest moment held against the one wanted; the
+note dropped, the claim given back.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class InPlaceSession:
         with self.plan() as plan:
             if not differing(self.history, plan) and not plan.restyled:
                 return InPlaceReport(plan, Written(), "", plan.now, "", ())
+            with self._carrying_out(plan) as restore:
+                restore.require_readable()
         bookmark = self._bookmark(unfinished)
         with self.plan() as plan:
             if bookmark and self.history.snapshot(bookmark) is None:
@@ -135,10 +138,7 @@ class InPlaceSession:
     def _carry_out(self, plan: RestorePlan, bookmark: str) -> InPlaceReport:
         undo = self._command(bookmark or f"seq={plan.now.seq}")
         try:
-            with terminal_progress() as progress:
-                restore = InPlaceRestore(
-                    self.history, plan, self._mountpoint, check=self._request.check, progress=progress
-                )
+            with self._carrying_out(plan) as restore:
                 restore.run()
             after = self._compared(plan)
         except BaseException as error:
@@ -149,6 +149,11 @@ class InPlaceSession:
             click.echo(f"rewindfs: warning: {half}", err=True)
             raise
         return InPlaceReport(plan, restore.written, bookmark, after, undo, tuple(restore.warnings))
+
+    @contextmanager
+    def _carrying_out(self, plan: RestorePlan) -> Iterator[InPlaceRestore]:
+        with terminal_progress() as progress:
+            yield InPlaceRestore(self.history, plan, self._mountpoint, check=self._request.check, progress=progress)
 
     def _compared(self, plan: RestorePlan) -> Moment:
         """The store's latest moment, whose pointers are those of the moment wanted. RewindError where they are not."""
@@ -176,6 +181,8 @@ def in_place_session(request: InPlaceRequest) -> Iterator[InPlaceSession]:
     """A session with a mount that is fit for it: of this store and group, and protected. RewindError says why not."""
     mountpoint = absolute(request.mountpoint)
     status: dict[str, Any] = _ask(control_socket(mountpoint), "status")
+    if "store_uuid" not in status:
+        raise RewindError(f"{mountpoint}: its process is older than this command; unmount it, and mount it again")
     group = status["group"]
     if request.group not in (None, group):
         raise RewindError(f"{mountpoint} is the mount of group {group}, not of group {request.group}")

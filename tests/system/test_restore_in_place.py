@@ -335,6 +335,43 @@ write_marker(Storage(), Path({store!r}))
 """
 
 
+def test_damage_in_the_store_changes_nothing(volumes: World, dice: random.Random) -> None:
+    world = volumes
+    world.mount("async")
+    world.ask("bookmark", name="then")
+    then = contents(world)["disk.img"][0]
+    for at in range(0, SIZE, 100 * BLOCK):
+        with open(world.mnt / "disk.img", "r+b") as file:
+            file.seek(at)
+            file.write(dice.randbytes(BLOCK))
+    os.unlink(world.mnt / "other.img")
+    world.ask("durable")
+    damage(world, then[200 * BLOCK : 201 * BLOCK])
+    now, names = contents(world), world.json("points", world.store)["bookmarks"]
+    told = refusal(restore_command, *words(world, ".", "then"))
+    assert "disk.img at seq=" in told and "half restored" not in told
+    assert contents(world) == now and world.json("points", world.store)["bookmarks"] == names
+    assert world.ask("status")["half_restored"] == []
+    told = refusal(restore_command, *words(world, ".", "then", "--no-check"))
+    assert ". is half restored" in told
+    assert [note["place"] for note in world.ask("status")["half_restored"]] == ["."]
+    (undo,) = (note["bookmark"] for note in world.ask("status")["half_restored"])
+    restore(world, ".", undo)
+    assert contents(world) == now
+
+
+def damage(world: World, block: bytes) -> None:
+    """Flips a byte of that block in the store."""
+    for container in (world.store / "containers").iterdir():
+        place = container.read_bytes().find(block)
+        if place >= 0:
+            with open(container, "r+b") as file:
+                file.seek(place + 9)
+                file.write(bytes([block[9] ^ 1]))
+            return
+    raise AssertionError("no container has the block")
+
+
 @pytest.mark.slow
 def test_nothing_outside_is_written_through_a_symbolic_link(volumes: World) -> None:
     world = volumes
