@@ -57,7 +57,7 @@ def print_json_ranges(
     Keys of `head` come before it, those of `tail`, which is asked when the last item is out, behind it.
     """
     # Not click.echo, which flushes each time: for a million items that is most of the time.
-    out = click.get_text_stream("stdout")
+    out = sys.stdout
     out.write("{" + "".join(f"{_member(*one)}, " for one in head.items()) + f"{json.dumps(name)}: [")
     separator = "\n"
     for one in ranges:
