@@ -99,6 +99,9 @@ class InPlaceRestore:
             os.fsync(fd)
             if self._check:
                 self._read_back(image, fd, change)
+        except OSError as error:
+            error.filename = error.filename or str(self._mountpoint / change.path)
+            raise
         finally:
             os.close(fd)
 

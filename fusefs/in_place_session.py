@@ -97,10 +97,13 @@ class InPlaceSession:
     def _restore(self, claim: object, unfinished: list[dict[str, Any]]) -> InPlaceReport:
         with self.plan() as plan:
             if not differing(self.history, plan) and not plan.restyled:
-                return InPlaceReport(plan, Written(), "", plan.now, "", ())
+                bookmark = self._noted(unfinished)
+                return InPlaceReport(
+                    plan, Written(), bookmark, plan.now, self._command(bookmark) if bookmark else "", ()
+                )
             with self._carrying_out(plan) as restore:
                 restore.require_readable()
-        bookmark = self._bookmark(unfinished)
+        bookmark = (self._noted(unfinished) or self._bookmark()) if self._request.bookmark else ""
         with self.plan() as plan:
             if bookmark and self.history.snapshot(bookmark) is None:
                 raise RewindError(f"{self._request.store} does not show the bookmark {bookmark} that the mount made")
@@ -122,13 +125,13 @@ class InPlaceSession:
             )
         return reply["id"], reply["unfinished"]
 
-    def _bookmark(self, unfinished: list[dict[str, Any]]) -> str:
-        """Names the moment before. The one of before an earlier try at the same is kept: the undo leads to there."""
-        if not self._request.bookmark:
-            return ""
-        for note in unfinished:
-            if note["seq"] == self._then.seq and self.history.snapshot(note["bookmark"]) is not None:
-                return str(note["bookmark"])
+    def _noted(self, unfinished: list[dict[str, Any]]) -> str:
+        """The bookmark of before an earlier try at the same, which the undo leads to; empty where there was none."""
+        names = [str(note["bookmark"]) for note in unfinished if note["seq"] == self._then.seq]
+        return next((name for name in names if self.history.snapshot(name) is not None), "")
+
+    def _bookmark(self) -> str:
+        """Names the moment before."""
         name = f"before-restore-{default_name(TimeNs(time.time_ns()))}"
         self._ask("bookmark", name=name)
         return name
@@ -169,7 +172,9 @@ class InPlaceSession:
         """The command line of this restore, to another moment."""
         request = self._request
         words = ["rewindfs", "restore", request.store, request.place, "--at", at, "--in-place", str(request.mountpoint)]
-        return shlex.join([*words, *(["--group", request.group] if request.group else [])])
+        if request.group is not None:
+            words += ["--group", request.group]
+        return shlex.join([*words, *request.route.words])
 
 
 class HalfRestored(RewindError):
