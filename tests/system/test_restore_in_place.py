@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from dedup.errors import RewindError
 from fusefs.restore_cli import restore as restore_command
 from tests.system.commands_here import document, invoke, refusal
 from tests.system.harness import World, volumes_in, wait_for_end
@@ -202,6 +203,15 @@ def test_what_is_being_restored_others_leave_alone(volumes: World) -> None:
     with open(database, "r+b"):
         pass  # and does not hold up its own
     world.ask("restore.end", id=number)
+    with pytest.raises(RewindError, match="that restore is over"):
+        world.ask("restore.begin", id=number, place="db", seq=3, bookmark="")
+    with pytest.raises(RewindError, match=f"process {owner.pid} is not seen"):
+        world.ask("restore.start", place="db", pid=owner.pid, force=False)
+    with subprocess.Popen(["sleep", "1000"], env=world.environment) as forced:
+        world.ask("restore.start", place="db", pid=forced.pid, force=True)
+        with open(database, "r+b"):
+            pass
+        forced.kill()
 
 
 def begin_large_restore(world: World, dice: random.Random) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
