@@ -159,6 +159,7 @@ class Checker:
     def check(self, name: str, chance: random.Random) -> int:
         """Asserts that what is found by `@name` is what was there; returns the seq that it was resolved to."""
         directory = self.world.snap / "points" / f"@{name}"
+        assert directory.exists(), os.getxattr(directory.parent, "user.rewindfs.refused")
         seq = int(os.getxattr(directory, "user.rewindfs.seq"))
         kind = os.getxattr(directory, "user.rewindfs.kind").decode()
         self.kinds[kind] += 1
@@ -198,7 +199,7 @@ class Checker:
 
     def by_time(self, chance: random.Random) -> None:
         deeds = self.writer.deeds
-        moment = chance.randrange(deeds[0].returned, deeds[-1].returned)
+        moment = chance.randrange(deeds[0].returned, deeds[-1].begun)  # what follows the last record is refused
         found = self.check(rfc3339(TimeNs(moment)), chance)
         assert all(found <= deed.after for deed in deeds if deed.begun > moment)
         if self.mode != "batch":  # where a moment in an aggregate is the one before it

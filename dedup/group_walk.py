@@ -1,0 +1,60 @@
+"""A group's state at one moment after another: what a listing asks for, which goes through them in order.
+
+Invariants:
+- moments that ascend are reached by going on from the one before, or from a checkpoint between the two: no entry of the
+  journal is read twice, where to synthesize each by itself would replay up to a checkpoint's entries for each;
+- all of it is of one state of the index and of the journal, which the caller vouches for; for another one it begins
+  anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from dedup.catalog import Catalog, Txn
+from dedup.group_state import Checkpoint, GroupState
+from dedup.journal_entry import Logged
+from dedup.journal_reader import JournalPosition
+from dedup.types import Seq
+
+
+class GroupWalk:
+    """Over the journal whose manifest has that number. Keeps one state; for one thread."""
+
+    def __init__(
+        self, number: int, catalog: Catalog, entries_from: Callable[[JournalPosition | None], Iterator[Logged]]
+    ) -> None:
+        """`entries_from` reads the journal from a position on, from its begin for None."""
+        self.number = number
+        self._catalog = catalog
+        self._entries_from = entries_from
+        self._state: GroupState | None = None
+        self._start: JournalPosition | None = None
+        self._entries: Iterator[Logged] | None = None
+        self._ahead: Logged | None = None
+
+    def state_at(self, txn: Txn, seq: Seq, anchor: Checkpoint | None) -> GroupState:
+        """The group at the last record at or before `seq`, which was journalled when the walk was made or began anew;
+        `anchor` is the last checkpoint there. Not to be changed, and only until the next call what it says. Damaged.
+        """
+        since = Seq(0) if anchor is None else anchor.held
+        state = self._state
+        if state is None or not since <= state.held <= seq:
+            state = self._begin(txn, anchor)
+        if state.held == seq:
+            return state
+        if self._entries is None:
+            self._entries = self._entries_from(self._start)
+            self._ahead = next(self._entries, None)
+        while self._ahead is not None and self._ahead.seq <= seq:
+            state.apply(self._ahead)
+            self._ahead = next(self._entries, None)
+        if self._ahead is None:  # more may be journalled by the next time
+            self._state = None
+        return state
+
+    def _begin(self, txn: Txn, anchor: Checkpoint | None) -> GroupState:
+        self._state = GroupState() if anchor is None else self._catalog.state(txn, anchor)
+        self._start = None if anchor is None else anchor.position
+        self._entries = self._ahead = None
+        return self._state
