@@ -190,17 +190,16 @@ class GroupViews:
         with self._index.read() as txn:
             manifest = max(manifest, self._catalog.journal_number(txn))
             if self._walk is None or self._walk.number != manifest:
-                self._walk = GroupWalk(manifest, self._catalog, self._entries_from)
+                self._walk = GroupWalk(manifest, self._catalog, self._directory, self._entries_from)
             try:
                 return self._walk.state_at(txn, seq, self._anchor(txn, seq, manifest))
             except BaseException:
                 self._walk = None
                 raise
 
-    def _entries_from(self, start: JournalPosition | None) -> Iterator[Logged]:
+    def _entries_from(self, start: JournalPosition | None) -> Iterator[Scanned]:
         start = first_position(self._storage, self._directory) if start is None else start
-        files = self._files_from(start)
-        return (logged for logged, _ in read(self._storage, self._directory, start, files=files))
+        return scan(self._storage, self._directory, start, files=self._files_from(start))
 
     def before(self, stop: Callable[[Logged], bool], after: Seq) -> DatedView:
         """The group before the first entry for which `stop` is true; `after` is a seq at or before that entry.
@@ -258,8 +257,7 @@ class GroupViews:
                 return self._anchor(txn, seq, manifest)
 
         def entries_after(anchor: Checkpoint | None) -> Iterator[Scanned]:
-            start = first_position(self._storage, self._directory) if anchor is None else anchor.position
-            return scan(self._storage, self._directory, start, files=self._files_from(start))
+            return self._entries_from(None if anchor is None else anchor.position)
 
         return Stamps(anchor_at, entries_after, self._state.held)
 

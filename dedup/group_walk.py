@@ -10,11 +10,11 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from dedup.catalog import Catalog, Txn
-from dedup.group_state import Checkpoint, GroupState
-from dedup.journal_entry import Logged
-from dedup.journal_reader import JournalPosition
+from dedup.group_state import ONLY_BLOCKS, Checkpoint, GroupState
+from dedup.journal_reader import JournalPosition, Scanned, decoded
 from dedup.types import Seq
 
 
@@ -22,20 +22,26 @@ class GroupWalk:
     """Over the journal whose manifest has that number. Keeps one state; for one thread."""
 
     def __init__(
-        self, number: int, catalog: Catalog, entries_from: Callable[[JournalPosition | None], Iterator[Logged]]
+        self,
+        number: int,
+        catalog: Catalog,
+        directory: Path,
+        entries_from: Callable[[JournalPosition | None], Iterator[Scanned]],
     ) -> None:
-        """`entries_from` reads the journal from a position on, from its begin for None."""
+        """`entries_from` scans the journal, at `directory`, from a position on; from its begin for None."""
         self.number = number
         self._catalog = catalog
+        self._directory = directory
         self._entries_from = entries_from
         self._state: GroupState | None = None
         self._start: JournalPosition | None = None
-        self._entries: Iterator[Logged] | None = None
-        self._ahead: Logged | None = None
+        self._entries: Iterator[Scanned] | None = None
+        self._ahead: Scanned | None = None
 
     def state_at(self, txn: Txn, seq: Seq, anchor: Checkpoint | None) -> GroupState:
-        """The group at the last record at or before `seq`, which was journalled when the walk was made or began anew;
-        `anchor` is the last checkpoint there. Not to be changed, and only until the next call what it says. Damaged.
+        """The group at the last record at or before `seq`, without an overlay; `anchor` is the last checkpoint there.
+
+        Not to be changed, and only until the next call what it says. Damaged.
         """
         since = Seq(0) if anchor is None else anchor.held
         state = self._state
@@ -47,7 +53,10 @@ class GroupWalk:
             self._entries = self._entries_from(self._start)
             self._ahead = next(self._entries, None)
         while self._ahead is not None and self._ahead.seq <= seq:
-            state.apply(self._ahead)
+            if self._ahead.kind in ONLY_BLOCKS:
+                state.pass_over(self._ahead)
+            else:
+                state.apply(decoded(self._ahead, self._directory))
             self._ahead = next(self._entries, None)
         if self._ahead is None:  # more may be journalled by the next time
             self._state = None

@@ -94,17 +94,16 @@ class Scanned(NamedTuple):
         """The position after the entry."""
         return JournalPosition(self.segment.first, self.end, self.segment.generation)
 
-    def written_bytes(self, volume: VolumeId | None = None) -> int:
-        """The bytes of its extents, all or a volume's, without decoding them. Damaged when they do not fit it."""
-        nbytes, at = 0, ENTRY_HEADER_BYTES
+    def extents(self) -> list[tuple[VolumeId, int, int]]:
+        """(volume, offset, length) of each of its extents, without where their blocks are. Damaged as `extents_of`."""
+        found, at = [], ENTRY_HEADER_BYTES
         for _ in range(_EXTENTS.unpack_from(self.raw, ENTRY_HEADER_BYTES - _EXTENTS.size)[0]):
             if at + EXTENT_HEADER_BYTES > len(self.raw):
                 raise Damaged(f"the entry of seq {self.seq}: its extents do not fit it")
-            of, _, _, written, blocks = EXTENT_HEADER.struct.unpack_from(self.raw, at)
-            if volume is None or of == volume:
-                nbytes += written
+            volume, _, offset, length, blocks = EXTENT_HEADER.struct.unpack_from(self.raw, at)
+            found.append((volume, offset, length))
             at += EXTENT_HEADER_BYTES + blocks * (ADDRESS_BYTES + FINGERPRINT_BYTES)
-        return nbytes
+        return found
 
 
 def segments(storage: Storage, directory: Path) -> list[Seq]:
@@ -204,12 +203,16 @@ def read(
 ) -> Iterator[tuple[Logged, JournalPosition]]:
     """Like `scan`, whole values: each entry with the position after it."""
     for scanned in scan(storage, directory, start, limit=limit, torn=torn, files=files):
-        try:
-            logged = decode(scanned.raw)
-        except Damaged as error:
-            path = scanned.segment.path(directory)
-            raise Damaged(f"{path}: offset {scanned.end - len(scanned.raw)}: {error}") from error
-        yield logged, scanned.position
+        yield decoded(scanned, directory), scanned.position
+
+
+def decoded(scanned: Scanned, directory: Path) -> Logged:
+    """The whole value of an entry of the journal at `directory`. Damaged names file and offset."""
+    try:
+        return decode(scanned.raw)
+    except Damaged as error:
+        path = scanned.segment.path(directory)
+        raise Damaged(f"{path}: offset {scanned.end - len(scanned.raw)}: {error}") from error
 
 
 def scan_segment(storage: Storage, directory: Path, segment: SegmentFile) -> Iterator[Scanned]:
