@@ -190,12 +190,17 @@ class GroupViews:
         with self._index.read() as txn:
             manifest = max(manifest, self._catalog.journal_number(txn))
             if self._walk is None or self._walk.number != manifest:
-                self._walk = GroupWalk(manifest, self._catalog, self._directory, self._entries_from)
+                self._walk = GroupWalk(manifest, self._catalog, self._directory, self._known_entries_from)
             try:
                 return self._walk.state_at(txn, seq, self._anchor(txn, seq, manifest))
             except BaseException:
                 self._walk = None
                 raise
+
+    def _known_entries_from(self, start: JournalPosition | None) -> Iterator[Scanned]:
+        """Up to the head as it is now: what is behind may still be taken back."""
+        held = self._state.held
+        return takewhile(lambda entry: entry.seq <= held, self._entries_from(start))
 
     def _entries_from(self, start: JournalPosition | None) -> Iterator[Scanned]:
         start = first_position(self._storage, self._directory) if start is None else start
@@ -248,8 +253,7 @@ class GroupViews:
         with self._index.read() as txn:
             anchor = self._anchor(txn, after, manifest)
             state, start = start_of(self._storage, self._directory, self._catalog, txn, anchor)
-        entries = scan(self._storage, self._directory, start, files=self._files_from(start))
-        return step(state, takewhile(lambda entry: entry.seq <= self._state.held, entries))
+        return step(state, self._known_entries_from(start))
 
     def _stamps(self, manifest: int) -> Stamps:
         def anchor_at(seq: Seq) -> Checkpoint | None:

@@ -59,6 +59,7 @@ DIRECTORY_SECONDS: Final = 1.0
 TURN_SECONDS: Final = 0.02
 """For how long a listing uses the reader before it lets others do so; a single step may take longer."""
 XATTR_PREFIX: Final = "user.rewindfs."
+_XATTR_PREFIX: Final = XATTR_PREFIX.encode()
 REFUSED_XATTR: Final = b"user.rewindfs.refused"
 """Of a directory: why the last TIME looked up there was refused."""
 
@@ -306,7 +307,9 @@ class SnapshotMount(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        value = self._attributes(self._inodes.node(inode)).get(name)
+        node = self._inodes.node(inode)
+        # `ls -l` asks for two of other names of each file.
+        value = self._attributes(node).get(name) if name.startswith(_XATTR_PREFIX) else None
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value
