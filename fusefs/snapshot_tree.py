@@ -166,6 +166,10 @@ class SnapshotTree:
                 for name in sorted(_children(volumes).get(directory.path, ())):
                     yield name, Found(self._in_moment(directory, name), ALWAYS_SECONDS)
 
+    def names_of(self, seq: Seq) -> list[str]:
+        """Of the snapshots and bookmarks that a moment has."""
+        return [snapshot.name for snapshot in self._reader.snapshots() if snapshot.seq == seq]
+
     # Below volumes/
 
     def _lookup_version(self, path: str, name: str, who: int) -> Found:
