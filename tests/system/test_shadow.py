@@ -50,6 +50,8 @@ class Writer:
         self.state: State = {}
         self.halfway: tuple[State, ...] = ()
         self.deeds: list[Deed] = []
+        self.flushed: list[int] = []
+        """Which of the deeds are flushes."""
         self.bookmarks: dict[str, int] = {}
         self.first = self.seq()
 
@@ -106,6 +108,7 @@ class Writer:
     def flush(self, name: str) -> State:
         with open(self.path(name), "r+b", buffering=0) as file:
             os.fsync(file.fileno())
+        self.flushed.append(len(self.deeds))
         return self.state
 
     def bookmark(self) -> State:
@@ -206,12 +209,14 @@ class Checker:
             assert all(deed.after <= found for deed in deeds if deed.returned < moment)
 
     def by_flush(self, chance: random.Random) -> None:
-        deeds = self.writer.deeds
-        after = min(self.writer.bookmarks.values())
-        deed = chance.choice([deed for deed in deeds if deed.after >= after])
-        before = self.kinds["crash"]
-        assert after <= self.check(f"seq={deed.after}~flush", chance) <= deed.after
-        assert self.kinds["crash"] == before, "a flushed point is none"
+        """From a flush itself, if there was any, or from any change on back to the bookmark before it."""
+        writer = self.writer
+        first = min(writer.bookmarks.values())
+        flushes = [writer.deeds[index] for index in writer.flushed]
+        deed = chance.choice(flushes or [deed for deed in writer.deeds if deed.after >= first])
+        found = self.check(f"seq={deed.after}~flush", chance)
+        assert found <= deed.after
+        assert found > deed.before if writer.flushed else found in writer.bookmarks.values()
 
     def by_bookmark(self, chance: random.Random) -> None:
         name, seq = chance.choice(sorted(self.writer.bookmarks.items()))
