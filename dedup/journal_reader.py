@@ -44,7 +44,10 @@ _LAST_ENTRY_BYTES: Final = 1 << 16
 _EXTENTS: Final = struct.Struct("<I")
 """The last field of an entry's header."""
 CHUNK_BYTES: Final = 1 << 20
-"""Read at a time; more only for one entry that is larger."""
+"""Read at a time, once it is a long way; more only for one entry that is larger."""
+FIRST_CHUNK_BYTES: Final = 1 << 16
+"""Read first: who goes back to one moment needs a few entries behind a checkpoint. Each further read is four times as
+long."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -281,7 +284,7 @@ class _SegmentScan:
         raise self._damaged(offset, "no entry ends here")
 
     def _chunks(self, base: int, previous: Seq | None, stop: int | None) -> Iterator[Scanned]:
-        want = CHUNK_BYTES
+        want = min(FIRST_CHUNK_BYTES, CHUNK_BYTES)
         retried = -1
         while stop is None or base < stop:
             chunk = self._storage.pread(self._fd, want, base)
@@ -312,7 +315,7 @@ class _SegmentScan:
             elif at_end:
                 break
             if fault is None:
-                want = max(CHUNK_BYTES, need)
+                want = max(min(4 * want, CHUNK_BYTES), need)
             elif base != retried:
                 # The writer may have cut a failed append off and written over it while this chunk was read.
                 retried = base
