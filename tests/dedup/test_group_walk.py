@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dedup import group_walk
 from dedup.reader import GroupReader
 from dedup.types import Seq
 from tests.dedup import model as models
@@ -41,7 +42,10 @@ def check(walking: GroupReader, alone: GroupReader, seqs: list[int]) -> None:
         assert found.volumes == {volume.path: volume for volume in view.state.volumes.values()}, seq
 
 
-def test_each_moment_is_what_it_is_alone(world: World) -> None:
+@pytest.mark.parametrize(("far", "forget"), [(group_walk.ENTRIES_PER_VOLUME, group_walk.FORGET_RECORDS), (1000, 10)])
+def test_each_moment_is_what_it_is_alone(world: World, monkeypatch: pytest.MonkeyPatch, far: int, forget: int) -> None:
+    monkeypatch.setattr(group_walk, "ENTRIES_PER_VOLUME", far)
+    monkeypatch.setattr(group_walk, "FORGET_RECORDS", forget)
     walking, alone = world.open_reader(world.store.storage), world.open_reader(world.store.storage)
     chance = random.Random(3)
     for number in range(4):

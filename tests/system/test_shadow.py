@@ -246,7 +246,7 @@ def play(world: World, mode: str, *, flushes: bool, changes: int, moments: int) 
 
 @pytest.mark.parametrize(("mode", "flushes"), [("sync", True), ("async", False), ("batch", True)])
 def test_moments_of_a_group(world: World, mode: str, flushes: bool) -> None:
-    play(world, mode, flushes=flushes, changes=60, moments=16)
+    play(world, mode, flushes=flushes, changes=60, moments=12)
 
 
 @pytest.mark.slow
