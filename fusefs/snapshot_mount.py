@@ -27,7 +27,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
-from dedup.errors import BadTime, MomentGone, MomentRefused, UnknownName, WouldBlock
+from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, UnknownName, WouldBlock
 from dedup.history import History, PastImage
 from dedup.image import room_for
 from dedup.moment import rfc3339
@@ -54,11 +54,14 @@ REFUSALS_MAX: Final = 256
 """Directories that remember why they refused a name."""
 READ_BYTES_MAX: Final = 1 << 20
 """Largest read request of the kernel: 256 pages."""
+NAMES_MAX: Final = 8
+"""Names of a damaged moment that a log line has."""
 DIRECTORY_SECONDS: Final = 1.0
 """For how long the kernel may keep a directory's attributes."""
 TURN_SECONDS: Final = 0.02
 """For how long a listing uses the reader before it lets others do so; a single step may take longer."""
 XATTR_PREFIX: Final = "user.rewindfs."
+_XATTR_PREFIX: Final = XATTR_PREFIX.encode()
 REFUSED_XATTR: Final = b"user.rewindfs.refused"
 """Of a directory: why the last TIME looked up there was refused."""
 
@@ -94,6 +97,8 @@ class SnapshotMount(pyfuse3.Operations):
         self._open_files: dict[int, SnapshotFile] = {}
         self._listings: dict[int, _Listing] = {}
         self._next_handle = 1
+        self._damaged = Seq(0), ""
+        """The moment in which damage was met last, and its names."""
         self._buffer = _new_buffer()
         self._spare_buffers: list[memoryview] = []
 
@@ -109,7 +114,7 @@ class SnapshotMount(pyfuse3.Operations):
                 self._images.move_to_end(node.key)
                 try:
                     return image.read_into(off, size, self._buffer, wait=False)  # type: ignore[return-value]
-                except (WouldBlock, MomentGone):
+                except (WouldBlock, MomentGone, Damaged):
                     pass
             return await self._read_waiting(node, off, size)
         except Exception as error:  # noqa: BLE001 - must become an errno
@@ -122,6 +127,18 @@ class SnapshotMount(pyfuse3.Operations):
             # Made before the moment was held, and history was thinned out in between. One made now is right.
             self._images.pop(node.key, None)
             return await self._read_image(await self._image(node), off, size)
+        except Damaged as damage:
+            names = await self._names_of(node.moment.seq)
+            raise Damaged(f"snapshot {names}: {damage}" if names else str(damage)) from damage
+
+    async def _names_of(self, seq: Seq) -> str:
+        """The names that a person may know a damaged moment by; those of the last one asked for are kept."""
+        known, names = self._damaged
+        if known != seq:
+            found = await self._take_turns(self._tree.names_of, seq)
+            names = ", ".join(found[:NAMES_MAX])
+            self._damaged = seq, names
+        return names
 
     async def _read_image(self, image: PastImage, off: int, size: int) -> bytes:
         async with self._readers:
@@ -306,7 +323,9 @@ class SnapshotMount(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        value = self._attributes(self._inodes.node(inode)).get(name)
+        node = self._inodes.node(inode)
+        # `ls -l` asks for two of other names of each file.
+        value = self._attributes(node).get(name) if name.startswith(_XATTR_PREFIX) else None
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value

@@ -9,7 +9,8 @@ Invariants:
   comes to mean another moment it leads to another node; the node that it led to before goes on as it was;
 - a path that was a volume once and a directory at another time is both: a subdirectory's name wins over a snapshot's;
 - a moment that has been thinned out since it was looked up is MomentGone, never shown as the one that is there now;
-- what is kept is bounded: `CACHED_STATES_MAX` volume states, `bound_names.BINDINGS_MAX` names.
+- what is kept is bounded: `CACHED_STATES_MAX` volume states, `CACHED_VERSIONS_MAX` versions of paths,
+  `bound_names.BINDINGS_MAX` names.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ NAME_SECONDS: Final = 1.0
 """The same for a snapshot's name, which may be deleted and given anew."""
 CACHED_STATES_MAX: Final = 100_000
 """Volume states kept of moments that were looked at, some 200 bytes each."""
+CACHED_VERSIONS_MAX: Final = 50_000
+"""What paths were at snapshots that were listed, some 300 bytes each: listings of many snapshots of many volumes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,7 @@ class SnapshotTree:
         self._groups: OrderedDict[Seq, GroupMoment] = OrderedDict()
         self._rewritten = reader.rewritten
         self._cached_states = 0
+        self._versions: OrderedDict[tuple[str, Seq], tuple[Moment, VolumeState | None]] = OrderedDict()
         self._paths: frozenset[str] = frozenset()
         self._children: dict[str, set[str]] = {"": set()}
 
@@ -166,6 +170,10 @@ class SnapshotTree:
                 for name in sorted(_children(volumes).get(directory.path, ())):
                     yield name, Found(self._in_moment(directory, name), ALWAYS_SECONDS)
 
+    def names_of(self, seq: Seq) -> list[str]:
+        """Of the snapshots and bookmarks that a moment has."""
+        return [snapshot.name for snapshot in self._reader.snapshots() if snapshot.seq == seq]
+
     # Below volumes/
 
     def _lookup_version(self, path: str, name: str, who: int) -> Found:
@@ -201,11 +209,20 @@ class SnapshotTree:
 
     def _version(self, path: str, snapshot: Snapshot) -> SnapshotFile | None:
         """The volume that had `path` at a snapshot, unless the snapshot is of another one only."""
-        group = self._group_at(snapshot.seq)
-        state = group.volumes.get(path)
+        moment, state = self._version_at(path, snapshot.seq)
         if state is None or snapshot.volume not in (None, state.volume):
             return None
-        return SnapshotFile(state, group.moment)
+        return SnapshotFile(state, moment)
+
+    def _version_at(self, path: str, seq: Seq) -> tuple[Moment, VolumeState | None]:
+        """The moment, and the volume that had `path` there."""
+        known = self._versions.get((path, seq))
+        if known is None:
+            group = self._group_at(seq)
+            known = self._versions[path, seq] = group.moment, group.volumes.get(path)
+            if len(self._versions) > CACHED_VERSIONS_MAX:
+                self._versions.popitem(last=False)
+        return known
 
     def _refresh_paths(self) -> None:
         paths = self._reader.paths()
@@ -226,7 +243,7 @@ class SnapshotTree:
         return self._point(snapshot)
 
     def _point(self, snapshot: Snapshot) -> Found:
-        return Found(MomentDirectory(snapshot.name, self._group_at(snapshot.seq).moment, ""), NAME_SECONDS)
+        return Found(MomentDirectory(snapshot.name, self._version_at("", snapshot.seq)[0], ""), NAME_SECONDS)
 
     def _in_moment(self, directory: MomentDirectory, name: str) -> Node:
         group = self._group_of(directory.moment)
@@ -262,6 +279,7 @@ class SnapshotTree:
         if self._reader.rewritten != self._rewritten:
             self._rewritten = self._reader.rewritten
             self._groups.clear()
+            self._versions.clear()
             self._cached_states = 0
 
     def _is_there(self, moment: Moment) -> bool:
