@@ -153,18 +153,25 @@ class BlockCache:
         if not self._write_slots(slots, blocks):
             return
         with self._lock:
+            known = self._find(addresses[first])
+            self._owner[known[known >= 0]] = HOLE  # came meanwhile, or in another session
             self._marks[slots] = marks[first]
             self._generation[slots] = generation
             self._owner[slots] = addresses[first]
             self._enter(addresses[first], slots)
 
     def _enter(self, addresses: Addresses, slots: npt.NDArray[np.int64]) -> None:
-        """Into the index, in the place of an entry that counts no more, where there is one."""
+        """Into the index, each in the place of an entry that counts no more, where there is one in its set."""
         sets = self._sets(addresses)
-        owners = self._owner[self._index[sets]]
-        counts = (owners != HOLE) & (self._sets(owners) == sets[:, None])
-        # Two of one set may take the same place: the one that is lost so is fetched again.
-        self._index[sets, counts.argmin(axis=1)] = slots
+        while len(sets):
+            # Those of one set one after the other, or they would take the same place.
+            _, first = np.unique(sets, return_index=True)
+            some = sets[first]
+            owners = self._owner[self._index[some]]
+            counts = (owners != HOLE) & (self._sets(owners) == some[:, None])
+            place = np.where(counts.all(axis=1), slots[first] % _WAYS, counts.argmin(axis=1))
+            self._index[some, place] = slots[first]
+            sets, slots = np.delete(sets, first), np.delete(slots, first)
 
     def _sets(self, addresses: Addresses) -> Addresses:
         found: Addresses = (addresses * _GOLDEN) >> self._shift

@@ -168,7 +168,7 @@ class _Child:
         except ProtocolError as error:
             self._say(Failure(ErrorCode.PROTOCOL, str(error)[:1000]))
         except OSError:
-            _leave(0)  # nobody listens any more
+            return  # nobody listens any more, as the main thread hears
         except Exception as error:
             logging.getLogger("rewindfs.history").error("a question is not answered", exc_info=error)
             self._say(Failure(ErrorCode.STORE_FAILED, f"the reader's process failed: {explain(error)}"[:1000]))
