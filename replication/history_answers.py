@@ -251,19 +251,18 @@ class HistoryAnswers:
             self._store.pool.read_addresses(present, data)
         except Damaged:
             damage = self._read_singly(present, data)
-        marks = bytearray(len(found) * FINGERPRINT_BYTES)
-        told: list[tuple[int, str]] = []
-        kept: list[memoryview] = []
-        for index, number in enumerate(np.flatnonzero(found != HOLE).tolist()):
-            if index in damage:
-                told.append((number, damage[index]))
-                continue
-            block = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
-            # What was read matches its fingerprint, so this is the one that the store has.
-            at = number * FINGERPRINT_BYTES
-            marks[at : at + FINGERPRINT_BYTES] = xxhash.xxh3_128_digest(block)
-            kept.append(block)
-        return said.BlocksFound(bytes(marks), bytes(data) if not damage else b"".join(kept), tuple(told))
+        blocks = [data[at : at + BLOCK_BYTES] for at in range(0, len(data), BLOCK_BYTES)]
+        sound = np.array([index for index in range(len(blocks)) if index not in damage], dtype=np.intp)
+        if damage:
+            blocks = [blocks[index] for index in sound.tolist()]
+            data = memoryview(b"".join(blocks))
+        places = np.flatnonzero(found != HOLE)
+        marks = np.zeros(len(found), dtype=f"V{FINGERPRINT_BYTES}")
+        # What was read matches its fingerprint, so this is the one that the store has.
+        digests = b"".join([xxhash.xxh3_128_digest(block) for block in blocks])
+        marks[places[sound]] = np.frombuffer(digests, dtype=marks.dtype)
+        told = tuple((int(places[index]), text) for index, text in damage.items())
+        return said.BlocksFound(marks.tobytes(), data, told)
 
     def _read_singly(self, addresses: Addresses, data: memoryview) -> dict[int, str]:
         """Reads each block by itself; what is wrong with those that are damaged, by their number."""

@@ -35,6 +35,8 @@ TEXT_CHARACTERS_MAX: Final = 4096
 ERROR_CHARACTERS_MAX: Final = 4000
 DAMAGE_CHARACTERS_MAX: Final = 500
 _ZSTD_LEVEL: Final = 1
+_COMPRESS_BYTES_MIN: Final = 200
+_CHECKSUM_BYTES: Final = 8
 _HEAD: Final = Struct("<QB")
 """Of a result's body: checksum (xxh3_64 of all that follows it), form."""
 _PLAIN: Final = 0
@@ -240,7 +242,7 @@ class BlocksFound(_Body, frozen=True, tag="blocks-found"):
     a fingerprint of zeros, a damaged one is in `damage`, by its number, with what is wrong."""
 
     marks: bytes
-    data: bytes
+    data: memoryview
     damage: tuple[tuple[U64, str], ...]
 
 
@@ -264,6 +266,7 @@ Answer = (
     | BlocksFound | MarksFound | Refused
 )  # fmt: skip
 
+_encoder: Final = msgspec.msgpack.Encoder()
 _questions: Final = msgspec.msgpack.Decoder(Question)
 _answers: Final = msgspec.msgpack.Decoder(Answer)
 _KINDS: Final[dict[str, type[RewindError]]] = {
@@ -297,16 +300,21 @@ def question_of(body: bytes | memoryview) -> Question:
     return question  # type: ignore[no-any-return]
 
 
-def answer_bytes(answer: Answer, *, compress: bool) -> bytes:
+def answer_bytes(answer: Answer, *, compress: bool) -> memoryview:
     """The body of its Result, compressed where that is wanted and saves an eighth."""
-    body, form = msgspec.msgpack.encode(answer), _PLAIN
-    if compress:
-        smaller = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=False).compress(body)
-        if len(smaller) <= len(body) - len(body) // 8:
-            body, form = smaller, _ZSTD
-    hashed = xxhash.xxh3_64(bytes([form]))
-    hashed.update(body)
-    return _HEAD.pack(hashed.intdigest(), form) + body
+    body = bytearray(_HEAD.size)
+    body[-1] = _PLAIN
+    _encoder.encode_into(answer, body, _HEAD.size)
+    length = len(body) - _HEAD.size
+    if compress and length > _COMPRESS_BYTES_MIN:
+        compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=False)
+        smaller = compressor.compress(memoryview(body)[_HEAD.size :])
+        if len(smaller) <= length - length // 8:
+            body = bytearray(b"".join((bytes(_HEAD.size), smaller)))
+            body[_HEAD.size - 1] = _ZSTD
+    checksum = xxhash.xxh3_64_intdigest(memoryview(body)[_CHECKSUM_BYTES:])
+    _HEAD.pack_into(body, 0, checksum, body[_HEAD.size - 1])
+    return memoryview(body)
 
 
 def answer_of(body: bytes | memoryview) -> Answer:
@@ -315,7 +323,7 @@ def answer_of(body: bytes | memoryview) -> Answer:
         raise ProtocolError("a result that is none: it is too short")
     checksum, form = _HEAD.unpack_from(body)
     rest = memoryview(body)[_HEAD.size :]
-    if xxhash.xxh3_64_intdigest(memoryview(body)[8:]) != checksum:
+    if xxhash.xxh3_64_intdigest(memoryview(body)[_CHECKSUM_BYTES:]) != checksum:
         raise ProtocolError("a result is not what was sent: its checksum differs")
     try:
         if form == _ZSTD:

@@ -29,7 +29,6 @@ from replication.block_cache import BlockCache, Mask
 from replication.errors import LinkDown
 from replication.history_link import HistoryLink, SessionChanged
 from replication.history_queries import FETCH_BLOCKS_MAX, addresses_of, marks_array
-from replication.messages import FINGERPRINT_BYTES
 from replication.read_ahead import ReadAhead
 
 log = logging.getLogger("rewindfs.history")
@@ -44,7 +43,6 @@ FETCHERS: Final = 8
 """Of them, on their way at a time: what a link of 80 MB/s and 0.1 s holds."""
 SESSIONS_MAX: Final = 8
 """How often one read begins anew because its session ended."""
-_NO_MARK: Final = bytes(FINGERPRINT_BYTES)
 
 _T = TypeVar("_T")
 _Leaf = tuple[int, int, int, int]
@@ -259,21 +257,16 @@ class RemoteImage:
         places = np.flatnonzero(wanted)
         marks = marks_array(found.marks, len(places))
         damage = dict(found.damage)
-        data = memoryview(found.data)
+        data = found.data
         sound = [index for index in range(len(places)) if index not in damage]
         if len(data) != len(sound) * BLOCK_BYTES:
             raise self._link.broken(f"{len(data)} bytes for {len(sound)} blocks")
-        for number, index in enumerate(sound):
-            block = data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
-            mark = marks[index].tobytes()
-            if mark == _NO_MARK or xxhash.xxh3_128_digest(block) != mark:
-                where = (first + int(places[index])) * BLOCK_BYTES
-                raise Damaged(
-                    f"{self._link.address}: the block at {where} came with a fingerprint that it does not match"
-                )
-            if out is not None:
-                at = int(places[index]) * BLOCK_BYTES
-                out[at : at + BLOCK_BYTES] = block
+        blocks = [data[at : at + BLOCK_BYTES] for at in range(0, len(data), BLOCK_BYTES)]
+        if b"".join([xxhash.xxh3_128_digest(block) for block in blocks]) != marks[sound].tobytes():
+            raise Damaged(f"{self._link.address}: blocks came with a fingerprint that they do not match")
+        if out is not None:
+            for block, place in zip(blocks, places[sound].tolist(), strict=True):
+                out[place * BLOCK_BYTES : (place + 1) * BLOCK_BYTES] = block
         self._blocks.cache.insert(addresses[places[sound]], marks[sound], data, session)
         if damage and out is not None:
             raise Damaged(f"{self._link.address}: {next(iter(damage.values()))}")

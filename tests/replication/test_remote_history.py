@@ -368,7 +368,7 @@ def test_what_a_peer_says_wrongly_is_refused_and_never_kept(small: SmallHistory,
 def test_an_answer_that_a_link_has_changed_is_refused() -> None:
     answer = said.PointersFound(said.steps_of(np.arange(512, dtype=np.uint64)))
     for compress in (False, True):
-        body = said.answer_bytes(answer, compress=compress)
+        body = bytes(said.answer_bytes(answer, compress=compress))
         assert said.answer_of(body) == answer
         for at in range(len(body) if compress else 200):
             with pytest.raises(ProtocolError):
