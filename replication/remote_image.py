@@ -66,6 +66,8 @@ class RemoteBlocks:
     def close(self) -> None:
         """To be called after the link's close: what is under way fails, and is waited for."""
         self._fetchers.shutdown(cancel_futures=True)
+        for future in self._ahead.values():
+            future.set_result(None)  # of those that were never begun
 
     def leaf(self, key: _Leaf) -> Addresses | None:
         """The leaf, if it is known."""

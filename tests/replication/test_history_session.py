@@ -23,6 +23,7 @@ from replication import history_queries as said
 from replication.cache_options import CachePlace
 from replication.endpoint import listen
 from replication.errors import HandshakeRefused, LinkDown, ProtocolError
+from replication.first_service import FirstService
 from replication.frame_layout import QUERY, MessageType
 from replication.history import open_history
 from replication.history_link import HistoryLink, OtherStore
@@ -228,6 +229,32 @@ async def test_what_a_key_may_go_back_in(store_path: tuple[Path, dict[int, bytes
             await in_thread(go_back, address, client, "other")
         with pytest.raises(LinkDown, match="does not trust this machine's key"):
             await in_thread(go_back, address, stranger, GROUP)
+        await none_left(path)
+
+
+async def test_a_first_appliance_passes_it_on(store_path: tuple[Path, dict[int, bytes]], tmp_path: Path) -> None:
+    """Of the groups that its own peer may touch, not of those that it may itself."""
+    path, contents = store_path
+    client, server = make_friends(tmp_path, role=Role.READER, groups=(GROUP,))
+    seq = max(contents)
+
+    def go_back(address: str, group: str | None) -> bytes:
+        with open_history(address, group, Route(client), cache=CachePlace(tmp_path)) as history:
+            return history.image(history.group_at(Seq(seq)).volume("disk.img").volume, Seq(seq)).read(0, 1 << 30)
+
+    in_thread = trio.to_thread.run_sync
+    async with served(path, f"unix:{path}/s"):
+        first = FirstService(partial(connect_unix, path / "s"))
+        listener = await listen("tls://127.0.0.1:0", identity=server)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(first.serve, [listener])
+            address = str(listener.address)
+            assert await in_thread(go_back, address, GROUP) == contents[seq]
+            with pytest.raises(HandshakeRefused, match="reads one of them through a first appliance: name it"):
+                await in_thread(go_back, address, None)
+            with pytest.raises(HandshakeRefused, match="not trusted with group 'other'"):
+                await in_thread(go_back, address, "other")
+            first.stop()
         await none_left(path)
 
 
