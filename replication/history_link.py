@@ -38,10 +38,9 @@ from replication.history_queries import (
     error_of,
     question_bytes,
 )
-from replication.link import HANDSHAKE_SECONDS
+from replication.link import HANDSHAKE_SECONDS, next_message
 from replication.messages import PROTOCOL_VERSION, Failure, Hello, Message, Query, Result, Role, Welcome
 from replication.session import QUERIES_OPEN_MAX, Session, Side
-from replication.session_hearing import receive_in_time
 from replication.transport import Connection
 
 log = logging.getLogger("rewindfs.history")
@@ -402,12 +401,7 @@ class HistoryLink:
 
 
 async def _next(connection: Connection, session: Session) -> Message:
-    while (message := session.next_event()) is None:
-        data = await receive_in_time(connection, session)
-        if not data:
-            session.receive_eof()
-            raise LinkDown("the second appliance closed the connection")
-        session.receive_data(data)
+    message = await next_message(connection, session)
     if isinstance(message, Failure):
         raise HandshakeRefused(message.code, message.text)
     return message

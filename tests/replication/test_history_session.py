@@ -42,12 +42,13 @@ from replication.messages import (
 )
 from replication.route import Route
 from replication.second_appliance import SecondAppliance
-from replication.session import QUERIES_OPEN_MAX, Session, Side
-from replication.transport import Connection, connect_unix
+from replication.session import QUERIES_OPEN_MAX
+from replication.transport import connect_unix
 from replication.wire import encode
 from tests.fusefs.snapshot_history import GROUP
 from tests.fusefs.snapshot_history import History as SmallHistory
 from tests.replication.links import make_friends
+from tests.replication.test_relay import Stranger
 
 SECONDS = 60.0
 
@@ -75,24 +76,8 @@ async def served(path: Path, *addresses: str, identity: Identity | None = None) 
     store.close()
 
 
-class Reader:
-    """A client that says what a test tells it to."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.session = Session(Side.CLIENT)
-
-    async def say(self, *messages: Message) -> None:
-        await self.connection.send([part for message in messages for part in self.session.send(message)])
-
-    async def hear(self) -> Message | None:
-        with trio.fail_after(SECONDS):
-            while (message := self.session.next_event()) is None:
-                data = await self.connection.receive()
-                if not data:
-                    return None
-                self.session.receive_data(data)
-            return message
+class Reader(Stranger):
+    """A client that goes back, and says what a test tells it to."""
 
     async def answer(self, number: int, question: said.Question) -> said.Answer:
         await self.say(Query(number, said.question_bytes(question)))
@@ -101,7 +86,8 @@ class Reader:
         return said.answer_of(result.body)
 
     async def failure(self) -> Failure:
-        message = await self.hear()
+        with trio.fail_after(SECONDS):
+            message = await self.hear()
         assert isinstance(message, Failure), message
         assert await self.hear() is None
         return message
