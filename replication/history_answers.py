@@ -251,6 +251,11 @@ class HistoryAnswers:
             self._store.pool.read_addresses(present, data)
         except Damaged:
             damage = self._read_singly(present, data)
+        if damage:
+            with self._turn:
+                # Swept, perhaps, and not damaged: once a moment is thinned out its blocks may go.
+                self._group.refresh()
+                self._group.require(Seq(question.seq))
         blocks = [data[at : at + BLOCK_BYTES] for at in range(0, len(data), BLOCK_BYTES)]
         sound = np.array([index for index in range(len(blocks)) if index not in damage], dtype=np.intp)
         if damage:

@@ -17,7 +17,7 @@ from dedup.history import History
 from dedup.pins import Pinned, pinned
 from dedup.storage import Storage
 from dedup.store import Store
-from dedup.types import Epoch, Seq
+from dedup.types import ClockRun, Epoch, Seq, TimeNs, VolumeId
 from replication import history_link, history_process
 from replication import history_queries as said
 from replication.cache_options import CachePlace
@@ -42,7 +42,7 @@ from replication.messages import (
 )
 from replication.route import Route
 from replication.second_appliance import SecondAppliance
-from replication.session import QUERIES_OPEN_MAX
+from replication.session import QUERIES_OPEN_MAX, Session, Side
 from replication.transport import connect_unix
 from replication.wire import encode
 from tests.fusefs.snapshot_history import GROUP
@@ -376,4 +376,50 @@ async def test_nobody_there_and_an_older_appliance(tmp_path: Path) -> None:
         nursery.start_soon(answer, Result(1, b"r"))
         with pytest.raises(ProtocolError):
             await in_thread(go_back, f"unix:{tmp_path}/s")
+    await listener.aclose()
+
+
+async def test_a_peer_that_lies_is_left_and_tried_again(tmp_path: Path) -> None:
+    """What it said is not used: who asked is told, the session ends, and the next one is as good as any."""
+    listener = await listen(f"unix:{tmp_path}/s")
+    fine = said.answer_bytes(said.Refreshed("g", 7, (1, 1)), compress=False)
+    lies: list[bytes] = [b"x" * 40, bytes(fine[:-1]), bytes(said.answer_bytes(said.Done(), compress=False))]
+    link = HistoryLink("there", partial(connect_unix, tmp_path / "s"), None)
+
+    async def received(connection: Connection) -> bytes:
+        try:
+            return await connection.receive()
+        except LinkDown:
+            return b""
+
+    async def serve() -> None:
+        welcome = Welcome(
+            PROTOCOL_VERSION, "s", Epoch(0), Seq(0), Seq(0), TimeNs(0), ClockRun(0), False, False, VolumeId(0), b""
+        )
+        while True:
+            async with await listener.accept() as connection:
+                session = Session(Side.SERVER)
+                asked = 0
+                while data := await received(connection):
+                    session.receive_data(data)
+                    while (message := session.next_event()) is not None:
+                        if isinstance(message, Hello):
+                            await connection.send(session.send(welcome))
+                        elif isinstance(message, Query):
+                            asked += 1
+                            # The first one of a session is the link's own.
+                            body = lies.pop() if asked > 1 and lies else fine
+                            await connection.send(session.send(Result(message.id, body)))
+
+    in_thread = trio.to_thread.run_sync
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        await in_thread(link.open)
+        for _ in range(3):
+            with pytest.raises(ProtocolError, match="there: "):
+                await in_thread(link.ask, said.Refresh(), said.Refreshed)
+        assert (await in_thread(link.ask, said.Refresh(), said.Refreshed)).covered_until == 7
+        assert link.generation == 4
+        await in_thread(link.close)
+        nursery.cancel_scope.cancel()
     await listener.aclose()

@@ -21,7 +21,7 @@ from dedup.layout import RAW_SLOTS_OFFSET, container_path
 from dedup.pins import ReaderPins
 from dedup.reader import GroupReader, StoreReader
 from dedup.store import Store
-from dedup.types import BLOCK_BYTES, Seq, VolumeId
+from dedup.types import BLOCK_BYTES, ContainerId, Seq, VolumeId
 from replication import history_answers
 from replication import history_queries as said
 from replication.block_cache import CACHE_BYTES_MIN, BlockCache
@@ -217,7 +217,7 @@ def test_a_moment_that_goes_while_nobody_holds_it(tmp_path: Path, monkeypatch: p
     world.store.checkpoint()
     remote = remote_of(answers_over(world.store, "g", pins), tmp_path)
     far = remote.history
-    kept, gone = (Seq(seq) for seq in rng_pair(world))
+    kept, gone = (Seq(seq) for seq in kept_and_gone(world))
     images = {seq: far.image(world.volume, seq) for seq in (kept, gone)}
     for seq in (kept, gone):
         far.hold(seq)
@@ -245,7 +245,31 @@ def test_a_moment_that_goes_while_nobody_holds_it(tmp_path: Path, monkeypatch: p
     world.close()
 
 
-def rng_pair(world: World) -> tuple[int, int]:
+def test_blocks_that_were_swept_are_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "STEP_NS", STEP_NS)
+    world = World(tmp_path / "store")
+    pins = ReaderPins.open(world.path, world.store.storage)
+    world.history(12)
+    world.store.checkpoint()
+    remote = remote_of(answers_over(world.store, "g", pins), tmp_path)
+    kept, gone = kept_and_gone(world)
+    images = {seq: remote.history.image(world.volume, Seq(seq)) for seq in (kept, gone)}
+    for image in images.values():
+        image.read(0, BLOCK_BYTES)  # the pointers of all of it are known from here on
+    assert world.thin(POLICY).pieces
+    for file in (world.path / "containers").iterdir():
+        world.store.pool.forget(ContainerId(int(file.stem)))
+        file.rename(file.with_suffix(".away"))
+    with pytest.raises(MomentGone):
+        images[gone].read(0, world.size)
+    with pytest.raises(Damaged, match="is missing"):
+        images[kept].read(0, world.size)
+    remote.close()
+    pins.close()
+    world.close()
+
+
+def kept_and_gone(world: World) -> tuple[int, int]:
     """A moment that thinning keeps, and one that it takes."""
     kept = [seq for seq in world.kept() if world.has_volume(seq)]
     return kept[-1], next(seq for seq in kept[5:] if not world.in_gap(seq) and seq not in (kept[0], kept[-1]))
