@@ -43,7 +43,7 @@ from replication.messages import (
 from replication.route import Route
 from replication.second_appliance import SecondAppliance
 from replication.session import QUERIES_OPEN_MAX, Session, Side
-from replication.transport import connect_unix
+from replication.transport import Connection, connect_unix
 from replication.wire import encode
 from tests.fusefs.snapshot_history import GROUP
 from tests.fusefs.snapshot_history import History as SmallHistory
