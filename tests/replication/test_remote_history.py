@@ -155,19 +155,33 @@ def test_ranges_go_on_over_pages(small: SmallHistory, tmp_path: Path, monkeypatc
 
 
 def test_what_is_thinned_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeded steps of a writer and of somebody who goes back, near and from afar; sessions come and go."""
     monkeypatch.setattr(model, "STEP_NS", STEP_NS)
+    thinned, shown = go_back_while_it_is_thinned(tmp_path, 5, 60)
+    assert thinned > 2 and shown > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_thinned_meanwhile_at_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(model, "STEP_NS", STEP_NS)
+    thinned, shown = go_back_while_it_is_thinned(tmp_path, seed, 100)
+    assert thinned > 5 and shown > 20
+
+
+def go_back_while_it_is_thinned(tmp_path: Path, seed: int, steps: int) -> tuple[int, int]:
+    """Steps of a writer and of somebody who goes back, near and from afar; sessions come and go. How many pieces were
+    thinned, and how often a held image was read."""
     world = World(tmp_path / "store")
     pins = ReaderPins.open(world.path, world.store.storage)
     far_pins = ReaderPins.open(world.path, world.store.storage)
     near: GroupReader = world.open_reader(world.store.storage, pins)
     remote = remote_of(answers_over(world.store, "g", far_pins), tmp_path)
     far = remote.history
-    rng = random.Random(5)
+    rng = random.Random(seed)
     held: list[Seq] = []
     images: dict[Seq, Any] = {}
     thinned = shown = 0
-    for step in range(60):
+    for step in range(steps):
         match rng.randrange(6):
             case 0 | 1:
                 world.history(2)
@@ -202,11 +216,11 @@ def test_what_is_thinned_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for seq, image in images.items():
             assert image.read(0, image.size) == world.content(seq), f"step {step}, seq {seq}"
             shown += 1
-    assert thinned > 2 and shown > 30
     remote.close()
     pins.close()
     far_pins.close()
     world.close()
+    return thinned, shown
 
 
 def test_a_moment_that_goes_while_nobody_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
