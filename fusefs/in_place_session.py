@@ -32,8 +32,7 @@ from fusefs.mountpoint import absolute, control_socket
 from fusefs.open_files import holders
 from fusefs.restore_plan import RestorePlan, make_plan, volumes_at
 from replication.background import explain, is_expected
-from replication.held_moments import held_moments
-from replication.history import open_history
+from replication.history import held_moments, open_history
 from replication.route import Route
 
 

@@ -28,8 +28,7 @@ from fusefs.restore_claim import WHOLE_GROUP
 from fusefs.restore_plan import RestorePlan, volumes_at
 from fusefs.restored_file import Restored, RestoredFile
 from fusefs.restored_tree import RestoredTree
-from replication.held_moments import held_moments
-from replication.history import open_history
+from replication.history import held_moments, open_history
 from replication.route import Route, route_options
 
 RANGES_SHOWN: Final = 40

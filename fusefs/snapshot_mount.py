@@ -1,7 +1,7 @@
 """The snapshot mount: every recovery point of a group as a read-only file.
 
 Invariants:
-- `immutable`: an inode of a file is (volume, seq), and its bytes and attributes never change; so the kernel may keep
+- `immutable`: an inode of a file is (volume, moment), and its bytes and attributes never change; so the kernel may keep
   its pages and attributes for as long as it likes. What changes is which inode a name leads to;
 - `no-wrong-bytes`: a read that cannot be answered in full gives EIO; a short one is the end of the file only;
 - the moments of open files and directories are held: what is open is read to its end, whatever is thinned out. One

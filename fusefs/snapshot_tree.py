@@ -82,7 +82,7 @@ class MomentDirectory:
 
     @property
     def key(self) -> Hashable:
-        return (self.name, self.moment.seq, self.path)
+        return (self.name, self.moment.seq, self.moment.time, self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,8 @@ class SnapshotFile:
 
     @property
     def key(self) -> Hashable:
-        return (self.state.volume, self.moment.seq)
+        # The time, for a store far away may be put back to an older copy, and go on from there.
+        return (self.state.volume, self.moment.seq, self.moment.time)
 
 
 Directory = Root | VersionsDirectory | PointsDirectory | MomentDirectory
@@ -283,7 +284,8 @@ class SnapshotTree:
             self._cached_states = 0
 
     def _is_there(self, moment: Moment) -> bool:
-        return self._group_at(moment.seq).moment.seq == moment.seq
+        found = self._group_at(moment.seq).moment
+        return (found.seq, found.time) == (moment.seq, moment.time)
 
     def _group_of(self, moment: Moment) -> GroupMoment:
         """The group at exactly that moment. MomentGone."""

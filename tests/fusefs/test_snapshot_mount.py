@@ -432,8 +432,8 @@ def test_stores_that_cannot_be_browsed(tmp_path: Path) -> None:
         (tmp_path / "nothing", "nothing"),
         (tmp_path / "empty", "holds no group yet"),
         (tmp_path / "two", "holds the groups left, right; name one with --group"),
-        ("unix:/x", "not supported yet"),
-        ("tls://host:1", "not supported yet"),
+        ("unix:/x", "cannot connect to /x: No such file or directory"),
+        ("tcp://192.0.2.1:1", "use tls://, or allow it with --insecure-tcp"),
     ]:
         done = Browsed.command(store, mountpoint)
         assert done.returncode == 1
