@@ -15,7 +15,9 @@ from dedup.container import IDLE_SECONDS, ContainerPool
 from dedup.errors import RewindError
 from dedup.pins import Pinning
 from dedup.reader import StoreReader
-from fusefs.daemon import serve
+from fusefs.daemon import TASKS_MAX, serve
+from fusefs.inside.image_process import check_libraries
+from fusefs.inside_files import WAITING_MAX
 from fusefs.mountpoint import absolute, check_mountpoint, mount_at, mount_options
 from fusefs.snapshot_mount import SnapshotMount
 from replication.background import Ready, run
@@ -35,6 +37,7 @@ class StoreRefused(RewindError):
 @click.argument("store", metavar="STORE")
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--group", metavar="G", help="Which group, where the store holds several.")
+@click.option("--files", is_flag=True, help="Show the files inside the images, too (needs rewindfs[files]).")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Log there instead of to stderr.")
 @click.option("--allow-other", is_flag=True, help="Let other users in, as far as owner and mode of each volume say.")
@@ -46,6 +49,7 @@ def browse(
     store: str,
     mountpoint: Path,
     group: str | None,
+    files: bool,
     foreground: bool,
     log_file: Path | None,
     allow_other: bool,
@@ -58,6 +62,7 @@ def browse(
     MOUNTPOINT/volumes/VOLUME/NAME    a snapshot
     MOUNTPOINT/volumes/VOLUME/@TIME   any moment: @latest, @5m, @2026-11-22T10:15:30Z, @seq=41
     MOUNTPOINT/points/NAME/VOLUME     the whole group at one moment; points/@TIME too
+    MOUNTPOINT/files/VOLUME/NAME/…    with --files: what is inside the image; files/VOLUME/@TIME/… too
     """
     debug = debug or bool((context.obj or {}).get("debug"))
     if store.startswith(_ADDRESSES):
@@ -66,20 +71,36 @@ def browse(
     mountpoint = absolute(mountpoint)
     check_mountpoint(mountpoint)
     extra = [option for given in options for option in given.split(",") if option]
-    mount = mount_options(str(path), allow_other=allow_other, read_only=True, extra=extra)
-    run(partial(_serve, path, group, mountpoint, mount), foreground=foreground, log_file=log_file, debug=debug)
+    if files:
+        check_libraries()
+        _refuse_unsafe(extra)
+    # Whoever may read an image may read all that is in it; only other users are held to the modes in there.
+    check_modes = allow_other or not files
+    mount = mount_options(str(path), allow_other=allow_other, read_only=True, check_modes=check_modes, extra=extra)
+    run(partial(_serve, path, group, mountpoint, mount, files), foreground=foreground, log_file=log_file, debug=debug)
 
 
-async def _serve(path: Path, group: str | None, mountpoint: Path, options: set[str], ready: Ready) -> None:
+def _refuse_unsafe(options: list[str]) -> None:
+    """Images hold programs that are setuid for root; FUSE mounts are nosuid unless somebody asks otherwise."""
+    for option in options:
+        if option in ("suid", "dev"):
+            raise StoreRefused(f"-o {option}: not with --files, since anybody may have written what is inside an image")
+
+
+async def _serve(path: Path, group: str | None, mountpoint: Path, options: set[str], files: bool, ready: Ready) -> None:
     """The process of the mount: opens the store, then mounts, then is ready."""
     store = await trio.to_thread.run_sync(partial(StoreReader.open, path, pinning=Pinning.MOMENTS))
     try:
         reader = await trio.to_thread.run_sync(store.group, group)
-        operations = SnapshotMount(reader, partial(os.statvfs, path))
+        operations = SnapshotMount(reader, partial(os.statvfs, path), files=files)
+        tasks = TASKS_MAX + (WAITING_MAX if files else 0)
         async with trio.open_nursery() as background:
-            background.start_soon(_close_idle, store.pool)
+            background.start_soon(_close_idle, store.pool, operations)
             async with trio.open_nursery() as nursery:
-                await nursery.start(partial(serve, operations, mountpoint, options, drain=_nothing_to_drain))
+                serving = partial(
+                    serve, operations, mountpoint, options, drain=operations.inside.close, max_tasks=tasks
+                )
+                await nursery.start(serving)
                 # In a thread, like all that may look at the mount: its requests are answered by this one.
                 await trio.to_thread.run_sync(_raise_read_ahead, mountpoint)
                 ready.ready()
@@ -89,15 +110,12 @@ async def _serve(path: Path, group: str | None, mountpoint: Path, options: set[s
         store.close()
 
 
-async def _close_idle(pool: ContainerPool) -> None:
+async def _close_idle(pool: ContainerPool, operations: SnapshotMount) -> None:
     """Containers that are replaced or removed under a mount at rest give their room back all the same."""
     while True:
         await trio.sleep(IDLE_SECONDS)
         await trio.to_thread.run_sync(pool.close_idle)
-
-
-async def _nothing_to_drain() -> None:
-    """A reader owes nobody anything."""
+        await operations.inside.close_idle()
 
 
 def _raise_read_ahead(mountpoint: Path) -> None:
