@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 import trio
@@ -44,8 +44,10 @@ _T = TypeVar("_T")
 @dataclass(slots=True, eq=False)
 class _Running:
     process: ImageProcess
-    users: int
-    used: float
+    users: int = 0
+    used: float = 0.0
+    turn: trio.Lock = field(default_factory=trio.Lock)
+    """An image that takes long keeps one thread waiting, not all."""
 
 
 class InsideFiles:
@@ -53,7 +55,7 @@ class InsideFiles:
     image raises."""
 
     def __init__(self, image: Callable[[ImageDirectory], Awaitable[PastImage]]) -> None:
-        """`image` gives the bytes; MomentGone."""
+        """`image` makes the bytes of an image; MomentGone."""
         self._image = image
         self._running: OrderedDict[object, _Running] = OrderedDict()
         self._threads = trio.CapacityLimiter(THREADS_MAX)
@@ -61,17 +63,20 @@ class InsideFiles:
 
     async def open(self, image: ImageDirectory) -> Opened:
         """What an image holds. ImageUnreadable where it holds nothing that is read."""
+        running = self._running.get(image.key)
+        if running is not None and running.process.opened is not None:
+            return running.process.opened
         return await self._ask(image, "", ImageProcess.open)
 
     async def lookup(self, directory: Inside, name: bytes) -> InsideNode | None:
         """What has that name in a directory, if anything has."""
         inner = await self._directory(directory)
-        entries = await self._ask(_image_of(directory), _path(directory, name), ImageProcess.lookup, inner, name)
+        entries = await self._ask(image_of(directory), _path(directory, name), ImageProcess.lookup, inner, name)
         if not entries.entries:
             return None
         node = self._node(directory, entries.entries[0])
         if node is None:
-            raise _unreadable(await self._label(directory), _path(directory, name), "its inode is damaged")
+            raise _unreadable(await self.label(directory), _path(directory, name), "its inode is damaged")
         return node
 
     async def entries(self, directory: Inside, start: int) -> list[tuple[bytes, InsideNode | None]]:
@@ -80,10 +85,10 @@ class InsideFiles:
         ImageUnreadable in the place of the end, where the directory has names that cannot be shown.
         """
         inner = await self._directory(directory)
-        page: Entries = await self._ask(_image_of(directory), _path(directory), ImageProcess.list, inner, start)
+        page: Entries = await self._ask(image_of(directory), _path(directory), ImageProcess.list, inner, start)
         if not page.entries and page.unusable:
             what = f"{page.unusable} names in this directory cannot be shown: twice there, or none that Linux allows"
-            raise _unreadable(await self._label(directory), _path(directory), what)
+            raise _unreadable(await self.label(directory), _path(directory), what)
         return [(entry.name, self._node(directory, entry)) for entry in page.entries]
 
     async def read(self, node: InsideNode, offset: int, length: int) -> bytes:
@@ -104,6 +109,12 @@ class InsideFiles:
     async def xattrs(self, node: InsideNode) -> dict[bytes, bytes]:
         """Extended attributes that it has in the image."""
         return await self._ask(node.image, node.path, ImageProcess.xattrs, node.inner)
+
+    async def label(self, node: Inside) -> str:
+        """Volume and moment of an image, for messages."""
+        image = image_of(node)
+        running = self._running.get(image.key)
+        return (await self._image(image)).label if running is None else running.process.label
 
     async def close_idle(self) -> None:
         """Ends the processes that nobody has asked for a while."""
@@ -144,12 +155,13 @@ class InsideFiles:
             if running is None:
                 bytes_of = await self._image(image)
                 # Another task may have come here as well meanwhile.
-                running = self._running.get(image.key) or _Running(ImageProcess(bytes_of), 0, 0)
+                running = self._running.get(image.key) or _Running(ImageProcess(bytes_of))
                 self._running[image.key] = running
             running.users += 1
             self._running.move_to_end(image.key)
             try:
-                yield running.process
+                async with running.turn:
+                    yield running.process
             except MomentGone:
                 if self._running.get(image.key) is running:
                     del self._running[image.key]
@@ -168,9 +180,6 @@ class InsideFiles:
         for process in [self._running.pop(key).process for key in ending]:
             await trio.to_thread.run_sync(process.close)
 
-    async def _label(self, node: Inside) -> str:
-        return (await self._image(_image_of(node))).label
-
     # Nodes
 
     async def _directory(self, directory: Inside) -> InnerNode:
@@ -183,7 +192,7 @@ class InsideFiles:
     def _node(self, directory: Inside, entry: Entry) -> InsideNode | None:
         if entry.status is None:
             return None
-        return InsideNode(_image_of(directory), entry.node, entry.status, _path(directory, entry.name))
+        return InsideNode(image_of(directory), entry.node, entry.status, _path(directory, entry.name))
 
 
 def fill(entry: EntryAttributes, node: InsideNode) -> None:
@@ -196,7 +205,8 @@ def fill(entry: EntryAttributes, node: InsideNode) -> None:
     entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = status.atime, status.mtime, status.ctime
 
 
-def _image_of(node: Inside) -> ImageDirectory:
+def image_of(node: Inside) -> ImageDirectory:
+    """The image that something is in."""
     return node.image if isinstance(node, InsideNode) else node
 
 
@@ -206,4 +216,5 @@ def _path(directory: Inside, name: bytes = b"") -> str:
 
 
 def _unreadable(label: str, path: str, what: str) -> ImageUnreadable:
-    return ImageUnreadable(f"{label}: /{path}: {what}".encode(errors="backslashreplace").decode())
+    where = f"{label}: /{path}" if path else label
+    return ImageUnreadable(f"{where}: {what}".encode(errors="backslashreplace").decode())

@@ -21,6 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeVar
 
 import pyfuse3
@@ -94,7 +95,7 @@ class SnapshotMount(ReadOnlyOperations):
         super().__init__()
         self._reader = reader
         self._tree = SnapshotTree(reader, clock=time.monotonic, files=files)
-        self.inside = InsideFiles(self._image)
+        self.inside = InsideFiles(partial(self._take_turns, _image_of, reader))
         self._store_statvfs = store_statvfs
         self._inodes = SnapshotInodes()
         self._one_turn = trio.CapacityLimiter(1)
@@ -149,7 +150,7 @@ class SnapshotMount(ReadOnlyOperations):
                 self._spare_buffers.append(buffer)
             return part  # type: ignore[return-value]  # pyfuse3 takes any buffer
 
-    async def _image(self, node: SnapshotFile | ImageDirectory) -> PastImage:
+    async def _image(self, node: SnapshotFile) -> PastImage:
         image = self._images.get(node.key)
         if image is None:
             image = await self._take_turns(_image_of, self._reader, node)
@@ -172,7 +173,8 @@ class SnapshotMount(ReadOnlyOperations):
         node = self._file(inode)
         await self._hold(node.moment.seq)
         try:
-            await self._image(node.image if isinstance(node, InsideNode) else node)
+            if isinstance(node, SnapshotFile):
+                await self._image(node)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._take_turns(self._reader.release, node.moment.seq)
@@ -244,8 +246,8 @@ class SnapshotMount(ReadOnlyOperations):
         except ImageUnreadable as refusal:
             self._refused(directory, "no files are shown", str(refusal))
             return False
+        label = await self.inside.label(directory)
         if opened.unclean and self._unclean.get(directory) != opened.unclean:
-            label = (await self._image(directory)).label
             log.warning(
                 "%s: %s; what was written last may be missing: clone it and mount the clone", label, opened.unclean
             )
@@ -253,7 +255,7 @@ class SnapshotMount(ReadOnlyOperations):
             if len(self._unclean) > REFUSALS_MAX:
                 self._unclean.popitem(last=False)
         if opened.refused:
-            self._refused(directory, "not all partitions are shown", opened.refused)
+            self._refused(directory, "not all partitions are shown", f"{label}: {opened.refused}")
         return True
 
     def _refused(self, directory: Directory | ImageDirectory, what: str, reason: str) -> None:
@@ -309,7 +311,7 @@ class SnapshotMount(ReadOnlyOperations):
         entries = await self.inside.entries(directory, start)
         if not entries and listing.unreadable:
             what = f"{listing.unreadable} names were not listed: their inodes are damaged"
-            raise ImageUnreadable(f"{(await self._image(_image_directory(directory))).label}: {what}")
+            raise ImageUnreadable(f"{await self.inside.label(directory)}: {what}")
         listing.unreadable = (0 if start == 0 else listing.unreadable) + sum(node is None for _, node in entries)
         for index, (name, node) in enumerate(entries):
             if node is None:
@@ -434,10 +436,6 @@ class SnapshotMount(ReadOnlyOperations):
 
 def _lookup(tree: SnapshotTree, directory: Directory, name: str, who: int) -> Found:
     return tree.lookup(directory, name, who=who)
-
-
-def _image_directory(node: Inside) -> ImageDirectory:
-    return node.image if isinstance(node, InsideNode) else node
 
 
 def _image_of(reader: History, node: SnapshotFile | ImageDirectory) -> PastImage:

@@ -45,6 +45,8 @@ from fusefs.inside.messages import (
 from replication.supervisor import child_environment
 
 LIBRARIES: Final = ("extfs", "xfs", "btrfs", "ntfs", "fat", "volume")
+QUESTION_SECONDS: Final = 20.0
+"""Of the process's own time: waiting for bytes of the image does not count."""
 END_SECONDS: Final = 2.0
 _FETCH_STEP_BYTES: Final = 1 << 20
 _T = TypeVar("_T", Opened, Entries, Bytes, Attributes)
@@ -76,8 +78,9 @@ def _is_missing(name: str) -> bool:
 class ImageProcess:
     """Reads the files in one image. All methods but `close` may raise ImageUnreadable, or what the image raises."""
 
-    def __init__(self, image: PastImage) -> None:
-        """Starts nothing yet."""
+    def __init__(self, image: PastImage, *, question_seconds: float = QUESTION_SECONDS) -> None:
+        """Starts nothing yet. A question may take `question_seconds` of computing."""
+        self._question_seconds = question_seconds
         self.label = image.label
         self._image = image
         self._lock = threading.Lock()
@@ -189,7 +192,7 @@ class ImageProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fusefs.inside.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "fusefs.inside.worker", str(theirs.fileno()), str(self._question_seconds)],
                 env=child_environment(),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

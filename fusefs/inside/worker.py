@@ -1,8 +1,8 @@
-"""The process that reads one image: `python -m fusefs.inside.worker DESCRIPTOR`, started by `image_process`.
+"""The process that reads one image: `python -m fusefs.inside.worker DESCRIPTOR SECONDS`, started by `image_process`.
 
 Invariants:
 - the image is untrusted: whatever it makes the libraries do ends with an answer, with Failed, or with this process:
-  after QUESTION_SECONDS of computing for one question, or where MEMORY_BYTES are not enough;
+  after SECONDS of computing for one question, or where MEMORY_BYTES are not enough;
 - it writes nothing, opens nothing and reads nothing but its connection, and ends with it.
 """
 
@@ -40,8 +40,6 @@ from fusefs.inside.messages import (
     encode,
 )
 
-QUESTION_SECONDS: Final = 20.0
-"""Of this process's own time: waiting for bytes of the image does not count."""
 MEMORY_BYTES: Final = 1 << 30
 """Of address space, most of which is never touched."""
 _ERROR_CHARACTERS_MAX: Final = 500
@@ -52,15 +50,16 @@ class _ConnectionLost(BaseException):
 
 
 class _Worker:
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, seconds: float) -> None:
         self._connection = connection
+        self._seconds = seconds
         self._tree: ImageTree | None = None
 
     def serve(self) -> None:
         """Answers until the connection ends."""
         while True:
             question = self._receive()
-            signal.setitimer(signal.ITIMER_PROF, QUESTION_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, self._seconds)
             try:
                 answer = encode(self._answer(question))
             except Exception as error:  # noqa: BLE001 - what an image may cause is anything
@@ -135,7 +134,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(5)
     try:
-        _Worker(Connection(int(sys.argv[1]))).serve()
+        _Worker(Connection(int(sys.argv[1])), float(sys.argv[2])).serve()
     except _ConnectionLost:
         return
 
