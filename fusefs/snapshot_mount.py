@@ -81,8 +81,11 @@ class _Listing:
     directory: Directory | Inside
     held: Seq | None
     entries: list[tuple[str, Found]] = field(default_factory=list)
-    unreadable: int = 0
-    """Names inside an image that were left out."""
+    page: list[tuple[bytes, InsideNode | None]] = field(default_factory=list)
+    page_start: int = 0
+    """Inside an image: the entries that are being given."""
+    unreadable: set[bytes] = field(default_factory=set)
+    """Names that were left out."""
 
 
 class SnapshotMount(ReadOnlyOperations):
@@ -308,19 +311,26 @@ class SnapshotMount(ReadOnlyOperations):
         """A part of a listing. Names whose inode is damaged are left out, and instead of the end there is an error."""
         if not await self._holds_files(directory):
             return
-        entries = await self.inside.entries(directory, start)
-        if not entries and listing.unreadable:
-            what = f"{listing.unreadable} names were not listed: their inodes are damaged"
+        replied = False
+        while not replied:
+            if not listing.page_start <= start < listing.page_start + len(listing.page):
+                listing.page_start, listing.page = start, await self.inside.entries(directory, start)
+            if not listing.page:
+                break
+            for name, node in listing.page[start - listing.page_start :]:
+                start += 1
+                if node is None:
+                    listing.unreadable.add(name)
+                    continue
+                number = self._inodes.number(node)
+                if not pyfuse3.readdir_reply(token, name, self._entry(number, node, ALWAYS_SECONDS), start):
+                    self._inodes.forget(number)
+                    return
+                self._inodes.refer(number)
+                replied = True
+        if not replied and listing.unreadable:
+            what = f"{len(listing.unreadable)} names were not listed: their inodes are damaged"
             raise ImageUnreadable(f"{await self.inside.label(directory)}: {what}")
-        listing.unreadable = (0 if start == 0 else listing.unreadable) + sum(node is None for _, node in entries)
-        for index, (name, node) in enumerate(entries):
-            if node is None:
-                continue
-            number = self._inodes.number(node)
-            if not pyfuse3.readdir_reply(token, name, self._entry(number, node, ALWAYS_SECONDS), start + index + 1):
-                self._inodes.forget(number)
-                return
-            self._inodes.refer(number)
 
     async def _list(self, directory: Directory) -> list[tuple[str, Found]]:
         """All of a listing, leaving turns to others in between."""

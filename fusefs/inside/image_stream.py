@@ -110,6 +110,6 @@ class ImageStream(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         left = max(0, self.size - self._position)
         count = left if size is None or size < 0 else min(size, left)
-        data = self.read_at(self._position, count)
+        data = self.read_at(self._position, count) if count else b""
         self._position += count
         return data

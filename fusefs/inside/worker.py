@@ -8,7 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import sys
@@ -132,7 +131,6 @@ def main() -> None:
         signal.signal(number, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(5)
     try:
         _Worker(Connection(int(sys.argv[1])), float(sys.argv[2])).serve()
     except _ConnectionLost:

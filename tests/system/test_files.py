@@ -163,7 +163,7 @@ def test_what_only_the_journal_holds_is_there(world: World) -> None:
     chance = random.Random(3)
     for name in options:
         disk = world.loop_mount(world.mnt / name)
-        for turn in range(9):
+        for turn in range(6):
             place = disk / f"turn-{turn}"
             place.mkdir()
             for number in range(15):
@@ -184,7 +184,7 @@ def test_what_only_the_journal_holds_is_there(world: World) -> None:
         said = world.run("dumpe2fs", "-h", copy).stdout
         assert "needs_recovery" in said
         with mounted(world, Kind(name, ()), copy) as place:
-            assert check_shown(files / name / f"@{name}", place, unix=True) > 80
+            assert check_shown(files / name / f"@{name}", place, unix=True) > 50
     for disk in list(world._loop_mounts):
         world.loop_unmount(disk)
 
@@ -317,7 +317,6 @@ def test_many_damaged_images(world: World) -> None:
 
 
 def test_without_the_extra_it_says_what_to_install(world: World) -> None:
-    keep(world)
     program = (
         "import sys; from fusefs.cli import main; sys.modules['dissect'] = None; "
         f"sys.argv[1:] = ['browse', '--files', {str(world.store)!r}, {str(world.snap)!r}]; main()"
