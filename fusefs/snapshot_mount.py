@@ -7,8 +7,8 @@ Invariants:
 - the moments of open files and directories are held: what is open is read to its end, whatever is thinned out. One
   that is gone when it is opened gives ESTALE, and the kernel looks its name up again;
 - one thread at a time uses the reader of the group (`_take_turns`); images are read by READERS_MAX threads;
-- bounded: IMAGES_MAX images, READERS_MAX buffers, REFUSALS_MAX reasons, whatever is open. An open file has no image
-  of its own.
+- bounded: IMAGES_MAX images, READERS_MAX buffers, REFUSALS_MAX reasons, whatever is open, what `known_names` and
+  `inside_files` are bounded by. An open file has no image of its own.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq, TimeNs
 from fusefs.errors import fuse_error, handler
 from fusefs.inside.image_process import ImageUnreadable
 from fusefs.inside_files import InsideFiles, fill
+from fusefs.known_names import KnownNames
 from fusefs.read_only_operations import ReadOnlyOperations, refuse_change
 from fusefs.snapshot_inodes import SnapshotInodes
 from fusefs.snapshot_tree import (
@@ -107,6 +108,7 @@ class SnapshotMount(ReadOnlyOperations):
         self._images: OrderedDict[Hashable, PastImage] = OrderedDict()
         self._refusals: OrderedDict[Directory | ImageDirectory, str] = OrderedDict()
         self._open_files: dict[int, SnapshotFile | InsideNode] = {}
+        self._known_names = KnownNames(partial(pyfuse3.invalidate_entry_async, ignore_enoent=True))
         self._unclean: OrderedDict[ImageDirectory, str] = OrderedDict()
         self._listings: dict[int, _Listing] = {}
         self._next_handle = 1
@@ -219,7 +221,7 @@ class SnapshotMount(ReadOnlyOperations):
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         directory = self._directory(parent_inode)
         if isinstance(directory, Inside):
-            return await self._lookup_inside(directory, name)
+            return await self._lookup_inside(parent_inode, directory, name)
         try:
             found = await self._take_turns(_lookup, self._tree, directory, name.decode(), ctx.pid)
         except (FileNotFoundError, UnicodeDecodeError):
@@ -234,10 +236,12 @@ class SnapshotMount(ReadOnlyOperations):
         self._inodes.refer(number)
         return self._entry(number, found.node, found.seconds)
 
-    async def _lookup_inside(self, directory: Inside, name: bytes) -> EntryAttributes:
+    async def _lookup_inside(self, parent: int, directory: Inside, name: bytes) -> EntryAttributes:
         node = await self.inside.lookup(directory, name) if await self._holds_files(directory) else None
         if node is None:
             raise FUSEError(errno.ENOENT)
+        if not stat.S_ISDIR(node.status.mode):
+            self._known_names.add(parent, name)
         return self._referred(Found(node, ALWAYS_SECONDS))
 
     async def _holds_files(self, directory: Inside) -> bool:
@@ -327,6 +331,8 @@ class SnapshotMount(ReadOnlyOperations):
                     self._inodes.forget(number)
                     return
                 self._inodes.refer(number)
+                if not stat.S_ISDIR(node.status.mode):
+                    self._known_names.add(self._inodes.number(directory), name)
                 replied = True
         if not replied and listing.unreadable:
             what = f"{len(listing.unreadable)} names were not listed: their inodes are damaged"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Final
@@ -23,6 +24,10 @@ from fusefs.inside.image_stream import ImageStream
 
 _ROOT: Final = 5
 _VOLUME: Final = 3
+_LOG: Final = 2
+_LOG_BYTES: Final = 1 << 17
+"""More than its two restart pages."""
+_LOG_NO_CLIENT, _LOG_CLEAN_FLAG = 0xFFFF, 0x2
 _FIRST_OWN: Final = 16
 """Records before it are of the system."""
 _DOS_NAME: Final = 2
@@ -45,7 +50,8 @@ class Ntfs:
         self._library = NTFS(stream)
         information = self._library.mft.get(_VOLUME).attributes[ATTRIBUTE_TYPE_CODE.VOLUME_INFORMATION]
         flags = int.from_bytes(information[0].data()[10:12], "little")
-        self.unclean = "this ntfs was not cleanly unmounted: its log is not replayed" * (flags & 1)
+        clean = not flags & 1 and log_is_clean(self._library.mft.get(_LOG).open().read(_LOG_BYTES))
+        self.unclean = "" if clean else "this ntfs was not cleanly unmounted, and its log is not replayed"
         self._record = lru_cache(1024)(self._find_record)
         self._open = lru_cache(16)(self._open_file)
 
@@ -155,3 +161,20 @@ class Ntfs:
         if clusters * self._library.cluster_size < first.size:
             raise Corrupt("a file some of whose extents are missing")
         return file, int(first.header.Form.Nonresident.ValidDataLength)
+
+
+def log_is_clean(start: bytes) -> bool:
+    """Whether a $LogFile that begins so says that nothing has to be replayed."""
+    if not start.strip(b"\xff"):
+        return True  # emptied
+    newest, clean = -1, False
+    page = 0
+    for _ in range(2):
+        if start[page : page + 4] != b"RSTR":
+            break
+        size, _, at = struct.unpack_from("<2IH", start, page + 16)
+        sequence, client, flags = struct.unpack_from("<Q4x2H", start, page + at)
+        if sequence > newest:
+            newest, clean = sequence, client == _LOG_NO_CLIENT or bool(flags & _LOG_CLEAN_FLAG)
+        page += size
+    return clean

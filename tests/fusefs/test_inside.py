@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dedup.errors import Damaged, MomentGone
+from fusefs import known_names
 from fusefs.inside.filesystem import Corrupt
 from fusefs.inside.image_process import ImageProcess, ImageUnreadable, check_libraries
 from fusefs.inside.image_stream import CACHE_BLOCK_BYTES, ImageBytes, ImageStream
@@ -209,3 +210,38 @@ def test_no_image_at_all(seed: int) -> None:
 
 def test_messages_are_small() -> None:
     assert len(encode(Open(1 << 50))) < 40 and len(encode(Read((0, 12), 1 << 40, 1 << 20))) < 60
+
+
+def log_file(pages: list[tuple[int, int, int]]) -> bytes:
+    """A $LogFile whose restart pages say: sequence, first client in use, flags."""
+    data = b""
+    for sequence, client, flags in pages:
+        head = struct.pack("<4s2HQ2IH", b"RSTR", 0x1E, 9, 0, 4096, 4096, 0x30).ljust(0x30, b"\0")
+        data += (head + struct.pack("<Q4H", sequence, 1, 0xFFFF, client, flags)).ljust(4096, b"\0")
+    return data + bytes(8192)
+
+
+@pytest.mark.parametrize(
+    ("start", "clean"),
+    [
+        (b"\xff" * 8192, True),
+        (log_file([(5, 0, 0), (6, 0xFFFF, 0)]), True),
+        (log_file([(5, 0xFFFF, 0), (6, 0, 0)]), False),
+        (log_file([(9, 0, 2), (6, 0, 0)]), True),
+        (bytes(8192), False),
+        (b"CHKD" + bytes(8188), False),
+    ],
+)
+def test_ntfs_logs(start: bytes, clean: bool) -> None:
+    from fusefs.inside.ntfs import log_is_clean
+
+    assert log_is_clean(start) == clean
+
+
+def test_names_that_the_kernel_is_told_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_names, "NAMES_MAX", 3)
+    forgotten: list[tuple[int, bytes]] = []
+    names = known_names.KnownNames(lambda directory, name: forgotten.append((directory, name)))
+    for name in (b"a", b"b", b"c", b"a", b"d", b"e"):
+        names.add(7, name)
+    assert forgotten == [(7, b"b"), (7, b"c")]
