@@ -15,7 +15,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -38,6 +38,7 @@ PROCESSES_MAX: Final = 4
 IDLE_SECONDS: Final = 60.0
 WAITING_MAX: Final = 192
 THREADS_MAX: Final = 16
+NAMES_SAID_MAX: Final = 5
 _T = TypeVar("_T")
 
 
@@ -90,6 +91,13 @@ class InsideFiles:
             what = f"{page.unusable} names in this directory cannot be shown: twice there, or none that Linux allows"
             raise _unreadable(await self.label(directory), _path(directory), what)
         return [(entry.name, self._node(directory, entry)) for entry in page.entries]
+
+    async def left_out(self, directory: Inside, names: Collection[bytes]) -> ImageUnreadable:
+        """The error that says which names of a directory could not be listed."""
+        shown = ", ".join(os.fsdecode(name) for name in sorted(names)[:NAMES_SAID_MAX])
+        more = f" and {len(names) - NAMES_SAID_MAX} more" if len(names) > NAMES_SAID_MAX else ""
+        what = f"not listed, because their inodes are damaged: {shown}{more}"
+        return _unreadable(await self.label(directory), _path(directory), what)
 
     async def read(self, node: InsideNode, offset: int, length: int) -> bytes:
         """Bytes of a file, fewer at its end."""

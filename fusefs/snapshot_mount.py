@@ -335,8 +335,7 @@ class SnapshotMount(ReadOnlyOperations):
                     self._known_names.add(self._inodes.number(directory), name)
                 replied = True
         if not replied and listing.unreadable:
-            what = f"{len(listing.unreadable)} names were not listed: their inodes are damaged"
-            raise ImageUnreadable(f"{await self.inside.label(directory)}: {what}")
+            raise await self.inside.left_out(directory, listing.unreadable)
 
     async def _list(self, directory: Directory) -> list[tuple[str, Found]]:
         """All of a listing, leaving turns to others in between."""
@@ -383,6 +382,11 @@ class SnapshotMount(ReadOnlyOperations):
             entry.attr_timeout = ALWAYS_SECONDS if fixed else DIRECTORY_SECONDS
             entry.st_mode = stat.S_IFDIR | 0o555
             entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+            if isinstance(node, ImageDirectory):
+                # Who may not read the image may not see into it either.
+                readable = node.state.mode & 0o444
+                entry.st_mode = stat.S_IFDIR | readable | readable >> 2
+                entry.st_uid, entry.st_gid = node.state.uid, node.state.gid
             # Not a count of subdirectories: programs that count on one would stop looking too early.
             entry.st_nlink = 1
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = moment

@@ -80,18 +80,21 @@ class Journal:
             raise Corrupt("its journal's superblock does not match its checksum")
 
     def newer_blocks(self) -> dict[int, NewerBlock]:
-        """Block of the file system → its newer bytes. Corrupt where the kernel would refuse to mount it."""
+        """Block of the file system → its newer bytes, each checked against its checksum. Corrupt."""
         transactions = list(self._committed())
         revoked: dict[int, int] = {}
         for index, transaction in enumerate(transactions):
             revoked.update(dict.fromkeys(transaction.revoked, index))
-        newer: dict[int, NewerBlock] = {}
+        newer: dict[int, tuple[NewerBlock, int]] = {}
         for index, transaction in enumerate(transactions):
-            for block, place in transaction.blocks.items():
-                if index > revoked.get(block, -1):
-                    self._check_data(place, transaction.sequence)
-                    newer[block] = place
-        return newer
+            for number, block in transaction.blocks.items():
+                if index > revoked.get(number, -1):
+                    newer[number] = block, transaction.sequence
+        for number, (block, sequence) in newer.items():
+            if number > self._last_block:
+                raise Corrupt(f"its journal holds a block {number}, which the file system has not")
+            self._check_data(block, sequence)
+        return {number: block for number, (block, _) in newer.items()}
 
     def bytes_of(self, block: NewerBlock) -> bytes:
         """What the file system's block would hold."""

@@ -2,7 +2,7 @@
 
 Invariants:
 - one question at a time for each image (`_lock`); any thread may ask, and waits;
-- an image whose process ended by itself, or said what it must not, is broken until this is closed: each question fails;
+- an image whose process ended by itself, or said what it must not, is broken for BROKEN_SECONDS: each question fails;
 - bytes of the image that cannot be had are that error and no other: whoever asked gets it, and the process is gone.
 """
 
@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from typing import Final, TypeVar
@@ -47,6 +48,7 @@ from replication.supervisor import child_environment
 LIBRARIES: Final = ("extfs", "xfs", "btrfs", "ntfs", "fat", "volume")
 QUESTION_SECONDS: Final = 20.0
 """Of the process's own time: waiting for bytes of the image does not count."""
+BROKEN_SECONDS: Final = 60.0
 END_SECONDS: Final = 2.0
 _FETCH_STEP_BYTES: Final = 1 << 20
 _T = TypeVar("_T", Opened, Entries, Bytes, Attributes)
@@ -88,6 +90,7 @@ class ImageProcess:
         self._connection: Connection | None = None
         self._closed = False
         self._broken = ""
+        self._broken_until = 0.0
         self.opened: Opened | None = None
         """What the image holds, once it was looked at."""
 
@@ -108,7 +111,7 @@ class ImageProcess:
         """Bytes of a file, fewer at its end."""
         data = self._ask(Read(node, offset, length), Bytes).data
         if len(data) > length:
-            raise self._unreadable("more bytes than there are")
+            raise ImageUnreadable("more bytes than there are")
         return data
 
     def readlink(self, node: Node) -> bytes:
@@ -133,17 +136,16 @@ class ImageProcess:
     def _opened(self) -> Opened:
         """With a process that has opened the image."""
         if self._closed:
-            raise self._unreadable("it was closed")
-        if self._broken:
-            raise self._unreadable(self._broken)
+            raise ImageUnreadable("it was closed")
+        if self._broken and time.monotonic() < self._broken_until:
+            raise ImageUnreadable(self._broken)
         if self._connection is None:
             self._start()
             try:
                 opened = self._put(Open(self._image.size), Opened)
             except ImageUnreadable as error:
                 self._end()
-                self._broken = str(error)
-                raise
+                raise self._break(str(error)) from error
             self.opened = opened
         assert self.opened is not None
         return self.opened
@@ -159,11 +161,10 @@ class ImageProcess:
                 raise
             answer = self._exchange(encode(Bytes(data)))
         if isinstance(answer, Failed):
-            raise self._unreadable(answer.what)
+            raise ImageUnreadable(answer.what)
         if not isinstance(answer, kind):
             self._end()
-            self._broken = "the process that read it answered something else"
-            raise self._unreadable(self._broken)
+            raise self._break("the process that read it answered something else")
         return answer
 
     def _exchange(self, message: bytes) -> Answer:
@@ -173,19 +174,19 @@ class ImageProcess:
             answer: Answer = ANSWERS.decode(self._connection.recv_bytes(MESSAGE_BYTES_MAX))
         except (EOFError, OSError, msgspec.MsgspecError) as error:
             # Whoever asks again would wait as long for the same.
-            self._broken = f"the process that read it {self._end()}: the image may be damaged"
-            raise self._unreadable(self._broken) from error
+            raise self._break(f"the process that read it {self._end()}: the image may be damaged") from error
         return answer
 
     def _bytes(self, fetch: Fetch) -> bytes:
         end = fetch.offset + fetch.length
         if fetch.offset < 0 or not 0 <= fetch.length <= FETCH_BYTES_MAX or end > self._image.size:
-            self._broken = "the process that read it asked for bytes that are not there"
-            raise self._unreadable(self._broken)
+            raise self._break("the process that read it asked for bytes that are not there")
         steps = range(fetch.offset, end, _FETCH_STEP_BYTES)
         return b"".join(self._image.read(at, min(_FETCH_STEP_BYTES, end - at)) for at in steps)
 
-    def _unreadable(self, what: str) -> ImageUnreadable:
+    def _break(self, what: str) -> ImageUnreadable:
+        """The error to raise, now and for a while."""
+        self._broken, self._broken_until = what, time.monotonic() + BROKEN_SECONDS
         return ImageUnreadable(what)
 
     def _start(self) -> None:

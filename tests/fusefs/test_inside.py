@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from dedup.errors import Damaged, MomentGone
 from fusefs import known_names
 from fusefs.inside.filesystem import Corrupt
-from fusefs.inside.image_process import ImageProcess, ImageUnreadable, check_libraries
+from fusefs.inside.image_process import ImageProcess, ImageUnreadable
 from fusefs.inside.image_stream import CACHE_BLOCK_BYTES, ImageBytes, ImageStream
 from fusefs.inside.messages import Open, Read, encode
 from fusefs.inside.runs import Run, Runs
 from tests.system.harness import SEARCH_PATH, missing_tools
 
-check_libraries()
+pytest.importorskip("dissect.extfs", reason="the extra rewindfs[files] is not installed (make test installs it)")
 needs_mkfs = pytest.mark.skipif(bool(missing_tools(["mkfs.ext4"])), reason="mkfs.ext4 is not installed")
 
 
@@ -186,6 +186,12 @@ def test_a_process_that_ends_is_an_error(tmp_path: Path) -> None:
     process._process.kill()
     with pytest.raises(ImageUnreadable, match="signal 9"):
         process.list(root, 0)
+    with pytest.raises(ImageUnreadable, match="signal 9"):
+        process.list(root, 0)
+    process._broken_until = 0.0  # as if a minute had passed
+    assert len(process.list(root, 0).entries) == 6
+    assert process._end() == "ended with status 0"
+    assert len(process.list(root, 0).entries) == 6
     process.close()
 
 

@@ -42,6 +42,11 @@ def browse_log(world: World) -> str:
     return (world.directory / "browse.log").read_text()
 
 
+def mount_options(world: World) -> set[str]:
+    mount = next(line for line in Path("/proc/mounts").read_text().splitlines() if str(world.snap) in line)
+    return set(mount.split()[3].split(","))
+
+
 def check_kinds(world: World, kinds: list[Kind], names: int) -> None:
     """Images of some file systems, shown as the kernel or who made them shows them."""
     trees = {}
@@ -67,8 +72,8 @@ def test_file_systems_are_shown_as_they_are(world: World) -> None:
     one = files / "ext4.img/@latest"
     assert os.stat(one / "one").st_ino == os.stat(one / "deep/same as one").st_ino
     assert os.stat(one / "one").st_ino != os.stat(files / "ext3.img/@latest/one").st_ino
-    mount = next(line for line in Path("/proc/mounts").read_text().splitlines() if str(world.snap) in line)
-    assert {"ro", "nosuid", "nodev"} <= set(mount.split()[3].split(","))
+    options = mount_options(world)
+    assert {"ro", "nosuid", "nodev"} <= options and "default_permissions" not in options
 
 
 @pytest.mark.slow
@@ -219,11 +224,35 @@ def test_what_is_not_read_is_said(world: World) -> None:
     with pytest.raises(OSError):
         os.getxattr(files / "xfs.img/@latest", "user.rewindfs.dirty")
     world.run("fusermount3", "-u", world.snap)
-    assert "setuid" not in world.refused("browse", "--files", "-o", "suid", world.store, world.snap)
+    for option in ("suid", "dev"):
+        refusal = world.refused("browse", "--files", "-o", f"noatime,{option}", world.store, world.snap)
+        assert refusal.startswith(f"-o {option}: not with --files")
 
 
-def test_a_damaged_block_is_an_error_of_that_file_only(world: World) -> None:
+def test_others_are_held_to_the_modes_inside(world: World) -> None:
+    make_image(world, EXT4, world.source / "disk.img", names=3)
+    with mounted(world, EXT4, world.source / "disk.img") as place:
+        (place / "one").chmod(0o600)
+        (place / "deep").chmod(0o700)
+    world.run("cp", "--sparse=always", world.source / "disk.img", world.source / "private.img")
+    (world.source / "private.img").chmod(0o640)
+    keep(world)
+    shown = show(world, "--allow-other") / "disk.img/@latest"
+    assert {"default_permissions", "allow_other"} <= mount_options(world)
+    for parent in (world.snap, *world.snap.parents):
+        if parent.stat().st_mode & 0o005 != 0o005:
+            parent.chmod(parent.stat().st_mode | 0o005)
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    world.run(*nobody, "cmp", shown / "page", shown / "page")
+    private = world.snap / "files/private.img/@latest/page"
+    for file in (shown / "one", shown / "deep/er/still/file", private):
+        assert file.read_bytes()
+        assert "Permission denied" in world.run(*nobody, "cat", file, check=False).stderr
+
+
+def test_damage_is_an_error_of_that_file_only(world: World) -> None:
     tree = make_image(world, EXT4, world.source / "disk.img", names=10)
+    world.run("debugfs", "-w", "-R", "clri empty", world.source / "disk.img")
     keep(world)
     block = (tree / "large").read_bytes()[400 * 4096 : 401 * 4096]
     (container,) = [path for path in world.store.rglob("*") if path.is_file() and block in path.read_bytes()]
@@ -238,6 +267,16 @@ def test_a_damaged_block_is_an_error_of_that_file_only(world: World) -> None:
     for name in ("page", "one", "pieces"):
         assert (shown / name).read_bytes() == (tree / name).read_bytes()
     assert "disk.img at seq=" in browse_log(world)
+    # An inode that is none: the names beside it are listed, and then that one is missing.
+    listed = set()
+    with pytest.raises(OSError, match="Input/output"), os.scandir(shown) as entries:
+        for entry in entries:
+            listed.add(entry.name)
+    assert {"one", "page", "pieces", "many", "link"} <= listed and "empty" not in listed
+    with pytest.raises(OSError, match="Input/output"):
+        os.stat(shown / "empty")
+    assert "disk.img at seq=" in browse_log(world) and "inodes are damaged: empty\n" in browse_log(world)
+    assert "/empty: its inode is damaged" in browse_log(world)
 
 
 def walk_all(top: Path) -> tuple[int, int]:
