@@ -26,6 +26,7 @@ from fusefs.inside.filesystem import Node
 from fusefs.inside.image_stream import READ_BYTES_MAX as FETCH_BYTES_MAX
 from fusefs.inside.messages import (
     ANSWERS,
+    MEMORY_STATUS,
     MESSAGE_BYTES_MAX,
     Answer,
     Attributes,
@@ -215,4 +216,6 @@ class ImageProcess:
         self._process = None
         if code == -signal.SIGPROF:
             return "took too long"
+        if code == MEMORY_STATUS:
+            return "needed too much memory"
         return f"ended with signal {-code}" if code < 0 else f"ended with status {code}"

@@ -15,6 +15,8 @@ MESSAGE_BYTES_MAX: Final = 72 << 20
 """More than the most bytes that are fetched at once, and than the most entries of one answer."""
 ENTRIES_PER_ANSWER: Final = 500
 READ_BYTES_MAX: Final = 1 << 20
+MEMORY_STATUS: Final = 3
+"""With which the process ends that is out of memory: it cannot even say so any more."""
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):

@@ -9,6 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import sys
@@ -20,6 +21,7 @@ from fusefs.inside.image_stream import ImageBytes
 from fusefs.inside.image_tree import ImageTree
 from fusefs.inside.messages import (
     ENTRIES_PER_ANSWER,
+    MEMORY_STATUS,
     MESSAGE_BYTES_MAX,
     QUESTIONS,
     Answer,
@@ -65,6 +67,8 @@ class _Worker:
             signal.setitimer(signal.ITIMER_PROF, seconds)
             try:
                 answer = encode(self._answer(question))
+            except MemoryError:
+                os._exit(MEMORY_STATUS)
             except Exception as error:  # noqa: BLE001 - what an image may cause is anything
                 answer = encode(Failed(_said(error)))
             signal.setitimer(signal.ITIMER_PROF, 0)

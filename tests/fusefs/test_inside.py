@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
 import struct
 import subprocess
 from collections.abc import Callable
@@ -175,6 +176,19 @@ def test_a_question_that_does_not_end_is_ended(tmp_path: Path) -> None:
     for _ in range(3):  # the first one waits, the others are answered at once
         with pytest.raises(ImageUnreadable, match="took too long"):
             process.read(entry.node, 0, 4096)
+    process.close()
+
+
+@needs_mkfs
+def test_a_question_that_needs_too_much_memory_is_ended(tmp_path: Path) -> None:
+    image = Bytes(endless(ext4(tmp_path, "-t", "ext2", "-b", "1024", "-O", "^metadata_csum")))
+    process = ImageProcess(image)
+    root = process.open().root
+    assert process._process is not None
+    resource.prlimit(process._process.pid, resource.RLIMIT_AS, (160 << 20, 160 << 20))
+    (entry,) = process.lookup(root, b"file-4").entries
+    with pytest.raises(ImageUnreadable, match="needed too much memory"):
+        process.read(entry.node, 0, 4096)
     process.close()
 
 
