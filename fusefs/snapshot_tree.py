@@ -158,6 +158,7 @@ class SnapshotTree:
             self._top[FILES_NAME] = VersionsDirectory("", files=True)
         self._clock = clock
         self._bound = BoundNames()
+        self._bound_walks = BoundNames(walks=True)
         self._groups: OrderedDict[Seq, GroupMoment] = OrderedDict()
         self._rewritten = reader.rewritten
         self._cached_states = 0
@@ -219,7 +220,7 @@ class SnapshotTree:
         if not path:
             raise FileNotFoundError(name)
         if name.startswith(TIME_MARK):
-            moment, seconds = self._resolve(name[len(TIME_MARK) :], who)
+            moment, seconds = self._resolve(name[len(TIME_MARK) :], who, files=files)
             state = self._group_at(moment.seq).volumes.get(path)
             if state is None:
                 raise UnknownName(f"{name}: no volume had the path {path} at seq={moment.seq}")
@@ -284,15 +285,16 @@ class SnapshotTree:
 
     # Moments
 
-    def _resolve(self, text: str, who: int) -> tuple[Moment, float]:
+    def _resolve(self, text: str, who: int, *, files: bool = False) -> tuple[Moment, float]:
         """The recovery point that a TIME names, and for how many seconds that may be remembered."""
+        bound = self._bound_walks if files else self._bound
         match parse_time(text).where:
             case Latest() | AtTime(relative=True):
                 now = self._clock()
-                moment = self._bound.find(text, who, now)
+                moment = bound.find(text, who, now)
                 if moment is None or not self._is_there(moment):
                     moment = self._reader.resolve(text)
-                    self._bound.bind(text, who, moment, now)
+                    bound.bind(text, who, moment, now)
                 # Every use must come here, or a process could not be told from the others.
                 return moment, 0.0
             case Named():
