@@ -36,6 +36,8 @@ _SECTOR: Final = 512
 _RECORD_MAGIC: Final = b"\xfe\xed\xba\xbe"
 _RECORD_SECTORS_MAX: Final = 256 * 1024 // _SECTOR + 16
 _UNMOUNT: Final = 0x20
+_SUPERBLOCK_OPERATIONS: Final = 5
+_BUFFER_ITEM: Final = b"\x3c\x12"
 
 
 class Xfs:
@@ -170,31 +172,66 @@ class Xfs:
     # The log
 
     def _log_is_clean(self) -> bool:
-        """Whether the last thing in the log is the record of an unmount."""
+        """Whether a replay would change no file: the log ends with an unmount; or, frozen or at rest, with records of
+        the superblock alone, which it writes when everything else is in place."""
         superblock = self._library.sb
         sectors = superblock.sb_logblocks * self._block_bytes // _SECTOR
         if not superblock.sb_logstart or not sectors:
             return False  # on another device
         start = self._place(superblock.sb_logstart)
 
-        def cycle(sector: int) -> int:
-            head = self._stream.read_at(start + sector * _SECTOR, 8)
-            return int.from_bytes(head[4:] if head[:4] == _RECORD_MAGIC else head[:4])
+        def sector(number: int, count: int = 1) -> bytes:
+            return self._stream.read_at(start + number * _SECTOR, count * _SECTOR)
+
+        def cycle(number: int) -> int:
+            head = sector(number)
+            return int.from_bytes(head[4:8] if head[:4] == _RECORD_MAGIC else head[:4])
 
         # Sectors up to the head were written in one round more than those behind it.
-        first, low, high = cycle(0), 0, sectors
-        while low + 1 < high:
-            middle = (low + high) // 2
-            low, high = (middle, high) if cycle(middle) == first else (low, middle)
-        head = high
-        for sector in range(head - 1, max(-1, head - _RECORD_SECTORS_MAX), -1):
-            if self._stream.read_at(start + sector * _SECTOR, 4) == _RECORD_MAGIC:
-                return self._is_unmount(self._stream.read_at(start + sector * _SECTOR, 2 * _SECTOR))
+        first, low, head = cycle(0), 0, sectors
+        while low + 1 < head:
+            middle = (low + head) // 2
+            low, head = (middle, head) if cycle(middle) == first else (low, middle)
+        tail = None
+        for number in range(head - 1, max(-1, head - _RECORD_SECTORS_MAX), -1):
+            if sector(number)[:4] != _RECORD_MAGIC:
+                continue
+            record = sector(number)
+            # A header has a sector for each 32 KiB that a record may have.
+            skipped = max(1, -(-int.from_bytes(record[320:324]) // (1 << 15))) if record[11] & 2 else 1
+            record += sector(number + skipped, 2) if number + skipped + 2 <= sectors else b""
+            if tail is None:
+                if _operations(record)[:1] and _operations(record)[0][0] & _UNMOUNT:
+                    return True
+                # Where it would begin to replay; whatever lies in an earlier round is more than a few records.
+                tail = int.from_bytes(record[28:32]) if record[24:28] == record[4:8] else -1
+            if tail < 0 or not _is_superblock(record):
+                return False
+            if number <= tail:
+                return number == tail
         return False
 
-    def _is_unmount(self, record: bytes) -> bool:
-        operations = int.from_bytes(record[40:44])
-        return operations == 1 and record[_SECTOR + 9] & _UNMOUNT != 0
+
+def _operations(record: bytes) -> list[tuple[int, bytes]]:
+    """Flags and bytes of each operation of a record: its first sector and two of operations. None if it is longer."""
+    count, at = int.from_bytes(record[40:44]), _SECTOR
+    found = []
+    for _ in range(min(count, _SUPERBLOCK_OPERATIONS + 1)):
+        length = int.from_bytes(record[at + 4 : at + 8])
+        if at + 12 + length > len(record):
+            return []
+        found.append((record[at + 9], record[at + 12 : at + 12 + length]))
+        at += 12 + length
+    return found
+
+
+def _is_superblock(record: bytes) -> bool:
+    """Whether a record is a transaction that changes block 0 and nothing else: start, header, which, what, commit."""
+    operations = [data for _, data in _operations(record)]
+    if len(operations) != _SUPERBLOCK_OPERATIONS:
+        return False
+    _, header, which, what, _ = operations
+    return header[:4] == b"NART" and which[:2] == _BUFFER_ITEM and which[8:16] == bytes(8) and what[:4] == b"XFSB"
 
 
 def _time(stamp: int, big: int) -> int:

@@ -37,7 +37,13 @@ KINDS = [
         "ext4-small", ("mkfs.ext4", "-q", "-F", "-I", "128", "-b", "1024", "-O", "^metadata_csum,^64bit"), usual=False
     ),
     Kind("xfs", ("mkfs.xfs", "-q", "-f"), 320),
-    Kind("xfs-wide", ("mkfs.xfs", "-q", "-f", "-b", "size=1024", "-n", "size=16384"), 320, usual=False),
+    Kind(
+        "xfs-wide",
+        ("mkfs.xfs", "-q", "-f", "-b", "size=1024", "-n", "size=16384"),
+        320,
+        mount=("mount", "-o", "loop,logbsize=256k"),
+        usual=False,
+    ),
     Kind("btrfs", ("mkfs.btrfs", "-q", "-f"), 128),
     Kind("ntfs", ("mkfs.ntfs", "-q", "-F", "-Q"), unix=False, mount=("mount", "-t", "ntfs-3g", "-o", "loop")),
     Kind("fat12", ("mkfs.vfat", "-F", "12"), 8, unix=False, mount=None, usual=False),

@@ -204,6 +204,9 @@ def test_what_is_not_read_is_said(world: World) -> None:
         (place / "new").write_bytes(b"new")
         world.run("sync", "-f", place)
         world.run("cp", "--sparse=always", world.source / "xfs.img", world.source / "unclean.img")
+        world.run("fsfreeze", "-f", place)
+        world.run("cp", "--sparse=always", world.source / "xfs.img", world.source / "frozen.img")
+        world.run("fsfreeze", "-u", place)
     keep(world)
     world.rewindfs("browse", world.store, world.snap)
     assert sorted(os.listdir(world.snap)) == ["points", "volumes"]
@@ -221,8 +224,10 @@ def test_what_is_not_read_is_said(world: World) -> None:
     assert "mounted" in os.getxattr(unclean, "user.rewindfs.dirty").decode()
     assert "many" in os.listdir(unclean)
     assert "clone it" in browse_log(world)
-    with pytest.raises(OSError):
-        os.getxattr(files / "xfs.img/@latest", "user.rewindfs.dirty")
+    assert (files / "frozen.img/@latest/new").read_bytes() == b"new"
+    for name in ("xfs.img", "frozen.img"):
+        with pytest.raises(OSError, match="No data"):
+            os.getxattr(files / name / "@latest", "user.rewindfs.dirty")
     world.run("fusermount3", "-u", world.snap)
     for option in ("suid", "dev"):
         refusal = world.refused("browse", "--files", "-o", f"noatime,{option}", world.store, world.snap)
