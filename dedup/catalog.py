@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -55,6 +56,8 @@ READERS_MAX: Final = 1024
 _REBUILD: Final = "make it anew: `rewindfs verify --repair`"
 _CRAMPED_BYTES: Final = 64 << 20
 """With less room than this, a checkpoint may well have met the end of the disk."""
+STATES_MAX: Final = 8192
+"""Volume states that are kept decoded, some 400 bytes each."""
 _CHECKED: Final = b"\xc1"
 _WATERMARK: Final = b"watermark"
 _MANIFEST: Final = b"manifest"
@@ -207,6 +210,12 @@ def _decode(value: bytes, kind: type[_Value]) -> _Value:
     return decoded
 
 
+@lru_cache(STATES_MAX)
+def _volume_state(value: bytes) -> VolumeState:
+    """A volume that did not change is the same value at each checkpoint, and then the same object in each listing."""
+    return _decode(value, VolumeState)
+
+
 def _gap(value: bytes) -> Gap:
     gap = _decode(value, Gap)
     if not is_closed(gap):
@@ -285,7 +294,7 @@ class Catalog:
                         break
                     at = self._last_at_or_before(txn, "volumes", prefix, VOLUME_KEY.pack(self.group_id, volume, seq))
                     if at is not None:
-                        state = _decode(at[1], VolumeState)
+                        state = _volume_state(at[1])
                         if state.volume != volume:
                             raise Damaged(f"index: volume {volume} says that it is another; rebuild the index")
                         if not state.retired:

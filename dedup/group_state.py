@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from dedup.errors import Damaged
-from dedup.metadata_journal import EntryKind, JournalPosition, Logged
+from dedup.metadata_journal import EntryKind, JournalPosition, Logged, Scanned
 from dedup.overlay import Overlay
 from dedup.types import (
     BASE_JOURNAL,
@@ -204,11 +204,25 @@ class GroupState:
         for extent in logged.extents:
             self.overlay.put(extent.volume, extent.offset // BLOCK_BYTES, extent.addresses)
             self.logical_bytes += extent.length
-            volume = self.volume(extent.volume)
-            if extent.offset + extent.length > volume.size:
-                self._change(replace(volume, size=extent.offset + extent.length))
+            self._reach(extent.volume, extent.offset + extent.length)
         if kind not in _KEEPS_POINT:
             self.point = PointKind.CRASH
+
+    def pass_over(self, entry: Scanned) -> None:
+        """As `apply`, of an entry of `ONLY_BLOCKS`, without its blocks: there is no overlay then. Damaged."""
+        self.records += 1
+        if entry.run != self.run or not self.held:
+            self.new_runs.append(RunStart(entry.run, entry.first_seq, entry.time, self.time))
+            self.run = entry.run
+        self.held, self.time, self.point = entry.seq, entry.time, PointKind.CRASH
+        for number, offset, length in entry.extents():
+            self.logical_bytes += length
+            self._reach(number, offset + length)
+
+    def _reach(self, number: VolumeId, end: int) -> None:
+        volume = self.volume(number)
+        if end > volume.size:
+            self._change(replace(volume, size=end))
 
     def _apply_consolidated(self, logged: Logged) -> None:
         """What a stretch of history changed, all at once; its blocks may come in several entries."""
@@ -388,6 +402,8 @@ def owner_entry(last: Logged, agent: str) -> Logged:
     return Logged(EntryKind.OWNER, last.seq, last.seq, last.time, last.run, BASE_JOURNAL, (), body)
 
 
+ONLY_BLOCKS = frozenset({EntryKind.WRITE, EntryKind.AGGREGATE, EntryKind.RECONCILE})
+"""Entries that change the bytes of volumes, and their sizes, and nothing else."""
 _CONSOLIDATED = frozenset({EntryKind.CONSOLIDATED, EntryKind.CONSOLIDATED_MORE})
 _KEEPS_POINT = frozenset({EntryKind.FLUSH, EntryKind.BOOKMARK}) | {kind for kind in EntryKind if not kind.consumes_seq}
 

@@ -24,6 +24,7 @@ from typing import Final, TypeVar
 from dedup.catalog import Catalog, Index, Txn
 from dedup.errors import Damaged, MomentGone, StoreBusy
 from dedup.group_state import Checkpoint, GroupState
+from dedup.group_walk import GroupWalk
 from dedup.journal_reader import JournalPosition, Scanned, SegmentFile, chain, first_position, scan
 from dedup.manifest import read_number
 from dedup.metadata_journal import Logged, read
@@ -74,6 +75,7 @@ class GroupViews:
         self._listed = False
         """Whether that was within the attempt that is made now."""
         self._views: OrderedDict[Seq, DatedView] = OrderedDict()
+        self._walk: GroupWalk | None = None
         self._held: dict[Seq, int] = {}
         """Moments held, and the manifest's number when that began."""
         self.refresh()
@@ -98,6 +100,7 @@ class GroupViews:
             if (manifest, indexed) != (self._manifest, self._indexed):
                 self._position = None
                 self._manifest, self._indexed = manifest, indexed
+                self._walk = None
                 self._drop_views()
             latest = self._catalog.anchor(txn, SEQ_MAX)
             if self._position is None or latest != self._latest:
@@ -177,6 +180,32 @@ class GroupViews:
         self._views.move_to_end(seq)
         return dated
 
+    def listed(self, seq: Seq) -> GroupState:
+        """As the state of `at(seq)`, but for its overlay; only until the next call. Cheap for moments that ascend."""
+        seq = min(seq, self._state.held)
+        dated = self._views.get(seq)
+        return self._settled(partial(self._walk_to, seq)) if dated is None else dated.view.state
+
+    def _walk_to(self, seq: Seq, manifest: int) -> GroupState:
+        with self._index.read() as txn:
+            manifest = max(manifest, self._catalog.journal_number(txn))
+            if self._walk is None or self._walk.number != manifest:
+                self._walk = GroupWalk(manifest, self._catalog, self._directory, self._known_entries_from)
+            try:
+                return self._walk.state_at(txn, seq, self._anchor(txn, seq, manifest))
+            except BaseException:
+                self._walk = None
+                raise
+
+    def _known_entries_from(self, start: JournalPosition | None) -> Iterator[Scanned]:
+        """Up to the head as it is now: what is behind may still be taken back."""
+        held = self._state.held
+        return takewhile(lambda entry: entry.seq <= held, self._entries_from(start))
+
+    def _entries_from(self, start: JournalPosition | None) -> Iterator[Scanned]:
+        start = first_position(self._storage, self._directory) if start is None else start
+        return scan(self._storage, self._directory, start, files=self._files_from(start))
+
     def before(self, stop: Callable[[Logged], bool], after: Seq) -> DatedView:
         """The group before the first entry for which `stop` is true; `after` is a seq at or before that entry.
 
@@ -224,8 +253,7 @@ class GroupViews:
         with self._index.read() as txn:
             anchor = self._anchor(txn, after, manifest)
             state, start = start_of(self._storage, self._directory, self._catalog, txn, anchor)
-        entries = scan(self._storage, self._directory, start, files=self._files_from(start))
-        return step(state, takewhile(lambda entry: entry.seq <= self._state.held, entries))
+        return step(state, self._known_entries_from(start))
 
     def _stamps(self, manifest: int) -> Stamps:
         def anchor_at(seq: Seq) -> Checkpoint | None:
@@ -233,8 +261,7 @@ class GroupViews:
                 return self._anchor(txn, seq, manifest)
 
         def entries_after(anchor: Checkpoint | None) -> Iterator[Scanned]:
-            start = first_position(self._storage, self._directory) if anchor is None else anchor.position
-            return scan(self._storage, self._directory, start, files=self._files_from(start))
+            return self._entries_from(None if anchor is None else anchor.position)
 
         return Stamps(anchor_at, entries_after, self._state.held)
 

@@ -53,13 +53,14 @@ class Image:
         first, skip = divmod(offset, BLOCK_BYTES)
         count = -(-(skip + length) // BLOCK_BYTES)
         try:
-            addresses = self._addresses(first, count, wait)
+            addresses = self.addresses(first, count, wait=wait)
             self._pool.read_addresses(addresses, buffer[: count * BLOCK_BYTES], wait=wait)
         except Damaged as damage:
             raise Damaged(f"{self.label}, bytes {offset}..{offset + length}: {damage}") from damage
         return buffer[skip : skip + length]
 
-    def _addresses(self, first: int, count: int, wait: bool) -> Addresses:
+    def addresses(self, first: int, count: int, *, wait: bool = True) -> Addresses:
+        """Where the blocks first..first+count (1 or more) lie; not to be changed. WouldBlock, MomentGone, Damaged."""
         # The lock is for the decoded leaves; what is read by address, others may read meanwhile.
         if not self._lock.acquire(blocking=wait):
             raise WouldBlock

@@ -44,7 +44,10 @@ _LAST_ENTRY_BYTES: Final = 1 << 16
 _EXTENTS: Final = struct.Struct("<I")
 """The last field of an entry's header."""
 CHUNK_BYTES: Final = 1 << 20
-"""Read at a time; more only for one entry that is larger."""
+"""Read at a time, once it is a long way; more only for one entry that is larger."""
+FIRST_CHUNK_BYTES: Final = 1 << 16
+"""Read first: who goes back to one moment needs a few entries behind a checkpoint. Each further read is four times as
+long."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -94,17 +97,16 @@ class Scanned(NamedTuple):
         """The position after the entry."""
         return JournalPosition(self.segment.first, self.end, self.segment.generation)
 
-    def written_bytes(self, volume: VolumeId | None = None) -> int:
-        """The bytes of its extents, all or a volume's, without decoding them. Damaged when they do not fit it."""
-        nbytes, at = 0, ENTRY_HEADER_BYTES
+    def extents(self) -> list[tuple[VolumeId, int, int]]:
+        """(volume, offset, length) of each of its extents, without where their blocks are. Damaged as `extents_of`."""
+        found, at = [], ENTRY_HEADER_BYTES
         for _ in range(_EXTENTS.unpack_from(self.raw, ENTRY_HEADER_BYTES - _EXTENTS.size)[0]):
             if at + EXTENT_HEADER_BYTES > len(self.raw):
                 raise Damaged(f"the entry of seq {self.seq}: its extents do not fit it")
-            of, _, _, written, blocks = EXTENT_HEADER.struct.unpack_from(self.raw, at)
-            if volume is None or of == volume:
-                nbytes += written
+            volume, _, offset, length, blocks = EXTENT_HEADER.struct.unpack_from(self.raw, at)
+            found.append((volume, offset, length))
             at += EXTENT_HEADER_BYTES + blocks * (ADDRESS_BYTES + FINGERPRINT_BYTES)
-        return nbytes
+        return found
 
 
 def segments(storage: Storage, directory: Path) -> list[Seq]:
@@ -204,12 +206,16 @@ def read(
 ) -> Iterator[tuple[Logged, JournalPosition]]:
     """Like `scan`, whole values: each entry with the position after it."""
     for scanned in scan(storage, directory, start, limit=limit, torn=torn, files=files):
-        try:
-            logged = decode(scanned.raw)
-        except Damaged as error:
-            path = scanned.segment.path(directory)
-            raise Damaged(f"{path}: offset {scanned.end - len(scanned.raw)}: {error}") from error
-        yield logged, scanned.position
+        yield decoded(scanned, directory), scanned.position
+
+
+def decoded(scanned: Scanned, directory: Path) -> Logged:
+    """The whole value of an entry of the journal at `directory`. Damaged names file and offset."""
+    try:
+        return decode(scanned.raw)
+    except Damaged as error:
+        path = scanned.segment.path(directory)
+        raise Damaged(f"{path}: offset {scanned.end - len(scanned.raw)}: {error}") from error
 
 
 def scan_segment(storage: Storage, directory: Path, segment: SegmentFile) -> Iterator[Scanned]:
@@ -278,7 +284,7 @@ class _SegmentScan:
         raise self._damaged(offset, "no entry ends here")
 
     def _chunks(self, base: int, previous: Seq | None, stop: int | None) -> Iterator[Scanned]:
-        want = CHUNK_BYTES
+        want = min(FIRST_CHUNK_BYTES, CHUNK_BYTES)
         retried = -1
         while stop is None or base < stop:
             chunk = self._storage.pread(self._fd, want, base)
@@ -309,7 +315,7 @@ class _SegmentScan:
             elif at_end:
                 break
             if fault is None:
-                want = max(CHUNK_BYTES, need)
+                want = max(min(4 * want, CHUNK_BYTES), need)
             elif base != retried:
                 # The writer may have cut a failed append off and written over it while this chunk was read.
                 retried = base

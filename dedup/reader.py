@@ -324,8 +324,9 @@ class GroupReader:
 
     def group_at(self, seq: Seq) -> GroupMoment:
         """The group at the last record at or before `seq` that the history still tells from others."""
-        view = self.view(seq)
-        return GroupMoment(self.moment(view), {volume.path: volume for volume in view.state.volumes.values()})
+        state = self._views.listed(seq)
+        moment = Moment(self.name, state.held, state.time, state.point)
+        return GroupMoment(moment, {volume.path: volume for volume in state.volumes.values()})
 
     def image(self, volume: VolumeId, seq: Seq) -> Image:
         """The volume at `seq`. UnknownName if it did not exist then.

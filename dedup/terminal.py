@@ -48,7 +48,7 @@ def print_json_list(items: Iterable[object]) -> None:
 def print_json_ranges(
     head: Mapping[str, object],
     ranges: Iterable[object],
-    tail: Callable[[], Mapping[str, object]] = dict,
+    tail: Callable[[], Mapping[str, object]] | None = None,
     *,
     name: str = "ranges",
 ) -> None:
@@ -56,12 +56,15 @@ def print_json_ranges(
 
     Keys of `head` come before it, those of `tail`, which is asked when the last item is out, behind it.
     """
-    click.echo("{" + "".join(f"{_member(*one)}, " for one in head.items()) + f"{json.dumps(name)}: [", nl=False)
+    # Not click.echo, which flushes each time: for a million items that is most of the time.
+    out = sys.stdout
+    out.write("{" + "".join(f"{_member(*one)}, " for one in head.items()) + f"{json.dumps(name)}: [")
     separator = "\n"
     for one in ranges:
-        click.echo(separator + json.dumps(one), nl=False)
+        out.write(separator + json.dumps(one))
         separator = ",\n"
-    click.echo("]" + "".join(f", {_member(*one)}" for one in tail().items()) + "}")
+    rest = {} if tail is None else tail()
+    click.echo("]" + "".join(f", {_member(*one)}" for one in rest.items()) + "}", file=out)
 
 
 def _member(name: str, value: object) -> str:

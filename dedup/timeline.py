@@ -19,7 +19,7 @@ from dedup.errors import BadTime
 from dedup.journal_entry import EntryKind, decode
 from dedup.journal_reader import Scanned
 from dedup.moment import AtTime, Latest, parse_time, rfc3339
-from dedup.types import ClockRun, TimeNs
+from dedup.types import ClockRun, TimeNs, VolumeId
 from dedup.volume_history import PATH_KINDS, PathHolder
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class _Counting:
                 continue
             elif kind is write:  # nearly all there are
                 bucket.records += 1
-                bucket.written_bytes += entry.written_bytes()
+                bucket.written_bytes += _bytes_of(entry)
             else:
                 _take_other(entry, bucket)
 
@@ -205,11 +205,16 @@ class _Counting:
                 bucket.flushes += holder.is_flushed_by(body)
         if bucket is None or holder.volume is None:
             return
-        nbytes = entry.written_bytes(holder.volume)
+        nbytes = _bytes_of(entry, holder.volume)
         if entry.kind in _WRITES:
             bucket.records += nbytes > 0
         if nbytes:
             _add(entry.kind, nbytes, bucket)
+
+
+def _bytes_of(entry: Scanned, of: VolumeId | None = None) -> int:
+    """All that it wrote, or what it wrote to one volume."""
+    return sum(length for volume, _, length in entry.extents() if of is None or volume == of)
 
 
 def _take_other(entry: Scanned, bucket: Bucket) -> None:
@@ -224,7 +229,7 @@ def _take_other(entry: Scanned, bucket: Bucket) -> None:
         assert body is not None
         bucket.thinned += 1
         bucket.flushes += PathHolder.is_flush(body)
-    _add(kind, entry.written_bytes(), bucket)
+    _add(kind, _bytes_of(entry), bucket)
 
 
 def _add(kind: EntryKind, nbytes: int, bucket: Bucket) -> None:

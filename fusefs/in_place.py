@@ -7,6 +7,8 @@ Invariants:
 - `undoable`: before the first change the moment before it is durable in the store, under a name unless nobody wants it;
 - `said-until-ended`: before the first change the mount has noted, durably, what is being restored to which moment, and
   the note goes only when the store and the source have been found to be as they were then;
+- `nothing-by-halves`: every block that is to be written is read and checked before the first change, so that damage in
+  the store leaves all as it is;
 - volumes that were not there then are removed first: what belongs to the future must not lie beside the past;
 - nothing outside of the mount is written, wherever symbolic links lead.
 """
@@ -49,7 +51,7 @@ class InPlaceRestore:
         check: bool = True,
         progress: TerminalProgress | None = None,
     ) -> None:
-        """`check`: what was written is read back from the source and compared."""
+        """`check`: see `require_readable`; and what was written is read back from the source and compared."""
         self._history = history
         self._plan = plan
         self._mountpoint = mountpoint
@@ -59,13 +61,23 @@ class InPlaceRestore:
         self.warnings: list[str] = []
         """What could not be had back, and need not be: owners, where this user may not give files away."""
 
+    def require_readable(self) -> None:
+        """Reads all that `run` will write. Damaged names what cannot be had back; nothing is changed."""
+        if not self._check:
+            return
+        self._phase("check")
+        for change in self._plan.kept:
+            image = self._image(change)
+            for found in self._plan.ranges(self._history, change):
+                for offset, length in pieces(found):
+                    image.read(offset, length)
+                    self._advance(length)
+
     def run(self) -> None:
         """Makes every change and syncs it; the store is the caller's. OSError, Damaged, RewindError: half restored."""
+        self._phase("restore")
         for change in self._plan.removed:
             os.unlink(self._path(change.path))
-        if self._progress is not None:
-            total = sum(one.length for change in self._plan.kept for one in self._plan.ranges(self._history, change))
-            self._progress.phase("restore", total)
         restyled = {change.path for change in self._plan.restyled}
         for change in self._plan.kept:
             if change.path in restyled or not _is_same(self._history, self._plan, change):
@@ -74,7 +86,7 @@ class InPlaceRestore:
     def _restore(self, change: VolumeChange) -> None:
         then = change.then
         assert then is not None, "the removed ones have none"
-        image = self._history.image(then.volume, self._plan.then.seq)
+        image = self._image(change)
         fd = self._open(change)
         try:
             if os.fstat(fd).st_size != then.size:
@@ -87,6 +99,9 @@ class InPlaceRestore:
             os.fsync(fd)
             if self._check:
                 self._read_back(image, fd, change)
+        except OSError as error:
+            error.filename = error.filename or str(self._mountpoint / change.path)
+            raise
         finally:
             os.close(fd)
 
@@ -94,8 +109,7 @@ class InPlaceRestore:
         for offset, length in pieces(found):
             write_all(fd, image.read(offset, length), offset)
             self.written.bytes += length
-            if self._progress is not None:
-                self._progress.advance(length)
+            self._advance(length)
         self.written.ranges += 1
 
     def _read_back(self, image: PastImage, fd: int, change: VolumeChange) -> None:
@@ -109,6 +123,19 @@ class InPlaceRestore:
                         f"{self._path(change.path)}: what was read back at {offset + at} is not what was written: "
                         "somebody else writes to it, or the source's disk fails"
                     )
+
+    def _image(self, change: VolumeChange) -> PastImage:
+        assert change.then is not None, "the removed ones have none"
+        return self._history.image(change.then.volume, self._plan.then.seq)
+
+    def _phase(self, name: str) -> None:
+        if self._progress is not None:
+            total = sum(one.length for change in self._plan.kept for one in self._plan.ranges(self._history, change))
+            self._progress.phase(name, total)
+
+    def _advance(self, length: int) -> None:
+        if self._progress is not None:
+            self._progress.advance(length)
 
     # -- names -------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """One restore in place, from the command's side: what it agrees on with the mount's process before and after it.
 
-Order: the claim; a bookmark, durable; the plan from there to the moment wanted; the note of what is begun; the changes;
-everything durable; the store's latest moment held against the one wanted; the note dropped, the claim given back.
+Order: the claim; all that is to be written, read once; a bookmark, durable; the plan from there to the moment wanted;
+the note of what is begun; the changes; everything durable; the store's latest moment held against the one wanted; the
+note dropped, the claim given back.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ from fusefs.mountpoint import absolute, control_socket
 from fusefs.open_files import holders
 from fusefs.restore_plan import RestorePlan, make_plan, volumes_at
 from replication.background import explain, is_expected
-from replication.held_moments import held_moments
-from replication.history import open_history
+from replication.history import held_moments, open_history
 from replication.route import Route
 
 
@@ -96,8 +96,13 @@ class InPlaceSession:
     def _restore(self, claim: object, unfinished: list[dict[str, Any]]) -> InPlaceReport:
         with self.plan() as plan:
             if not differing(self.history, plan) and not plan.restyled:
-                return InPlaceReport(plan, Written(), "", plan.now, "", ())
-        bookmark = self._bookmark(unfinished)
+                bookmark = self._noted(unfinished)
+                return InPlaceReport(
+                    plan, Written(), bookmark, plan.now, self._command(bookmark) if bookmark else "", ()
+                )
+            with self._carrying_out(plan) as restore:
+                restore.require_readable()
+        bookmark = (self._noted(unfinished) or self._bookmark()) if self._request.bookmark else ""
         with self.plan() as plan:
             if bookmark and self.history.snapshot(bookmark) is None:
                 raise RewindError(f"{self._request.store} does not show the bookmark {bookmark} that the mount made")
@@ -119,13 +124,13 @@ class InPlaceSession:
             )
         return reply["id"], reply["unfinished"]
 
-    def _bookmark(self, unfinished: list[dict[str, Any]]) -> str:
-        """Names the moment before. The one of before an earlier try at the same is kept: the undo leads to there."""
-        if not self._request.bookmark:
-            return ""
-        for note in unfinished:
-            if note["seq"] == self._then.seq and self.history.snapshot(note["bookmark"]) is not None:
-                return str(note["bookmark"])
+    def _noted(self, unfinished: list[dict[str, Any]]) -> str:
+        """The bookmark of before an earlier try at the same, which the undo leads to; empty where there was none."""
+        names = [str(note["bookmark"]) for note in unfinished if note["seq"] == self._then.seq]
+        return next((name for name in names if self.history.snapshot(name) is not None), "")
+
+    def _bookmark(self) -> str:
+        """Names the moment before."""
         name = f"before-restore-{default_name(TimeNs(time.time_ns()))}"
         self._ask("bookmark", name=name)
         return name
@@ -135,10 +140,7 @@ class InPlaceSession:
     def _carry_out(self, plan: RestorePlan, bookmark: str) -> InPlaceReport:
         undo = self._command(bookmark or f"seq={plan.now.seq}")
         try:
-            with terminal_progress() as progress:
-                restore = InPlaceRestore(
-                    self.history, plan, self._mountpoint, check=self._request.check, progress=progress
-                )
+            with self._carrying_out(plan) as restore:
                 restore.run()
             after = self._compared(plan)
         except BaseException as error:
@@ -149,6 +151,11 @@ class InPlaceSession:
             click.echo(f"rewindfs: warning: {half}", err=True)
             raise
         return InPlaceReport(plan, restore.written, bookmark, after, undo, tuple(restore.warnings))
+
+    @contextmanager
+    def _carrying_out(self, plan: RestorePlan) -> Iterator[InPlaceRestore]:
+        with terminal_progress() as progress:
+            yield InPlaceRestore(self.history, plan, self._mountpoint, check=self._request.check, progress=progress)
 
     def _compared(self, plan: RestorePlan) -> Moment:
         """The store's latest moment, whose pointers are those of the moment wanted. RewindError where they are not."""
@@ -164,7 +171,9 @@ class InPlaceSession:
         """The command line of this restore, to another moment."""
         request = self._request
         words = ["rewindfs", "restore", request.store, request.place, "--at", at, "--in-place", str(request.mountpoint)]
-        return shlex.join([*words, *(["--group", request.group] if request.group else [])])
+        if request.group is not None:
+            words += ["--group", request.group]
+        return shlex.join([*words, *request.route.words])
 
 
 class HalfRestored(RewindError):
@@ -176,6 +185,8 @@ def in_place_session(request: InPlaceRequest) -> Iterator[InPlaceSession]:
     """A session with a mount that is fit for it: of this store and group, and protected. RewindError says why not."""
     mountpoint = absolute(request.mountpoint)
     status: dict[str, Any] = _ask(control_socket(mountpoint), "status")
+    if "store_uuid" not in status:
+        raise RewindError(f"{mountpoint}: its process is older than this command; unmount it, and mount it again")
     group = status["group"]
     if request.group not in (None, group):
         raise RewindError(f"{mountpoint} is the mount of group {group}, not of group {request.group}")

@@ -124,11 +124,12 @@ class InsideFiles:
         running = self._running.get(image.key)
         return (await self._image(image)).label if running is None else running.process.label
 
-    async def close_idle(self) -> None:
-        """Ends the processes that nobody has asked for a while."""
-        await self._end(
-            [running for running in self._running.values() if running.used + IDLE_SECONDS < time.monotonic()]
-        )
+    async def close_idle_ones(self) -> None:
+        """Ends the processes that nobody has asked for a while, until it is cancelled."""
+        while True:
+            await trio.sleep(IDLE_SECONDS)
+            before = time.monotonic() - IDLE_SECONDS
+            await self._end([running for running in self._running.values() if running.used < before])
 
     async def close(self) -> None:
         """Ends all processes."""

@@ -28,8 +28,7 @@ from fusefs.restore_claim import WHOLE_GROUP
 from fusefs.restore_plan import RestorePlan, volumes_at
 from fusefs.restored_file import Restored, RestoredFile
 from fusefs.restored_tree import RestoredTree
-from replication.held_moments import held_moments
-from replication.history import open_history
+from replication.history import held_moments, open_history
 from replication.route import Route, route_options
 
 RANGES_SHOWN: Final = 40
@@ -50,7 +49,7 @@ RANGES_SHOWN: Final = 40
 )
 @click.option("--dry-run", is_flag=True, help="With --in-place: only show what would be done.")
 @click.option("--force", is_flag=True, help="Replace FILE; with --in-place, although others have the volume open.")
-@click.option("--no-check", is_flag=True, help="Do not read back what was written.")
+@click.option("--no-check", is_flag=True, help="Do not read back what was written; in place, nor all of it before.")
 @click.option("--no-bookmark", is_flag=True, help="With --in-place: do not name the moment before it.")
 @click.option("--skip-damaged", is_flag=True, help="With --to: leave damaged blocks out, restore the rest, and exit 1.")
 @group_option

@@ -39,6 +39,7 @@ DAMAGED_MAX: Final = 10_000
 """Damaged ranges that are noted; where there are more, the store is no store to restore from."""
 _PREFIX: Final = ".rewindfs-restore-"
 _ZEROS: Final = bytes(PIECE_BYTES)
+_STAT_BLOCK_BYTES: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +125,10 @@ class RestoredFile:
                 resumed_at = self._resume(fd)
                 self._write(fd)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise self._no_room(error) from error
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise self._no_room(fd, error) from error
+                error.filename = error.filename or str(self.temporary)
+                raise
             has_owner = give_style(fd, self._volume)
             os.utime(fd, ns=(self._moment.time, self._moment.time))
             os.fsync(fd)
@@ -259,8 +261,8 @@ class RestoredFile:
                     "somebody else writes to it; restore to another disk"
                 )
 
-    def _no_room(self, error: OSError) -> RewindError:
-        needed = sum(one.length for one in self._data_from(self._note.done))
+    def _no_room(self, fd: int, error: OSError) -> RewindError:
+        needed = sum(one.length for one in self._data_from(0)) - os.fstat(fd).st_blocks * _STAT_BLOCK_BYTES
         room = os.statvfs(self._path.parent)
         missing = max(BLOCK_BYTES, needed - room.f_bavail * room.f_frsize)
         return RewindError(

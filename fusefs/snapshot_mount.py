@@ -1,7 +1,7 @@
 """The snapshot mount: every recovery point of a group as a read-only file.
 
 Invariants:
-- `immutable`: an inode of a file is (volume, seq), and its bytes and attributes never change; so the kernel may keep
+- `immutable`: an inode of a file is (volume, moment), and its bytes and attributes never change; so the kernel may keep
   its pages and attributes for as long as it likes. What changes is which inode a name leads to;
 - `no-wrong-bytes`: a read that cannot be answered in full gives EIO; a short one is the end of the file only;
 - the moments of open files and directories are held: what is open is read to its end, whatever is thinned out. One
@@ -28,7 +28,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
-from dedup.errors import BadTime, MomentGone, MomentRefused, UnknownName, WouldBlock
+from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, UnknownName, WouldBlock
 from dedup.history import History, PastImage
 from dedup.image import room_for
 from dedup.moment import rfc3339
@@ -62,11 +62,14 @@ REFUSALS_MAX: Final = 256
 """Directories that remember why they refused a name."""
 READ_BYTES_MAX: Final = 1 << 20
 """Largest read request of the kernel: 256 pages."""
+NAMES_MAX: Final = 8
+"""Names of a damaged moment that a log line has."""
 DIRECTORY_SECONDS: Final = 1.0
 """For how long the kernel may keep a directory's attributes."""
 TURN_SECONDS: Final = 0.02
 """For how long a listing uses the reader before it lets others do so; a single step may take longer."""
 XATTR_PREFIX: Final = "user.rewindfs."
+_XATTR_PREFIX: Final = XATTR_PREFIX.encode()
 REFUSED_XATTR: Final = b"user.rewindfs.refused"
 """Of a directory: why the last TIME looked up there was refused, or why nothing of an image is shown."""
 DIRTY_XATTR: Final = b"user.rewindfs.dirty"
@@ -112,6 +115,8 @@ class SnapshotMount(ReadOnlyOperations):
         self._unclean: OrderedDict[ImageDirectory, str] = OrderedDict()
         self._listings: dict[int, _Listing] = {}
         self._next_handle = 1
+        self._damaged = Seq(0), ""
+        """The moment in which damage was met last, and its names."""
         self._buffer = _new_buffer()
         self._spare_buffers: list[memoryview] = []
 
@@ -129,7 +134,7 @@ class SnapshotMount(ReadOnlyOperations):
                 self._images.move_to_end(node.key)
                 try:
                     return image.read_into(off, size, self._buffer, wait=False)  # type: ignore[return-value]
-                except (WouldBlock, MomentGone):
+                except (WouldBlock, MomentGone, Damaged):
                     pass
             return await self._read_waiting(node, off, size)
         except Exception as error:  # noqa: BLE001 - must become an errno
@@ -142,6 +147,18 @@ class SnapshotMount(ReadOnlyOperations):
             # Made before the moment was held, and history was thinned out in between. One made now is right.
             self._images.pop(node.key, None)
             return await self._read_image(await self._image(node), off, size)
+        except Damaged as damage:
+            names = await self._names_of(node.moment.seq)
+            raise Damaged(f"snapshot {names}: {damage}" if names else str(damage)) from damage
+
+    async def _names_of(self, seq: Seq) -> str:
+        """The names that a person may know a damaged moment by; those of the last one asked for are kept."""
+        known, names = self._damaged
+        if known != seq:
+            found = await self._take_turns(self._tree.names_of, seq)
+            names = ", ".join(found[:NAMES_MAX])
+            self._damaged = seq, names
+        return names
 
     async def _read_image(self, image: PastImage, off: int, size: int) -> bytes:
         async with self._readers:
@@ -401,12 +418,12 @@ class SnapshotMount(ReadOnlyOperations):
         node = self._inodes.node(inode)
         if isinstance(node, InsideNode):
             # Programs ask for others on each file that they see; none of those is kept.
-            attributes = await self.inside.xattrs(node) if name.startswith(b"user.") else {}
+            value = (await self.inside.xattrs(node)).get(name) if name.startswith(b"user.") else None
         else:
             if isinstance(node, ImageDirectory) and name in (REFUSED_XATTR, DIRTY_XATTR):
                 await self._holds_files(node)
-            attributes = self._attributes(node)
-        value = attributes.get(name)
+            # `ls -l` asks for two of other names of each file.
+            value = self._attributes(node).get(name) if name.startswith(_XATTR_PREFIX) else None
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value

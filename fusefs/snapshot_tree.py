@@ -12,7 +12,8 @@ Invariants:
   comes to mean another moment it leads to another node; the node that it led to before goes on as it was;
 - a path that was a volume once and a directory at another time is both: a subdirectory's name wins over a snapshot's;
 - a moment that has been thinned out since it was looked up is MomentGone, never shown as the one that is there now;
-- what is kept is bounded: `CACHED_STATES_MAX` volume states, `bound_names.BINDINGS_MAX` names.
+- what is kept is bounded: `CACHED_STATES_MAX` volume states, `CACHED_VERSIONS_MAX` versions of paths,
+  `bound_names.BINDINGS_MAX` names.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ NAME_SECONDS: Final = 1.0
 """The same for a snapshot's name, which may be deleted and given anew."""
 CACHED_STATES_MAX: Final = 100_000
 """Volume states kept of moments that were looked at, some 200 bytes each."""
+CACHED_VERSIONS_MAX: Final = 50_000
+"""What paths were at snapshots that were listed, some 300 bytes each: listings of many snapshots of many volumes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class MomentDirectory:
 
     @property
     def key(self) -> Hashable:
-        return (self.name, self.moment.seq, self.path)
+        return (self.name, self.moment.seq, self.moment.time, self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,8 @@ class SnapshotFile:
 
     @property
     def key(self) -> Hashable:
-        return (self.state.volume, self.moment.seq)
+        # The time, for a store far away may be put back to an older copy, and go on from there.
+        return (self.state.volume, self.moment.seq, self.moment.time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +116,8 @@ class ImageDirectory:
     moment: Moment
 
     @property
-    def key(self) -> Hashable:
-        return ("image", self.state.volume, self.moment.seq)
+    def key(self) -> tuple[Hashable, ...]:
+        return ("image", self.state.volume, self.moment.seq, self.moment.time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,7 @@ class InsideNode:
 
     @property
     def key(self) -> Hashable:
-        return ("inside", self.image.state.volume, self.image.moment.seq, self.inner)
+        return ("inside", *self.image.key, self.inner)
 
     @property
     def moment(self) -> Moment:
@@ -162,6 +166,7 @@ class SnapshotTree:
         self._groups: OrderedDict[Seq, GroupMoment] = OrderedDict()
         self._rewritten = reader.rewritten
         self._cached_states = 0
+        self._versions: OrderedDict[tuple[str, Seq], tuple[Moment, VolumeState | None]] = OrderedDict()
         self._paths: frozenset[str] = frozenset()
         self._children: dict[str, set[str]] = {"": set()}
 
@@ -209,6 +214,10 @@ class SnapshotTree:
                 for name in sorted(_children(volumes).get(directory.path, ())):
                     yield name, Found(self._in_moment(directory, name), ALWAYS_SECONDS)
 
+    def names_of(self, seq: Seq) -> list[str]:
+        """Of the snapshots and bookmarks that a moment has."""
+        return [snapshot.name for snapshot in self._reader.snapshots() if snapshot.seq == seq]
+
     # Below volumes/
 
     def _lookup_version(self, directory: VersionsDirectory, name: str, who: int) -> Found:
@@ -246,11 +255,20 @@ class SnapshotTree:
 
     def _version(self, directory: VersionsDirectory, snapshot: Snapshot) -> SnapshotFile | ImageDirectory | None:
         """The volume that had the path at a snapshot, unless the snapshot is of another one only."""
-        group = self._group_at(snapshot.seq)
-        state = group.volumes.get(directory.path)
+        moment, state = self._version_at(directory.path, snapshot.seq)
         if state is None or snapshot.volume not in (None, state.volume):
             return None
-        return (ImageDirectory if directory.files else SnapshotFile)(state, group.moment)
+        return (ImageDirectory if directory.files else SnapshotFile)(state, moment)
+
+    def _version_at(self, path: str, seq: Seq) -> tuple[Moment, VolumeState | None]:
+        """The moment, and the volume that had `path` there."""
+        known = self._versions.get((path, seq))
+        if known is None:
+            group = self._group_at(seq)
+            known = self._versions[path, seq] = group.moment, group.volumes.get(path)
+            if len(self._versions) > CACHED_VERSIONS_MAX:
+                self._versions.popitem(last=False)
+        return known
 
     def _refresh_paths(self) -> None:
         paths = self._reader.paths()
@@ -271,7 +289,7 @@ class SnapshotTree:
         return self._point(snapshot)
 
     def _point(self, snapshot: Snapshot) -> Found:
-        return Found(MomentDirectory(snapshot.name, self._group_at(snapshot.seq).moment, ""), NAME_SECONDS)
+        return Found(MomentDirectory(snapshot.name, self._version_at("", snapshot.seq)[0], ""), NAME_SECONDS)
 
     def _in_moment(self, directory: MomentDirectory, name: str) -> Node:
         group = self._group_of(directory.moment)
@@ -308,10 +326,12 @@ class SnapshotTree:
         if self._reader.rewritten != self._rewritten:
             self._rewritten = self._reader.rewritten
             self._groups.clear()
+            self._versions.clear()
             self._cached_states = 0
 
     def _is_there(self, moment: Moment) -> bool:
-        return self._group_at(moment.seq).moment.seq == moment.seq
+        found = self._group_at(moment.seq).moment
+        return (found.seq, found.time) == (moment.seq, moment.time)
 
     def _group_of(self, moment: Moment) -> GroupMoment:
         """The group at exactly that moment. MomentGone."""

@@ -110,7 +110,7 @@ def _mount_lines(report: dict[str, Any]) -> list[str]:
     if wire["saved_bytes"] > 0:
         sent, saved = size_text(wire["sent_bytes"]), size_text(wire["saved_bytes"])
         lines.append(f"  {sent} sent; {saved} more but for what the second appliance held already")
-    for half in report["half_restored"]:
+    for half in report.get("half_restored", []):
         undo = half["bookmark"] or "the moment before it"
         lines.append(f"  {half['place']} is half restored: restore it to seq={half['seq']} again, or back to {undo}")
     if report["reconcile"]:

@@ -31,6 +31,8 @@ from replication.messages import (
     COMPARE_UNITS,
     DIGEST_BYTES,
     OFFER_BLOCKS_MAX,
+    QUERY_BYTES_MAX,
+    RESULT_BYTES_MAX,
     SUM_UNITS,
     VOLUMES_PER_PAGE_MAX,
     Ack,
@@ -166,6 +168,16 @@ def check_offer(message: Offer) -> None:
     blocks, rest = divmod(len(message.blocks), OFFERED_BYTES)
     if rest or not 1 <= blocks <= OFFER_BLOCKS_MAX:
         raise Malformed(f"{len(message.blocks)} bytes are not an offer of 1..{OFFER_BLOCKS_MAX} blocks")
+
+
+def check_query(number: int, length: int) -> None:
+    check_range("query id", number, 1, U64_MAX)
+    check_range("bytes of a query", length, 1, QUERY_BYTES_MAX)
+
+
+def check_result(number: int, length: int) -> None:
+    check_range("query id", number, 1, U64_MAX)
+    check_range("bytes of a result", length, 1, RESULT_BYTES_MAX)
 
 
 def check_compare(message: Compare) -> None:

@@ -28,6 +28,8 @@ A body and a reply are JSON-like. Times are integers of nanoseconds, sizes bytes
     retention.set    {some fields of Policy}                   → the whole of it, durable and in force
 
 `group` is the session's own where it has one, else the store's only one.
+
+What a reader asks about the past, many small questions in a row, are no commands: see history_queries.py.
 """
 
 from __future__ import annotations
@@ -102,6 +104,10 @@ class Commands:
         if caller.limited and command in _WHOLE_STORE:
             raise BadRequest(f"{command} is about all groups of the store, and this key is trusted with some of them")
         return await function(self, caller, body)
+
+    def group_name(self, caller: Caller) -> str:
+        """The group whose past the caller's session asks about: its own, or the only one that it may. UnknownName."""
+        return self._group(caller, {}).name
 
     async def _name_check(self, caller: Caller, body: Body) -> Body:
         group = self._group(caller, body)

@@ -13,8 +13,7 @@ from dedup.moment import rfc3339
 from dedup.pins import Pinning
 from dedup.terminal import group_option, json_option, print_json_ranges, shown, size_text
 from dedup.types import Moment, VolumeState
-from replication.held_moments import held_moments
-from replication.history import open_history
+from replication.history import held_moments, open_history
 from replication.route import Route, route_options
 
 RANGES_SHOWN: Final = 40

@@ -34,6 +34,8 @@ from replication.checks import (
     check_offer,
     check_piece,
     check_piece_form,
+    check_query,
+    check_result,
     check_stamp,
     check_volume,
 )
@@ -49,6 +51,7 @@ from replication.frame_layout import (
     HEADER,
     HEARTBEAT,
     OFFER,
+    QUERY,
     RARE,
     WRITE,
     Flag,
@@ -60,7 +63,9 @@ from replication.messages import (
     CompareResult,
     Message,
     Offer,
+    Query,
     Remainder,
+    Result,
     SyncRequest,
     Wanted,
 )
@@ -270,6 +275,16 @@ def _encode_offer(message: Offer) -> list[Buffer]:
     return [OFFER.pack(OFFER.size + len(message.blocks), MessageType.OFFER, 0, 0, message.seq), message.blocks]
 
 
+def _encode_query(message: Query) -> list[Buffer]:
+    check_query(message.id, len(message.body))
+    return [QUERY.pack(QUERY.size + len(message.body), MessageType.QUERY, 0, 0, message.id), message.body]
+
+
+def _encode_result(message: Result) -> list[Buffer]:
+    check_result(message.id, len(message.body))
+    return [QUERY.pack(QUERY.size + len(message.body), MessageType.RESULT, 0, 0, message.id), message.body]
+
+
 def _encode_sync_request(_message: SyncRequest) -> list[Buffer]:
     return [HEADER.pack(HEADER.size, MessageType.SYNC_REQUEST, 0, 0)]
 
@@ -299,4 +314,6 @@ _ENCODERS: Final[dict[type, Callable[[Any], list[Buffer]]]] = {
     Wanted: _encode_wanted,
     Remainder: _encode_remainder,
     SyncRequest: _encode_sync_request,
+    Query: _encode_query,
+    Result: _encode_result,
 }

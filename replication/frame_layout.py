@@ -28,6 +28,8 @@ from replication.messages import (
     DIGEST_BYTES,
     FINGERPRINT_BYTES,
     OFFER_BLOCKS_MAX,
+    QUERY_BYTES_MAX,
+    RESULT_BYTES_MAX,
     Failure,
     Hello,
     Reply,
@@ -54,6 +56,8 @@ class MessageType(IntEnum):
     UNCOMPARED = 11
     OFFER = 12
     WANTED = 13
+    QUERY = 14
+    RESULT = 15
     WRITE = 32
     AGGREGATE = 33
     RECONCILE = 34
@@ -102,6 +106,8 @@ COMPARE: Final = Struct(_HEADER + "QQIIQI")
 COMPARE_RESULT: Final = Struct(_HEADER + "Q")
 """seq; Wanted has the same."""
 OFFER: Final = Struct(_HEADER + "Q")
+QUERY: Final = Struct(_HEADER + "Q")
+"""id; Result has the same."""
 OFFERED_BYTES: Final = FINGERPRINT_BYTES + DIGEST_BYTES
 """What an Offer says of one block."""
 
@@ -138,6 +144,8 @@ FRAME_LIMITS: Final[dict[int, tuple[int, int]]] = {
     MessageType.COMPARE_RESULT: (COMPARE_RESULT.size + 1, COMPARE_RESULT.size + COMPARE_BLOCKS_MAX),
     MessageType.OFFER: (OFFER.size + OFFERED_BYTES, OFFER.size + OFFER_BLOCKS_MAX * OFFERED_BYTES),
     MessageType.WANTED: (COMPARE_RESULT.size + 1, COMPARE_RESULT.size + OFFER_BLOCKS_MAX),
+    MessageType.QUERY: (QUERY.size + 1, QUERY.size + QUERY_BYTES_MAX),
+    MessageType.RESULT: (QUERY.size + 1, QUERY.size + RESULT_BYTES_MAX),
     MessageType.WRITE: (WRITE.size, WRITE.size + WRITE_BYTES_MAX),
     MessageType.RECONCILE: (WRITE.size, WRITE.size + WRITE_BYTES_MAX),
     MessageType.CORRECT: (CORRECT.size, CORRECT.size + WRITE_BYTES_MAX),

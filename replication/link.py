@@ -72,7 +72,7 @@ async def greet(connection: Connection, hello: Hello) -> tuple[Session, Welcome,
     with trio.move_on_after(HANDSHAKE_SECONDS):
         await connection.send(session.send(hello))
         while session.state is not State.STREAMING:
-            match await _next(connection, session):
+            match await next_message(connection, session):
                 case Welcome() as message:
                     welcome = message
                 case VolumePage(volumes=page):
@@ -87,7 +87,8 @@ async def greet(connection: Connection, hello: Hello) -> tuple[Session, Welcome,
     raise LinkDown(f"no answer to Hello within {HANDSHAKE_SECONDS:g} s")
 
 
-async def _next(connection: Connection, session: Session) -> Message:
+async def next_message(connection: Connection, session: Session) -> Message:
+    """The second appliance's next message. LinkDown, ProtocolError."""
     while (message := session.next_event()) is None:
         data = await receive_in_time(connection, session)
         if not data:
@@ -366,7 +367,7 @@ class Link:
 
     async def _receive(self, handle: Callable[[Message], None]) -> None:
         while True:
-            message = await _next(self._connection, self._session)
+            message = await next_message(self._connection, self._session)
             if isinstance(message, Failure):
                 raise SessionEnded(message)
             handle(message)

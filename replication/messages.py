@@ -11,7 +11,7 @@ from typing import Final
 
 from dedup.types import ClockRun, Epoch, Record, Seq, TimeNs, VolumeId, VolumeState
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 FRAME_BYTES_MAX: Final = 5 << 20
 """Largest frame either side accepts, header included: an aggregate of 4 MiB and its extents."""
 VOLUMES_PER_PAGE_MAX: Final = 256
@@ -29,6 +29,10 @@ DIGEST_BYTES: Final = 16
 FINGERPRINT_BYTES: Final = 16
 OFFER_BLOCKS_MAX: Final = 1024
 """Blocks of one Offer: all of an aggregate of 4 MiB."""
+QUERY_BYTES_MAX: Final = 64 << 10
+"""Largest body of a Query."""
+RESULT_BYTES_MAX: Final = 2 << 20
+"""Largest body of a Result: 1 MiB of blocks and what is said of them."""
 
 
 class Role(Enum):
@@ -230,6 +234,23 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Query:
+    """What a reader asks about the past of its group; `body` is a question of history_queries.py, encoded there. Who
+    passes it on need not understand it."""
+
+    id: int
+    body: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Answer to the Query of the same id; `body` is an answer of history_queries.py, with its checksum."""
+
+    id: int
+    body: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """Last message of a session: why the sender closes it."""
 
@@ -251,6 +272,8 @@ Message = (
     | Ack
     | Request
     | Reply
+    | Query
+    | Result
     | Failure
     | Record
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import trio
 
 from replication.errors import LinkDown, ProtocolError
-from replication.messages import ErrorCode, Failure, Hello, Message, Reply, Request, Role, Welcome
+from replication.messages import ErrorCode, Failure, Hello, Message, Query, Reply, Request, Result, Role, Welcome
 from replication.refused import Refused
 from replication.relay import UPSTREAM_SECONDS, Connect
 from replication.server_end import ServerEnd
@@ -57,7 +57,7 @@ async def _pass_replies(end: ServerEnd, connection: Connection, session: Session
         message = await _next(connection, session)
         if isinstance(message, Failure):
             raise Refused(message.text, message.code)
-        if not isinstance(message, (Welcome, Reply)):
+        if not isinstance(message, (Welcome, Reply, Result)):
             raise Refused(f"the second appliance said {type(message).__name__} to a command", ErrorCode.UNAVAILABLE)
         end.say(message)
         await end.room_to_say()
@@ -88,6 +88,8 @@ async def _pass_requests(
                     if limited and message.body.get("group", group) != group:
                         raise Refused(f"only group {group!r} can be asked about here")
                     await _pass_on(connection, session, message)
+                elif isinstance(message, Query):  # about the session's group alone
+                    await _pass_on(connection, session, message)
                 elif isinstance(message, Failure):
                     both.cancel()
             if not (data := await end.receive(CONTROL_IDLE_SECONDS)):
@@ -96,7 +98,7 @@ async def _pass_requests(
             end.session.receive_data(data)
 
 
-async def _pass_on(connection: Connection, session: Session, request: Request) -> None:
+async def _pass_on(connection: Connection, session: Session, request: Request | Query) -> None:
     try:
         await send_in_time(connection, session.send(request))
     except LinkDown as error:

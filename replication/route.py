@@ -22,6 +22,12 @@ class Route:
     identity: Identity | None = None
     insecure_tcp: bool = False
 
+    @property
+    def words(self) -> list[str]:
+        """The options that a command gets it by."""
+        identity = [] if self.identity is None else ["--identity", str(self.identity.directory)]
+        return [*identity, *(["--insecure-tcp"] if self.insecure_tcp else [])]
+
 
 def route_options(command: F) -> Callable[..., Any]:
     """Adds `--identity DIR` and `--insecure-tcp` to a click command, which gets them as `route`."""

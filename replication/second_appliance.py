@@ -28,6 +28,7 @@ import trio
 from dedup.errors import StoreError, StoreFailed, StoreFull
 from dedup.types import Epoch
 from replication.commands import Commands
+from replication.history_process import HistoryProcesses
 from replication.maintenance import Maintenance
 from replication.messages import ErrorCode, Hello
 from replication.open_sessions import SESSIONS_MAX, Accepts, OpenSessions, accept_until
@@ -65,6 +66,7 @@ class SecondAppliance:
         self.maintenance = Maintenance(self.writer)
         self.space.thinner = self.maintenance.consolidate
         self.commands = Commands(self.writer, self.live, self.space, self.maintenance)
+        self.histories = HistoryProcesses(store.path)
         self._maintain = maintain
         self._sessions: OpenSessions[ServerSession] = OpenSessions(sessions_max)
         self._agents: dict[str, ServerSession] = {}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol, cast, get_args
 
 import trio
 
-from dedup.errors import Damaged, RewindError, StoreError, StoreFailed, StoreFull
+from dedup.errors import Damaged, RewindError, StoreError, StoreFailed, StoreFull, UnknownName
 from dedup.space import growth_of
 from dedup.types import (
     Aggregate,
@@ -38,6 +38,7 @@ from replication.commands import Commands
 from replication.comparing import Comparer
 from replication.errors import LinkDown, LocalProtocolError, ProtocolError
 from replication.held_blocks import HeldBlocks
+from replication.history_process import HistoryProcesses, HistoryReader
 from replication.identity import Peer
 from replication.messages import (
     PROTOCOL_VERSION,
@@ -48,6 +49,7 @@ from replication.messages import (
     Hello,
     Message,
     Offer,
+    Query,
     Remainder,
     Reply,
     Request,
@@ -98,6 +100,7 @@ class Host(Protocol):
     writer: StoreWriter
     commands: Commands
     space: SpaceGate
+    histories: HistoryProcesses
 
     def greeted(self, session: ServerSession) -> None:
         """The session has said Hello, and may do what it said. Raises Refused."""
@@ -132,6 +135,9 @@ class ServerSession:
         self._held = HeldBlocks(host.writer, self._session, self._digest_key)
         self._sync_asked: Round | None = None
         self._answering = trio.CapacityLimiter(ANSWERS_MAX)
+        self._readers: trio.Nursery | None = None
+        self._reader: HistoryReader | None = None
+        """Who answers Queries; from the first one on."""
         self._name = "a session without Hello"
 
     @property
@@ -246,9 +252,11 @@ class ServerSession:
                 digest_key=b"",
             )
         )
-        async with trio.open_nursery() as answers:
-            with self._guard():
-                await self._stream(self._caller(hello), None, answers)
+        async with trio.open_nursery() as self._readers:
+            async with trio.open_nursery() as answers:
+                with self._guard():
+                    await self._stream(self._caller(hello), None, answers)
+            self._readers.cancel_scope.cancel()
 
     def _caller(self, hello: Hello) -> Caller:
         return Caller(hello.role, hello.group, self.peer)
@@ -310,7 +318,7 @@ class ServerSession:
             elif isinstance(message, Compare):
                 batch.append(Heartbeat(message.seq, message.time, message.run))
                 batch_bytes += RECORD_BYTES
-            elif not isinstance(message, (Request, SyncRequest, Failure, Offer)):
+            elif not isinstance(message, (Request, SyncRequest, Failure, Offer, Query)):
                 record = self._record(message)
                 batch.append(record)
                 batch_bytes += _weight(record)
@@ -327,6 +335,8 @@ class ServerSession:
                 self._sync(group, answers)
             elif isinstance(message, Request):
                 answers.start_soon(self._answer, caller, message)
+            elif isinstance(message, Query):
+                await self._query(caller, message)
             elif isinstance(message, Failure):
                 log.warning("%s: the peer gave up: %s", self._name, message.text)
                 self.drain(0)
@@ -403,6 +413,24 @@ class ServerSession:
                 if group.durable > self._session.durable:
                     await self._speech.ack(group)
                 await changed.wait()
+
+    async def _query(self, caller: Caller, query: Query) -> None:
+        if self._reader is None:
+            assert self._readers is not None, "the session's table lets only readers ask about the past"
+            self._reader = await self._readers.start(self._read_history, caller)
+        await self._reader.ask(query)
+
+    async def _read_history(self, caller: Caller, *, task_status: trio.TaskStatus[HistoryReader]) -> None:
+        try:
+            group = self._host.commands.group_name(caller)
+        except UnknownName as error:
+            raise Refused(str(error)) from error
+        async with self._host.histories.reading(group, self.peer, local=self._connection.is_local) as reader:
+            log.info("%s: goes back in group %s", self._name, group)
+            task_status.started(reader)
+            with self._guard():
+                while True:
+                    await self._speech.say(await reader.next_result())
 
     async def _answer(self, caller: Caller, request: Request) -> None:
         with self._guard():

@@ -7,7 +7,7 @@ Invariants:
 - Records (and Compares) follow each other without a hole: each begins at the seq after the last one, the first at
   Welcome.held + 1.
 - Ack never decreases and never passes what was sent. A CompareResult or Uncompared answers an open Compare with as many
-  blocks, a Wanted an open Offer, a Reply an open Request; of each only a bounded number is open.
+  blocks, a Wanted an open Offer, a Reply an open Request, a Result an open Query; only so many of each are open.
 - A Remainder follows the answer to its Offer. An offer whose seq was passed is forgotten.
 - After a Failure, or after any broken rule, nothing more is said: CLOSED.
 
@@ -33,9 +33,11 @@ from replication.messages import (
     Hello,
     Message,
     Offer,
+    Query,
     Remainder,
     Reply,
     Request,
+    Result,
     Role,
     SyncRequest,
     Uncompared,
@@ -51,6 +53,8 @@ OFFERS_OPEN_MAX: Final = 4
 """Most Offers whose aggregate was not said yet."""
 REQUESTS_OPEN_MAX: Final = 64
 """Most Requests without their Reply."""
+QUERIES_OPEN_MAX: Final = 64
+"""Most Queries without their Result."""
 
 
 class Side(Enum):
@@ -97,6 +101,7 @@ TABLE: Final[dict[State, dict[Side, dict[type, State]]]] = {
             Offer: State.STREAMING,
             SyncRequest: State.STREAMING,
             Request: State.STREAMING,
+            Query: State.STREAMING,
             Failure: State.CLOSED,
         },
         Side.SERVER: {
@@ -105,6 +110,7 @@ TABLE: Final[dict[State, dict[Side, dict[type, State]]]] = {
             Uncompared: State.STREAMING,
             Wanted: State.STREAMING,
             Reply: State.STREAMING,
+            Result: State.STREAMING,
             Failure: State.CLOSED,
         },
     },
@@ -122,6 +128,8 @@ AGENT_ONLY_TYPES: Final[frozenset[type]] = NUMBERED_TYPES | {
     Wanted,
 }
 """What only an agent's session carries."""
+READER_ONLY_TYPES: Final[frozenset[type]] = frozenset({Query, Result})
+"""What only a reader's session carries."""
 
 
 class Session:
@@ -143,6 +151,7 @@ class Session:
         self._offers: dict[int, int] = {}
         """Offers that are open: blocks, negative once answered."""
         self._requests: set[int] = set()
+        self._queries: set[int] = set()
         self._decoder = Decoder()
 
     @property
@@ -156,6 +165,10 @@ class Session:
     @property
     def requests_open(self) -> int:
         return len(self._requests)
+
+    @property
+    def queries_open(self) -> int:
+        return len(self._queries)
 
     def send(self, message: Message) -> list[Buffer]:
         """The message's frame, counted as said. Raises LocalProtocolError and changes nothing when it is not allowed.
@@ -224,6 +237,8 @@ class Session:
             raise self._broken(speaker, f"{kind.__name__} is not allowed when {self.state.value}")
         if self.role is not Role.AGENT and kind in AGENT_ONLY_TYPES:
             raise self._broken(speaker, f"{kind.__name__} in a session whose role is not agent")
+        if self.role is not Role.READER and kind in READER_ONLY_TYPES:
+            raise self._broken(speaker, f"{kind.__name__} in a session whose role is not reader")
         rule = _RULES.get(kind)
         if rule is not None:
             following = rule(self, speaker, message, following)
@@ -353,6 +368,22 @@ def _reply(session: Session, speaker: Side, message: Reply, following: State) ->
     return following
 
 
+def _query(session: Session, speaker: Side, message: Query, following: State) -> State:
+    if len(session._queries) >= QUERIES_OPEN_MAX:
+        raise session._broken(speaker, f"more than {QUERIES_OPEN_MAX} queries are open")
+    if message.id in session._queries:
+        raise session._broken(speaker, f"query id {message.id} is open already")
+    session._queries.add(message.id)
+    return following
+
+
+def _result(session: Session, speaker: Side, message: Result, following: State) -> State:
+    if message.id not in session._queries:
+        raise session._broken(speaker, f"a result of query {message.id}, which is not open")
+    session._queries.discard(message.id)
+    return following
+
+
 _RULES: Final[dict[type, Callable[[Session, Side, Any, State], State]]] = {
     **dict.fromkeys(RECORD_TYPES, _record),
     Hello: _hello,
@@ -368,4 +399,6 @@ _RULES: Final[dict[type, Callable[[Session, Side, Any, State], State]]] = {
     Ack: _ack,
     Request: _request,
     Reply: _reply,
+    Query: _query,
+    Result: _result,
 }

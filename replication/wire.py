@@ -45,7 +45,9 @@ from replication.checks import (
     check_marks,
     check_offer,
     check_piece_form,
+    check_query,
     check_range,
+    check_result,
     check_stamp,
     check_volume,
 )
@@ -66,6 +68,7 @@ from replication.frame_layout import (
     HEADER,
     HEARTBEAT,
     OFFER,
+    QUERY,
     RARE,
     WRITE,
     Flag,
@@ -81,7 +84,9 @@ from replication.messages import (
     Message,
     Offer,
     Piece,
+    Query,
     Remainder,
+    Result,
     Role,
     SyncRequest,
     Wanted,
@@ -251,6 +256,20 @@ def _decode_offer(chunk: Buffer, start: int, end: int) -> Message:
     return message
 
 
+def _decode_query(chunk: Buffer, start: int, end: int) -> Message:
+    (*_, number) = QUERY.unpack_from(chunk, start)
+    message = Query(number, _payload(chunk, start + QUERY.size, end))
+    check_query(message.id, len(message.body))
+    return message
+
+
+def _decode_result(chunk: Buffer, start: int, end: int) -> Message:
+    (*_, number) = QUERY.unpack_from(chunk, start)
+    message = Result(number, _payload(chunk, start + QUERY.size, end))
+    check_result(message.id, len(message.body))
+    return message
+
+
 def _decode_sync_request(chunk: Buffer, start: int, end: int) -> Message:
     return SyncRequest()
 
@@ -305,6 +324,8 @@ _DECODERS: Final[dict[int, Callable[[Buffer, int, int], Message]]] = {
     int(MessageType.OFFER): _decode_offer,
     int(MessageType.WANTED): _decode_wanted,
     int(MessageType.REMAINDER): _decode_remainder,
+    int(MessageType.QUERY): _decode_query,
+    int(MessageType.RESULT): _decode_result,
 }
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import statistics
 import time
@@ -28,28 +27,24 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from dedup.group_writer import GroupWriter
 from dedup.image import room_for
 from dedup.reader import StoreReader
 from dedup.store import Store
 from dedup.types import (
     BLOCK_BYTES,
-    ClockRun,
     Create,
     Epoch,
     EpochStart,
     Extent,
     Reconcile,
     ReconcileEnd,
-    Record,
     Seq,
-    TimeNs,
     Write,
 )
 from fusefs.state_directory import StateDirectory
 from replication.intent_log import IntentLog
 from tests.benchmarks.mounts import drop_caches, rewindfs, workplace
-from tests.benchmarks.synthetic_store import FIRST_TIME, GROUP, PATH, RUN, SECOND, VOLUME
+from tests.benchmarks.synthetic_store import GROUP, PATH, VOLUME, RecordMaker
 
 GIB: Final = 1 << 30
 EXTENT_BLOCKS: Final = 256
@@ -76,14 +71,12 @@ class Reading:
         return self.data_bytes // BLOCK_BYTES // 100
 
 
-class _Maker:
+class _Maker(RecordMaker):
     """Makes the store: a base, a checkpoint, the changes."""
 
     def __init__(self, store: Store, reading: Reading) -> None:
-        self._store = store
+        super().__init__(store)
         self._reading = reading
-        self._group: GroupWriter = store.group(GROUP)
-        self._random = random.Random(1)
         self._blocks = reading.volume_bytes // BLOCK_BYTES
 
     def make(self) -> tuple[Seq, Seq]:
@@ -116,15 +109,6 @@ class _Maker:
 
     def _extent(self, block: int) -> Extent:
         return Extent(VOLUME, block * BLOCK_BYTES, self._random.randbytes(BLOCK_BYTES))
-
-    def _take(self, records: list[Record]) -> None:
-        self._group.ingest(records)
-        if self._store.checkpoint_due():
-            self._store.checkpoint()
-
-    def _stamp(self, ahead: int) -> tuple[Seq, TimeNs, ClockRun]:
-        seq = self._group.held + ahead
-        return Seq(seq), TimeNs(FIRST_TIME + seq * SECOND), RUN
 
 
 def made(path: Path, reading: Reading) -> tuple[Seq, Seq]:

@@ -263,6 +263,7 @@ ROWS: Final = (
     Row("look up volumes/VOLUME/NAME", _look_up_version),
     Row("usage", _usage, "containers"),
     Row("points", lambda path: _command("points", str(path), "--json"), "gaps"),
+    Row("points --timeline", lambda path: _command("points", str(path), "--timeline", "--json"), "records"),
     Row("list volumes/VOLUME", _list_versions, "snapshots"),
     Row("snapshot list", lambda path: _command("snapshot", "list", str(path), "--json"), "snapshots, changes"),
     Row("verify", _verify, "records"),

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.snapshot_listing [--names N] [--records N] [--volumes N] [--stores DIR]
 
-Two stores: in one each name was given as `snapshot create` does it, behind a checkpoint; in the other the names are
-bookmarks, and the checkpoints lie where the store makes them by itself. In both a tenth of the writes makes a volume
-longer. Cold: the first time after the mount; warm: the second. The kernel's caches are dropped before each.
+Three stores: in one each name was given as `snapshot create` does it, behind a checkpoint; in the next the names are
+bookmarks, and a checkpoint lies behind each; in the last they were given to moments long past, as `--at` does. In all a
+tenth of the writes makes a volume longer. Cold: the first time after the mount; warm: the second. The kernel's caches
+are dropped before each.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Final
 
@@ -53,12 +55,20 @@ GROWS_EACH: Final = 10
 FIXED_BYTES: Final = 64 << 20
 
 
+class Naming(Enum):
+    """What the names were given to."""
+
+    CHECKPOINTS = "snapshots at checkpoints"
+    BOOKMARKS = "bookmarks"
+    PAST = "snapshots of past moments"
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     names: int
     records: int
     volumes: int
-    at_checkpoints: bool
+    naming: Naming
 
 
 class _Maker:
@@ -77,12 +87,20 @@ class _Maker:
             path = f"disk{index}.img"
             first.append(Create(*self._stamp(2 + index), VolumeId(index + 1), path, FIXED_BYTES, 0o644, 0, 0))
         self._group.ingest([*first, ReconcileEnd(*self._stamp(2 + shape.volumes))])
+        ended: list[tuple[Seq, TimeNs]] = []
         for number in range(shape.names):
             count = shape.records * (number + 1) // shape.names - shape.records * number // shape.names
             self._group.ingest([self._write(ahead) for ahead in range(1, count + 1)])
-            if self._store.checkpoint_due() or shape.at_checkpoints:
+            if self._store.checkpoint_due() or shape.naming is Naming.CHECKPOINTS:
                 self._store.checkpoint()
-            self._name(f"name-{number}")
+            ended.append((self._group.held, self._group.time))
+            if shape.naming is Naming.CHECKPOINTS:
+                self._snapshot(number, *ended[-1])
+            elif shape.naming is Naming.BOOKMARKS:
+                self._group.ingest([Bookmark(*self._stamp(1), f"name-{number}")])
+        if shape.naming is Naming.PAST:
+            for number, (seq, moment) in enumerate(ended):
+                self._snapshot(number, seq, moment)
 
     def _stamp(self, ahead: int) -> tuple[Seq, TimeNs, ClockRun]:
         seq = self._group.held + ahead
@@ -96,13 +114,10 @@ class _Maker:
             self._lengths[index] += BLOCK_BYTES
         return Write(*self._stamp(ahead), Extent(VolumeId(index + 1), offset, self._random.choice(self._blocks)))
 
-    def _name(self, name: str) -> None:
+    def _snapshot(self, number: int, at: Seq, at_time: TimeNs) -> None:
         group = self._group
-        if not self._shape.at_checkpoints:
-            group.ingest([Bookmark(*self._stamp(1), name)])
-            return
         seq, moment, run = group.held, group.time, group.run
-        body = SnapshotCreate(seq, moment, run, name, seq, moment)
+        body = SnapshotCreate(seq, moment, run, f"name-{number}", at, at_time)
         group.append([Logged(EntryKind.SNAPSHOT_CREATE, seq, seq, moment, run, BASE_JOURNAL, (), body)])
 
 
@@ -167,15 +182,14 @@ def main() -> None:
     options = parser.parse_args()
     with workplace() as directory, nullcontext(options.stores or directory) as stores:
         stores.mkdir(exist_ok=True)
-        for at_checkpoints in (True, False):
-            shape = Shape(options.names, options.records, options.volumes, at_checkpoints)
-            store = stores / f"{shape.names}-{shape.records}-{shape.volumes}-{at_checkpoints}"
+        for naming in Naming:
+            shape = Shape(options.names, options.records, options.volumes, naming)
+            store = stores / f"{shape.names}-{shape.records}-{shape.volumes}-{naming.name}"
             make_store(store, shape)
-            where = "snapshots at checkpoints" if at_checkpoints else "bookmarks between checkpoints"
-            table = Table(title=f"{shape.names:,} {where}, {shape.records:,} records, {shape.volumes} volumes")
+            table = Table(title=f"{shape.names:,} {naming.value}, {shape.records:,} records, {shape.volumes} volumes")
             for column in ("", "cold s", "warm s", "RssAnon MB"):
                 table.add_column(column, justify="right" if column else "left")
-            place = directory / f"mounts-{at_checkpoints}"
+            place = directory / naming.name
             place.mkdir()
             for what, cold, warm, rss in measure(store, shape, place):
                 table.add_row(what, f"{cold:.2f}", f"{warm:.2f}", f"{rss / 1e6:.0f}")

@@ -62,12 +62,28 @@ class Shape:
     gaps: int
 
 
-class _Maker:
-    def __init__(self, store: Store, shape: Shape) -> None:
+class RecordMaker:
+    """What makes the records of a store: each a second after the one before it, ingested with checkpoints as due."""
+
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._shape = shape
-        self._group = store.group(GROUP)
+        self._group: GroupWriter = store.group(GROUP)
         self._random = random.Random(1)
+
+    def _take(self, records: list[Record]) -> None:
+        self._group.ingest(records)
+        if self._store.checkpoint_due():
+            self._store.checkpoint()
+
+    def _stamp(self, ahead: int) -> tuple[Seq, TimeNs, ClockRun]:
+        seq = self._group.held + ahead
+        return Seq(seq), TimeNs(FIRST_TIME + seq * SECOND), RUN
+
+
+class _Maker(RecordMaker):
+    def __init__(self, store: Store, shape: Shape) -> None:
+        super().__init__(store)
+        self._shape = shape
         self._known = [self._random.randbytes(BLOCK_BYTES) for _ in range(_KNOWN_BLOCKS)]
         self._blocks = shape.volume_bytes // BLOCK_BYTES
         self._hot = min(self._blocks, _HOT_BYTES // BLOCK_BYTES)
@@ -87,15 +103,6 @@ class _Maker:
                 done += count
             self._store.checkpoint()
             self._snapshot(number)
-
-    def _take(self, records: list[Record]) -> None:
-        self._group.ingest(records)
-        if self._store.checkpoint_due():
-            self._store.checkpoint()
-
-    def _stamp(self, ahead: int) -> tuple[Seq, TimeNs, ClockRun]:
-        seq = self._group.held + ahead
-        return Seq(seq), TimeNs(FIRST_TIME + seq * SECOND), RUN
 
     def _beginning(self) -> Iterator[Record]:
         yield EpochStart(*self._stamp(1), Epoch(1), clean=False)

@@ -14,6 +14,7 @@ import trio
 from click.testing import CliRunner
 
 from dedup.errors import RewindError
+from fusefs import bookmark_hooks
 from fusefs.bookmark_cli import bookmark
 from fusefs.bookmark_hooks import Frozen, Hooks, bookmark_frozen
 
@@ -70,8 +71,15 @@ def test_between_the_two(tmp_path: Path, thawed: Path) -> None:
     ],
 )
 def test_what_fails_is_told(
-    freeze: str, thaw: str, limit: float, bookmarks: int, errors: list[str], thawed: Path
+    monkeypatch: pytest.MonkeyPatch,
+    freeze: str,
+    thaw: str,
+    limit: float,
+    bookmarks: int,
+    errors: list[str],
+    thawed: Path,
 ) -> None:
+    monkeypatch.setattr(bookmark_hooks, "STOP_SECONDS", 0.2)
     frozen, given = play(Hooks(freeze, thaw.replace("touch", f"touch {thawed}"), limit))
     assert thawed.exists()
     assert len(given) == bookmarks

@@ -361,6 +361,10 @@ def test_damage_is_an_error_there_and_nowhere_else(tmp_path: Path, browse: Calla
     store.group("g").ingest(model.begin())
     create = model.create("disk.img", 1 << 20)
     store.group("g").ingest([create, model.write(create.volume, 0, random.Random(1).randbytes(1 << 20))])
+    damaged = model.seq
+    store.group("g").create_snapshot("friday")
+    store.group("g").create_snapshot("the same")
+    store.group("g").ingest([model.write(create.volume, 1 << 19, b"later")])
     store.close()
     content = model.content[create.volume]
     (container,) = [file for file in (store_path / "containers").iterdir() if content[:4096] in file.read_bytes()]
@@ -370,6 +374,9 @@ def test_damage_is_an_error_there_and_nowhere_else(tmp_path: Path, browse: Calla
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
     browsed = browse(store_path)
+    with pytest.raises(OSError) as error:
+        (browsed.path / "volumes/disk.img/friday").read_bytes()
+    assert error.value.errno == errno.EIO
     with open(browsed.path / "volumes/disk.img/@latest", "rb", buffering=0) as volume:
         for block in range(256):
             if block != 100:
@@ -379,7 +386,8 @@ def test_damage_is_an_error_there_and_nowhere_else(tmp_path: Path, browse: Calla
                 os.pread(volume.fileno(), 4096, block * 4096)
             assert error.value.errno == errno.EIO
     log = browsed.log.read_text()
-    assert f"disk.img at seq={model.seq}, bytes" in log
+    assert f"EIO: snapshot friday, the same: disk.img at seq={damaged}, bytes" in log
+    assert f"EIO: disk.img at seq={model.seq}, bytes" in log
     assert f"{container}: offset {RAW_SLOTS_OFFSET + 100 * 4096}" in log
 
 
@@ -424,8 +432,8 @@ def test_stores_that_cannot_be_browsed(tmp_path: Path) -> None:
         (tmp_path / "nothing", "nothing"),
         (tmp_path / "empty", "holds no group yet"),
         (tmp_path / "two", "holds the groups left, right; name one with --group"),
-        ("unix:/x", "not supported yet"),
-        ("tls://host:1", "not supported yet"),
+        ("unix:/x", "cannot connect to /x: No such file or directory"),
+        ("tcp://192.0.2.1:1", "use tls://, or allow it with --insecure-tcp"),
     ]:
         done = Browsed.command(store, mountpoint)
         assert done.returncode == 1

@@ -40,9 +40,11 @@ from replication.messages import (
     Mode,
     Offer,
     Piece,
+    Query,
     Remainder,
     Reply,
     Request,
+    Result,
     Role,
     SyncRequest,
     Uncompared,
@@ -210,6 +212,8 @@ control = st.one_of(
     remainders,
     st.builds(Request, seqs, names, bodies),
     st.builds(Reply, seqs, bodies, texts),
+    st.builds(Query, seqs, st.binary(min_size=1, max_size=200)),
+    st.builds(Result, seqs, st.binary(min_size=1, max_size=9000)),
     st.builds(Failure, st.sampled_from(ErrorCode), texts),
 )
 messages = st.one_of(records, control)

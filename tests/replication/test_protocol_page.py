@@ -13,8 +13,9 @@ import pytest
 import replication
 from dedup import types
 from dedup.types import Record
-from replication import frame_layout, messages, modes
+from replication import frame_layout, history_queries, messages, modes
 from replication.frame_layout import FLAGS_ALLOWED, FRAME_LIMITS, RARE, Flag, MessageType
+from replication.history_queries import Answer, Question
 from replication.messages import ErrorCode, Message
 from replication.modes import Mode, mode_policy
 from replication.session import TABLE, Side, State
@@ -65,6 +66,7 @@ def test_fixed_parts() -> None:
         "Extent": frame_layout.EXTENT,
         "Wanted": frame_layout.COMPARE_RESULT,
         "Remainder": frame_layout.AGGREGATE,
+        "Result": frame_layout.QUERY,
     }
     fixed = {name for name, cls in CLASSES.items() if cls not in RARE and name != "SyncRequest"}
     assert {row[0] for row in rows} == fixed | {"Header", "Extent"}
@@ -82,6 +84,18 @@ def test_msgpack_bodies() -> None:
     for name, fields in rows:
         cls = CLASSES.get(name) or getattr(types, name)
         assert re.findall(r"`(\w+)`", fields) == [field.name for field in dataclasses.fields(cls)]
+
+
+@pytest.mark.parametrize(("first", "union"), [("question", Question), ("answer", Answer)])
+def test_questions_and_answers(first: str, union: object) -> None:
+    rows = table(first, "fields")
+    kinds = {cls.__struct_config__.tag: cls for cls in get_args(union)}
+    assert {row[0] for row in rows} == set(kinds)
+    for name, fields, *answer in rows:
+        assert re.findall(r"`([\w-]+)`", fields) == list(kinds[name].__struct_fields__)
+        if answer:
+            expected = re.search(r"Answer: (\w+)", kinds[name].__doc__)
+            assert expected and getattr(history_queries, expected[1]).__struct_config__.tag == answer[0]
 
 
 def test_states() -> None:

@@ -21,9 +21,11 @@ from replication.messages import (
     Message,
     Offer,
     Piece,
+    Query,
     Remainder,
     Reply,
     Request,
+    Result,
     Role,
     SyncRequest,
     Uncompared,
@@ -31,7 +33,16 @@ from replication.messages import (
     Wanted,
     Welcome,
 )
-from replication.session import COMPARES_OPEN_MAX, OFFERS_OPEN_MAX, REQUESTS_OPEN_MAX, TABLE, Session, Side, State
+from replication.session import (
+    COMPARES_OPEN_MAX,
+    OFFERS_OPEN_MAX,
+    QUERIES_OPEN_MAX,
+    REQUESTS_OPEN_MAX,
+    TABLE,
+    Session,
+    Side,
+    State,
+)
 from replication.wire import encode
 
 
@@ -51,6 +62,7 @@ def remainder(first_seq: int, seq: int) -> Remainder:
 NOW, RUN, DISK = TimeNs(1), ClockRun(0), VolumeId(1)
 HELLO = Hello(PROTOCOL_VERSION, Role.AGENT, "g", Epoch(1), "a")
 ADMIN = Hello(PROTOCOL_VERSION, Role.ADMIN, "", Epoch(0))
+READER = Hello(PROTOCOL_VERSION, Role.READER, "g", Epoch(0))
 FAILURE = Failure(ErrorCode.REFUSED, "no")
 LAST_PAGE = VolumePage((), True)
 
@@ -131,9 +143,12 @@ EXAMPLES: list[Message] = [
     offer(11, 1),
     Wanted(Seq(11), b"\1"),
     remainder(11, 12),
+    Query(1, b"q"),
+    Result(1, b"r"),
     FAILURE,
 ]
 ANSWERS = (CompareResult, Uncompared, Wanted, Remainder, Reply)
+NOT_AN_AGENTS = (Query, Result)
 
 
 @pytest.mark.parametrize("state", State)
@@ -141,7 +156,7 @@ ANSWERS = (CompareResult, Uncompared, Wanted, Remainder, Reply)
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 def test_every_message_in_every_state(state: State, side: Side, message: Message) -> None:
     pair = reach(state)
-    if type(message) in TABLE[state][side] and not isinstance(message, ANSWERS):
+    if type(message) in TABLE[state][side] and not isinstance(message, ANSWERS + NOT_AN_AGENTS):
         pair.say(side, message)
     else:
         pair.agree_refused(side, message)
@@ -294,6 +309,26 @@ def test_open_requests_are_bounded_and_answered_once() -> None:
     pair.agree_refused(Side.CLIENT, Request(7, "status", {}))
     pair.client = streaming().client
     pair.agree_refused(Side.SERVER, Reply(8, {}))
+
+
+def test_open_queries_are_bounded_and_answered_once_in_any_order() -> None:
+    pair = streaming(READER)
+    for number in range(QUERIES_OPEN_MAX):
+        pair.say(Side.CLIENT, Query(number + 1, b"q"))
+    assert pair.client.queries_open == pair.server.queries_open == QUERIES_OPEN_MAX
+    pair.say(Side.SERVER, Result(7, b"r"))
+    pair.say(Side.CLIENT, Query(7, b"q"))
+    pair.agree_refused(Side.CLIENT, Query(1000, b"q"))
+    pair = streaming(READER)
+    pair.say(Side.CLIENT, Query(7, b"q"))
+    pair.agree_refused(Side.CLIENT, Query(7, b"again"))
+    pair = streaming(READER)
+    pair.agree_refused(Side.SERVER, Result(8, b"r"))
+
+
+def test_only_a_reader_goes_back() -> None:
+    for hello in (HELLO, ADMIN):
+        streaming(hello).agree_refused(Side.CLIENT, Query(1, b"q"))
 
 
 def test_welcome_answers_in_the_version_of_hello() -> None:

@@ -37,14 +37,18 @@ from replication.frame_layout import AGGREGATE, COPY_BYTES_MAX, EXTENT, FRAME_LI
 from replication.messages import (
     FRAME_BYTES_MAX,
     PROTOCOL_VERSION,
+    QUERY_BYTES_MAX,
+    RESULT_BYTES_MAX,
     Ack,
     Compare,
     CompareResult,
     Hello,
     Message,
     Mode,
+    Query,
     Reply,
     Request,
+    Result,
     Role,
     SyncRequest,
     VolumePage,
@@ -283,6 +287,12 @@ BAD: list[Message] = [
     Request(1, "status", {"a": "x" * (1 << 20)}),
     Request(1, "status", {1: 2}),
     Reply(1, {}, "x" * 5000),
+    Query(0, b"q"),
+    Query(1, b""),
+    Query(1, bytes(QUERY_BYTES_MAX + 1)),
+    Result(0, b"r"),
+    Result(1, b""),
+    Result(1, bytes(RESULT_BYTES_MAX + 1)),
 ]
 
 

@@ -127,7 +127,10 @@ def test_what_fails_is_told_and_the_application_is_thawed(world: World, source: 
     assert bookmarks(world) == ["taken", "b"]
 
 
-@pytest.mark.parametrize(("when", "number"), [("freezing", signal.SIGINT), ("marking", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("marking", signal.SIGTERM), pytest.param("freezing", signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_a_signal_thaws_first(world: World, source: Path, when: str, number: signal.Signals) -> None:
     second = world.mount("sync").second
     frozen, thawed = world.directory / "frozen", world.directory / "thawed"
@@ -147,6 +150,7 @@ def test_a_signal_thaws_first(world: World, source: Path, when: str, number: sig
     assert bookmarks(world) == ["afterwards"]
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_ends_the_freeze(world: World, source: Path) -> None:
     second = world.mount("sync").second
     thaw = f"kill -CONT {second}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from dedup.errors import RewindError
 from fusefs.restore_cli import restore as restore_command
 from tests.system.commands_here import document, invoke, refusal
 from tests.system.harness import World, volumes_in, wait_for_end
@@ -202,6 +203,15 @@ def test_what_is_being_restored_others_leave_alone(volumes: World) -> None:
     with open(database, "r+b"):
         pass  # and does not hold up its own
     world.ask("restore.end", id=number)
+    with pytest.raises(RewindError, match="that restore is over"):
+        world.ask("restore.begin", id=number, place="db", seq=3, bookmark="")
+    with pytest.raises(RewindError, match=f"process {owner.pid} is not seen"):
+        world.ask("restore.start", place="db", pid=owner.pid, force=False)
+    with subprocess.Popen(["sleep", "1000"], env=world.environment) as forced:
+        world.ask("restore.start", place="db", pid=forced.pid, force=True)
+        with open(database, "r+b"):
+            pass
+        forced.kill()
 
 
 def begin_large_restore(world: World, dice: random.Random) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
@@ -333,6 +343,43 @@ from dedup.marker import write_marker
 from dedup.storage import Storage
 write_marker(Storage(), Path({store!r}))
 """
+
+
+def test_damage_in_the_store_changes_nothing(volumes: World, dice: random.Random) -> None:
+    world = volumes
+    world.mount("async")
+    world.ask("bookmark", name="then")
+    then = contents(world)["disk.img"][0]
+    for at in range(0, SIZE, 100 * BLOCK):
+        with open(world.mnt / "disk.img", "r+b") as file:
+            file.seek(at)
+            file.write(dice.randbytes(BLOCK))
+    os.unlink(world.mnt / "other.img")
+    world.ask("durable")
+    damage(world, then[200 * BLOCK : 201 * BLOCK])
+    now, names = contents(world), world.json("points", world.store)["bookmarks"]
+    told = refusal(restore_command, *words(world, ".", "then"))
+    assert "disk.img at seq=" in told and "half restored" not in told
+    assert contents(world) == now and world.json("points", world.store)["bookmarks"] == names
+    assert world.ask("status")["half_restored"] == []
+    told = refusal(restore_command, *words(world, ".", "then", "--no-check"))
+    assert ". is half restored" in told
+    assert [note["place"] for note in world.ask("status")["half_restored"]] == ["."]
+    (undo,) = (note["bookmark"] for note in world.ask("status")["half_restored"])
+    restore(world, ".", undo)
+    assert contents(world) == now
+
+
+def damage(world: World, block: bytes) -> None:
+    """Flips a byte of that block in the store."""
+    for container in (world.store / "containers").iterdir():
+        place = container.read_bytes().find(block)
+        if place >= 0:
+            with open(container, "r+b") as file:
+                file.seek(place + 9)
+                file.write(bytes([block[9] ^ 1]))
+            return
+    raise AssertionError("no container has the block")
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+"""What is fetched ahead: nothing for who jumps about, each chunk once for who goes on."""
+
+from __future__ import annotations
+
+import random
+
+from replication.history_queries import FETCH_BLOCKS_MAX
+from replication.read_ahead import AHEAD_CHUNKS, ReadAhead
+
+END = 100 * FETCH_BLOCKS_MAX + 7
+
+
+def test_one_after_the_other() -> None:
+    reading = ReadAhead()
+    told: list[int] = []
+    for first in range(0, END, 32):
+        told += reading.chunks(first, 32, END)
+        at = (first + 32) // FETCH_BLOCKS_MAX
+        assert all(chunk <= at + AHEAD_CHUNKS for chunk in told)
+    assert told == sorted(set(told))
+    assert told[-1] == END // FETCH_BLOCKS_MAX
+    assert len(told) > 95
+
+
+def test_side_by_side_in_another_order() -> None:
+    reading = ReadAhead()
+    firsts = list(range(0, END, 64))
+    for at in range(0, len(firsts) - 4, 4):
+        random.Random(at).shuffle(firsts[at : at + 4])
+    told = [chunk for first in firsts for chunk in reading.chunks(first, 64, END)]
+    assert len(told) == len(set(told)) > 90
+
+
+def test_two_streams_and_jumps() -> None:
+    reading = ReadAhead()
+    rng = random.Random(1)
+    far = 1 << 40
+    assert not [chunk for _ in range(200) for chunk in reading.chunks(rng.randrange(far), 1, far)]
+    told: dict[int, list[int]] = {0: [], far // 2: []}
+    for step in range(0, 4096, 64):
+        for start, chunks in told.items():
+            chunks += reading.chunks(start + step, 64, far)
+    assert all(len(chunks) > 10 for chunks in told.values())
+
+
+def test_what_is_put_off_is_told_again() -> None:
+    reading = ReadAhead()
+    for first in range(0, 2048, 64):
+        chunks = reading.chunks(first, 64, END)
+    while not chunks:
+        first += 64
+        chunks = reading.chunks(first, 64, END)
+    reading.put_off(chunks[0])
+    assert reading.chunks(first + 64, 64, END)[: len(chunks)] == chunks
