@@ -8,7 +8,7 @@ STAMP  := $(VENV)/installed
 
 # pyfuse3 is compiled against libfuse3; the other packages are the tools of the tests and of the demo.
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv \
-            fio e2fsprogs xfsprogs sqlite3 strace attr mount util-linux iproute2 openssl
+            fio e2fsprogs xfsprogs btrfs-progs ntfs-3g dosfstools mtools fdisk sqlite3 strace attr mount util-linux iproute2 openssl
 
 .PHONY: help demo two-hosts chaos test test-slow lint bench bench-quick fuzz clean packages
 
@@ -89,5 +89,5 @@ $(STAMP): setup.cfg pyproject.toml | packages
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'make: error: rewindfs needs Python 3.11 or later; say which one: make PYTHON=python3.11 …' >&2; exit 1; }
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,files]'
 	@touch $@

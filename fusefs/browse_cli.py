@@ -12,10 +12,13 @@ import click
 import trio
 
 from dedup.container import IDLE_SECONDS, ContainerPool
+from dedup.errors import RewindError
 from dedup.history import History
 from dedup.pins import Pinning
 from dedup.reader import StoreReader
-from fusefs.daemon import serve
+from fusefs.daemon import TASKS_MAX, serve
+from fusefs.inside.image_process import check_libraries
+from fusefs.inside_files import WAITING_MAX
 from fusefs.mountpoint import absolute, check_mountpoint, mount_at, mount_options
 from fusefs.snapshot_mount import SnapshotMount
 from replication.address import UnixAddress, parse_address, store_path
@@ -30,10 +33,15 @@ READ_AHEAD_KIB: Final = 2048
 """What the kernel may read ahead of a sequential reader: two of its largest requests, instead of an eighth of one."""
 
 
+class OptionRefused(RewindError):
+    """A mount option that must not be given with another. The message says why."""
+
+
 @click.command()
 @click.argument("store", metavar="STORE")
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--group", metavar="G", help="Which group, where the store holds several.")
+@click.option("--files", is_flag=True, help="Show the files inside the images, too (needs rewindfs[files]).")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Log there instead of to stderr.")
 @click.option("--allow-other", is_flag=True, help="Let other users in, as far as owner and mode of each volume say.")
@@ -47,6 +55,7 @@ def browse(
     store: str,
     mountpoint: Path,
     group: str | None,
+    files: bool,
     foreground: bool,
     log_file: Path | None,
     allow_other: bool,
@@ -61,6 +70,7 @@ def browse(
     MOUNTPOINT/volumes/VOLUME/NAME    a snapshot
     MOUNTPOINT/volumes/VOLUME/@TIME   any moment: @latest, @5m, @2026-11-22T10:15:30Z, @seq=41
     MOUNTPOINT/points/NAME/VOLUME     the whole group at one moment; points/@TIME too
+    MOUNTPOINT/files/VOLUME/NAME/…    with --files: what is inside the image; files/VOLUME/@TIME/… too
 
     STORE may be the address of a second appliance, or of a first one before it. Then reads wait up to half a minute
     while it does not answer, and `df` shows the disk of the cache.
@@ -71,11 +81,16 @@ def browse(
     mountpoint = absolute(mountpoint)
     check_mountpoint(mountpoint)
     extra = [option for given in options for option in given.split(",") if option]
-    mount = mount_options(source, allow_other=allow_other, read_only=True, extra=extra)
+    if files:
+        check_libraries()
+        _refuse_unsafe(extra)
+    # Whoever may read an image may read all that is in it; only other users are held to the modes in there.
+    check_modes = allow_other or not files
+    mount = mount_options(source, allow_other=allow_other, read_only=True, check_modes=check_modes, extra=extra)
     if path is None:
-        main = partial(_serve_address, source, group, route, cache, mountpoint, mount)
+        main = partial(_serve_address, source, group, route, cache, mountpoint, mount, files)
     else:
-        main = partial(_serve_path, path.absolute(), group, mountpoint, mount)
+        main = partial(_serve_path, path.absolute(), group, mountpoint, mount, files)
     run(main, foreground=foreground, log_file=log_file, debug=debug)
 
 
@@ -85,14 +100,25 @@ def _absolute_address(store: str) -> str:
     return str(UnixAddress(address.path.absolute()) if isinstance(address, UnixAddress) else address)
 
 
-async def _serve_path(path: Path, group: str | None, mountpoint: Path, options: set[str], ready: Ready) -> None:
+def _refuse_unsafe(options: list[str]) -> None:
+    """Images hold programs that are setuid for root; FUSE mounts are nosuid unless somebody asks otherwise."""
+    for option in options:
+        if option in ("suid", "dev"):
+            raise OptionRefused(
+                f"-o {option}: not with --files, since anybody may have written what is inside an image"
+            )
+
+
+async def _serve_path(
+    path: Path, group: str | None, mountpoint: Path, options: set[str], files: bool, ready: Ready
+) -> None:
     """The process of the mount of a store on this machine."""
     store = await trio.to_thread.run_sync(partial(StoreReader.open, path, pinning=Pinning.MOMENTS))
     try:
         reader = await trio.to_thread.run_sync(store.group, group)
         async with trio.open_nursery() as background:
             background.start_soon(_close_idle, store.pool)
-            await _serve(reader, path, mountpoint, options, ready)
+            await _serve(reader, path, mountpoint, options, files, ready)
             background.cancel_scope.cancel()
     finally:
         # No handler runs any more. What a cancelled one left in a thread has ended, too: threads are waited for.
@@ -106,26 +132,32 @@ async def _serve_address(
     cache: CachePlace,
     mountpoint: Path,
     options: set[str],
+    files: bool,
     ready: Ready,
 ) -> None:
     """The process of the mount of a store behind an appliance."""
     remote = open_history(address, group, route, pinning=Pinning.MOMENTS, cache=cache)
     history = await trio.to_thread.run_sync(remote.__enter__)
     try:
-        await _serve(history, cache.path, mountpoint, options, ready)
+        await _serve(history, cache.path, mountpoint, options, files, ready)
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(remote.__exit__, None, None, None)
 
 
-async def _serve(history: History, disk: Path, mountpoint: Path, options: set[str], ready: Ready) -> None:
+async def _serve(history: History, disk: Path, mountpoint: Path, options: set[str], files: bool, ready: Ready) -> None:
     """Mounts, is ready, and returns once it is unmounted. `df` shows the `disk`."""
-    operations = SnapshotMount(history, partial(os.statvfs, disk))
-    async with trio.open_nursery() as nursery:
-        await nursery.start(partial(serve, operations, mountpoint, options, drain=_nothing_to_drain))
-        # In a thread, like all that may look at the mount: its requests are answered by this one.
-        await trio.to_thread.run_sync(_raise_read_ahead, mountpoint)
-        ready.ready()
+    operations = SnapshotMount(history, partial(os.statvfs, disk), files=files)
+    tasks = TASKS_MAX + (WAITING_MAX if files else 0)
+    serving = partial(serve, operations, mountpoint, options, drain=operations.inside.close, max_tasks=tasks)
+    async with trio.open_nursery() as background:
+        background.start_soon(operations.inside.close_idle_ones)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serving)
+            # In a thread, like all that may look at the mount: its requests are answered by this one.
+            await trio.to_thread.run_sync(_raise_read_ahead, mountpoint)
+            ready.ready()
+        background.cancel_scope.cancel()
 
 
 async def _close_idle(pool: ContainerPool) -> None:
@@ -133,10 +165,6 @@ async def _close_idle(pool: ContainerPool) -> None:
     while True:
         await trio.sleep(IDLE_SECONDS)
         await trio.to_thread.run_sync(pool.close_idle)
-
-
-async def _nothing_to_drain() -> None:
-    """A reader owes nobody anything."""
 
 
 def _raise_read_ahead(mountpoint: Path) -> None:

@@ -132,15 +132,19 @@ def mount_options(
     *,
     allow_other: bool = False,
     read_only: bool = False,
+    check_modes: bool = True,
     max_read_bytes: int | None = None,
     extra: Iterable[str] = (),
 ) -> set[str]:
     """Options for `pyfuse3.init`. `source` is what the mount table shows; `extra` are the user's `-o`, as given.
 
     `allow_other` lets other users in (without it FUSE refuses everyone but who mounted, root too). A loop device of
-    who mounted needs it not: it holds the open file.
+    who mounted needs it not: it holds the open file. `check_modes` has the kernel hold everyone to owner and mode;
+    without it whoever is let in may read everything.
     """
-    options = {f"fsname={_escape(source)}", f"subtype={SUBTYPE}", "default_permissions"}
+    options = {f"fsname={_escape(source)}", f"subtype={SUBTYPE}"}
+    if check_modes:
+        options.add("default_permissions")
     if allow_other:
         options.add("allow_other")
     if read_only:

@@ -7,8 +7,8 @@ Invariants:
 - the moments of open files and directories are held: what is open is read to its end, whatever is thinned out. One
   that is gone when it is opened gives ESTALE, and the kernel looks its name up again;
 - one thread at a time uses the reader of the group (`_take_turns`); images are read by READERS_MAX threads;
-- bounded: IMAGES_MAX images, READERS_MAX buffers, REFUSALS_MAX reasons, whatever is open. An open file has no image
-  of its own.
+- bounded: IMAGES_MAX images, READERS_MAX buffers, REFUSALS_MAX reasons, whatever is open, what `known_names` and
+  `inside_files` are bounded by. An open file has no image of its own.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NoReturn, TypeVar
+from functools import partial
+from typing import Final, TypeVar
 
 import pyfuse3
 import trio
-from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
 from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, UnknownName, WouldBlock
 from dedup.history import History, PastImage
@@ -33,11 +34,18 @@ from dedup.image import room_for
 from dedup.moment import rfc3339
 from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq, TimeNs
 from fusefs.errors import fuse_error, handler
+from fusefs.inside.image_process import ImageUnreadable
+from fusefs.inside_files import InsideFiles, fill
+from fusefs.known_names import KnownNames
+from fusefs.read_only_operations import ReadOnlyOperations, refuse_change
 from fusefs.snapshot_inodes import SnapshotInodes
 from fusefs.snapshot_tree import (
     ALWAYS_SECONDS,
     Directory,
     Found,
+    ImageDirectory,
+    Inside,
+    InsideNode,
     MomentDirectory,
     Node,
     SnapshotFile,
@@ -63,7 +71,9 @@ TURN_SECONDS: Final = 0.02
 XATTR_PREFIX: Final = "user.rewindfs."
 _XATTR_PREFIX: Final = XATTR_PREFIX.encode()
 REFUSED_XATTR: Final = b"user.rewindfs.refused"
-"""Of a directory: why the last TIME looked up there was refused."""
+"""Of a directory: why the last TIME looked up there was refused, or why nothing of an image is shown."""
+DIRTY_XATTR: Final = b"user.rewindfs.dirty"
+"""Of an image: why some of what was written to its file system may be missing."""
 
 _T = TypeVar("_T")
 
@@ -72,29 +82,37 @@ _T = TypeVar("_T")
 class _Listing:
     """An open directory, with the entries it had when its listing began."""
 
-    directory: Directory
+    directory: Directory | Inside
     held: Seq | None
     entries: list[tuple[str, Found]] = field(default_factory=list)
+    page: list[tuple[bytes, InsideNode | None]] = field(default_factory=list)
+    page_start: int = 0
+    """Inside an image: the entries that are being given."""
+    unreadable: set[bytes] = field(default_factory=set)
+    """Names that were left out."""
 
 
-class SnapshotMount(pyfuse3.Operations):
+class SnapshotMount(ReadOnlyOperations):
     """The handlers of the snapshot mount, over the reader of one group; the caller closes the store afterwards."""
 
     supports_dot_lookup = False
 
-    def __init__(self, reader: History, store_statvfs: Callable[[], os.statvfs_result]) -> None:
-        """`store_statvfs` tells of the disk that `df` is to show; called in a thread."""
+    def __init__(self, reader: History, store_statvfs: Callable[[], os.statvfs_result], *, files: bool = False) -> None:
+        """`store_statvfs` tells of the disk that `df` is to show; called in a thread. `files`: show files/ as well."""
         super().__init__()
         self._reader = reader
-        self._tree = SnapshotTree(reader, clock=time.monotonic)
+        self._tree = SnapshotTree(reader, clock=time.monotonic, files=files)
+        self.inside = InsideFiles(partial(self._take_turns, _image_of, reader))
         self._store_statvfs = store_statvfs
         self._inodes = SnapshotInodes()
         self._one_turn = trio.CapacityLimiter(1)
         self._one_entry = trio.CapacityLimiter(1)
         self._readers = trio.CapacityLimiter(READERS_MAX)
         self._images: OrderedDict[Hashable, PastImage] = OrderedDict()
-        self._refusals: OrderedDict[Directory, str] = OrderedDict()
-        self._open_files: dict[int, SnapshotFile] = {}
+        self._refusals: OrderedDict[Directory | ImageDirectory, str] = OrderedDict()
+        self._open_files: dict[int, SnapshotFile | InsideNode] = {}
+        self._known_names = KnownNames(partial(pyfuse3.invalidate_entry_async, ignore_enoent=True))
+        self._unclean: OrderedDict[ImageDirectory, str] = OrderedDict()
         self._listings: dict[int, _Listing] = {}
         self._next_handle = 1
         self._damaged = Seq(0), ""
@@ -109,6 +127,8 @@ class SnapshotMount(pyfuse3.Operations):
         # await between filling the buffer and returning it.
         try:
             node = self._open_files[fh]
+            if isinstance(node, InsideNode):
+                return await self.inside.read(node, off, size)
             image = self._images.get(node.key)
             if image is not None and size <= READ_BYTES_MAX:
                 self._images.move_to_end(node.key)
@@ -162,20 +182,21 @@ class SnapshotMount(pyfuse3.Operations):
                 self._images.popitem(last=False)
         return image
 
-    def _file(self, number: int) -> SnapshotFile:
+    def _file(self, number: int) -> SnapshotFile | InsideNode:
         node = self._inodes.node(number)
-        if not isinstance(node, SnapshotFile):
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-        return node
+        if isinstance(node, SnapshotFile) or (isinstance(node, InsideNode) and stat.S_ISREG(node.status.mode)):
+            return node
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
 
     @handler
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            _refuse_change()
+            refuse_change()
         node = self._file(inode)
         await self._hold(node.moment.seq)
         try:
-            await self._image(node)
+            if isinstance(node, SnapshotFile):
+                await self._image(node)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._take_turns(self._reader.release, node.moment.seq)
@@ -216,29 +237,63 @@ class SnapshotMount(pyfuse3.Operations):
     @handler
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         directory = self._directory(parent_inode)
+        if isinstance(directory, Inside):
+            return await self._lookup_inside(parent_inode, directory, name)
         try:
             found = await self._take_turns(_lookup, self._tree, directory, name.decode(), ctx.pid)
         except (FileNotFoundError, UnicodeDecodeError):
             raise FUSEError(errno.ENOENT) from None
         except (MomentRefused, BadTime, UnknownName) as refusal:
-            self._refused(directory, str(refusal))
+            self._refused(directory, "no such moment", str(refusal))
             raise FUSEError(errno.ENOENT) from None
+        return self._referred(found)
+
+    def _referred(self, found: Found) -> EntryAttributes:
         number = self._inodes.number(found.node)
         self._inodes.refer(number)
         return self._entry(number, found.node, found.seconds)
 
-    def _refused(self, directory: Directory, reason: str) -> None:
+    async def _lookup_inside(self, parent: int, directory: Inside, name: bytes) -> EntryAttributes:
+        node = await self.inside.lookup(directory, name) if await self._holds_files(directory) else None
+        if node is None:
+            raise FUSEError(errno.ENOENT)
+        if not stat.S_ISDIR(node.status.mode):
+            self._known_names.add(parent, name)
+        return self._referred(Found(node, ALWAYS_SECONDS))
+
+    async def _holds_files(self, directory: Inside) -> bool:
+        """Whether there is anything to show below; if not, or not all of it, it is said where a person finds it."""
+        if isinstance(directory, InsideNode):
+            return True
+        try:
+            opened = await self.inside.open(directory)
+        except ImageUnreadable as refusal:
+            self._refused(directory, "no files are shown", str(refusal))
+            return False
+        label = await self.inside.label(directory)
+        if opened.unclean and self._unclean.get(directory) != opened.unclean:
+            log.warning(
+                "%s: %s; what was written last may be missing: clone it and mount the clone", label, opened.unclean
+            )
+            self._unclean[directory] = opened.unclean
+            if len(self._unclean) > REFUSALS_MAX:
+                self._unclean.popitem(last=False)
+        if opened.refused:
+            self._refused(directory, "not all partitions are shown", f"{label}: {opened.refused}")
+        return True
+
+    def _refused(self, directory: Directory | ImageDirectory, what: str, reason: str) -> None:
         """Keeps the reason where a person finds it. A program that asks again and again is one line in the log."""
         if self._refusals.get(directory) != reason:
-            log.warning("no such moment: %s", reason)
+            log.warning("%s: %s", what, reason)
         self._refusals[directory] = reason
         self._refusals.move_to_end(directory)
         if len(self._refusals) > REFUSALS_MAX:
             self._refusals.popitem(last=False)
 
-    def _directory(self, number: int) -> Directory:
+    def _directory(self, number: int) -> Directory | Inside:
         node = self._inodes.node(number)
-        if isinstance(node, SnapshotFile):
+        if isinstance(node, SnapshotFile) or (isinstance(node, InsideNode) and not stat.S_ISDIR(node.status.mode)):
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         return node
 
@@ -249,7 +304,7 @@ class SnapshotMount(pyfuse3.Operations):
     @handler
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         directory = self._directory(inode)
-        seq = directory.moment.seq if isinstance(directory, MomentDirectory) else None
+        seq = directory.moment.seq if isinstance(directory, MomentDirectory | Inside) else None
         if seq is not None:
             await self._hold(seq)
         handle = self._new_handle()
@@ -259,6 +314,9 @@ class SnapshotMount(pyfuse3.Operations):
     @handler
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         listing = self._listings[fh]
+        if isinstance(listing.directory, Inside):
+            await self._list_inside(listing, listing.directory, start_id, token)
+            return
         if start_id == 0:
             listing.entries = await self._list(listing.directory)
         for index in range(start_id, len(listing.entries)):
@@ -269,6 +327,32 @@ class SnapshotMount(pyfuse3.Operations):
                 self._inodes.forget(number)
                 return
             self._inodes.refer(number)
+
+    async def _list_inside(self, listing: _Listing, directory: Inside, start: int, token: ReaddirToken) -> None:
+        """A part of a listing. Names whose inode is damaged are left out, and instead of the end there is an error."""
+        if not await self._holds_files(directory):
+            return
+        replied = False
+        while not replied:
+            if not listing.page_start <= start < listing.page_start + len(listing.page):
+                listing.page_start, listing.page = start, await self.inside.entries(directory, start)
+            if not listing.page:
+                break
+            for name, node in listing.page[start - listing.page_start :]:
+                start += 1
+                if node is None:
+                    listing.unreadable.add(name)
+                    continue
+                number = self._inodes.number(node)
+                if not pyfuse3.readdir_reply(token, name, self._entry(number, node, ALWAYS_SECONDS), start):
+                    self._inodes.forget(number)
+                    return
+                self._inodes.refer(number)
+                if not stat.S_ISDIR(node.status.mode):
+                    self._known_names.add(self._inodes.number(directory), name)
+                replied = True
+        if not replied and listing.unreadable:
+            raise await self.inside.left_out(directory, listing.unreadable)
 
     async def _list(self, directory: Directory) -> list[tuple[str, Found]]:
         """All of a listing, leaving turns to others in between."""
@@ -298,6 +382,9 @@ class SnapshotMount(pyfuse3.Operations):
         entry.st_ino = number
         entry.entry_timeout = seconds
         entry.st_blksize = BLOCK_BYTES
+        if isinstance(node, InsideNode):
+            fill(entry, node)
+            return entry
         if isinstance(node, SnapshotFile):
             state, moment = node.state, node.moment.time
             entry.attr_timeout = ALWAYS_SECONDS
@@ -307,11 +394,16 @@ class SnapshotMount(pyfuse3.Operations):
             entry.st_blocks = -(-state.size // 512)
             entry.st_nlink = 1
         else:
-            fixed = isinstance(node, MomentDirectory)
-            moment = node.moment.time if isinstance(node, MomentDirectory) else self._tree.time
+            fixed = isinstance(node, MomentDirectory | ImageDirectory)
+            moment = node.moment.time if isinstance(node, MomentDirectory | ImageDirectory) else self._tree.time
             entry.attr_timeout = ALWAYS_SECONDS if fixed else DIRECTORY_SECONDS
             entry.st_mode = stat.S_IFDIR | 0o555
             entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+            if isinstance(node, ImageDirectory):
+                # Who may not read the image may not see into it either.
+                readable = node.state.mode & 0o444
+                entry.st_mode = stat.S_IFDIR | readable | readable >> 2
+                entry.st_uid, entry.st_gid = node.state.uid, node.state.gid
             # Not a count of subdirectories: programs that count on one would stop looking too early.
             entry.st_nlink = 1
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = moment
@@ -324,19 +416,33 @@ class SnapshotMount(pyfuse3.Operations):
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         node = self._inodes.node(inode)
-        # `ls -l` asks for two of other names of each file.
-        value = self._attributes(node).get(name) if name.startswith(_XATTR_PREFIX) else None
+        if isinstance(node, InsideNode):
+            # Programs ask for others on each file that they see; none of those is kept.
+            value = (await self.inside.xattrs(node)).get(name) if name.startswith(b"user.") else None
+        else:
+            if isinstance(node, ImageDirectory) and name in (REFUSED_XATTR, DIRTY_XATTR):
+                await self._holds_files(node)
+            # `ls -l` asks for two of other names of each file.
+            value = self._attributes(node).get(name) if name.startswith(_XATTR_PREFIX) else None
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value
 
     @handler
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        return list(self._attributes(self._inodes.node(inode)))
+        node = self._inodes.node(inode)
+        return list(await self.inside.xattrs(node) if isinstance(node, InsideNode) else self._attributes(node))
 
-    def _attributes(self, node: Node) -> dict[bytes, bytes]:
+    @handler
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        node = self._inodes.node(inode)
+        if not isinstance(node, InsideNode) or not stat.S_ISLNK(node.status.mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return await self.inside.readlink(node)
+
+    def _attributes(self, node: Directory | SnapshotFile | ImageDirectory) -> dict[bytes, bytes]:
         attributes: dict[bytes, bytes] = {}
-        if isinstance(node, SnapshotFile | MomentDirectory):
+        if isinstance(node, SnapshotFile | MomentDirectory | ImageDirectory):
             moment = node.moment
             values = {
                 "seq": str(moment.seq),
@@ -347,6 +453,8 @@ class SnapshotMount(pyfuse3.Operations):
             attributes = {f"{XATTR_PREFIX}{key}".encode(): value.encode() for key, value in values.items()}
         if not isinstance(node, SnapshotFile) and node in self._refusals:
             attributes[REFUSED_XATTR] = self._refusals[node].encode(errors="surrogateescape")
+        if isinstance(node, ImageDirectory) and node in self._unclean:
+            attributes[DIRTY_XATTR] = self._unclean[node].encode()
         return attributes
 
     @handler
@@ -358,56 +466,6 @@ class SnapshotMount(pyfuse3.Operations):
         result.f_namemax = NAME_BYTES_MAX
         return result
 
-    # What would change something. The mount is read-only, so the kernel asks for none of it.
-
-    async def setattr(
-        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
-    ) -> EntryAttributes:
-        _refuse_change()
-
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
-        _refuse_change()
-
-    async def create(
-        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
-    ) -> tuple[FileInfo, EntryAttributes]:
-        _refuse_change()
-
-    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
-        _refuse_change()
-
-    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        _refuse_change()
-
-    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        _refuse_change()
-
-    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
-        _refuse_change()
-
-    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        _refuse_change()
-
-    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        _refuse_change()
-
-    async def rename(
-        self,
-        parent_inode_old: int,
-        name_old: bytes,
-        parent_inode_new: int,
-        name_new: bytes,
-        flags: int,
-        ctx: RequestContext,
-    ) -> None:
-        _refuse_change()
-
-    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        _refuse_change()
-
-    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        _refuse_change()
-
     async def _take_turns(self, function: Callable[..., _T], *args: object) -> _T:
         """Runs what uses the group's reader in a thread, one at a time."""
         return await trio.to_thread.run_sync(function, *args, limiter=self._one_turn)
@@ -417,7 +475,7 @@ def _lookup(tree: SnapshotTree, directory: Directory, name: str, who: int) -> Fo
     return tree.lookup(directory, name, who=who)
 
 
-def _image_of(reader: History, node: SnapshotFile) -> PastImage:
+def _image_of(reader: History, node: SnapshotFile | ImageDirectory) -> PastImage:
     """MomentGone where history has nothing of exactly that moment."""
     image = reader.image(node.state.volume, node.moment.seq)
     reader.require(node.moment.seq)
@@ -437,7 +495,3 @@ def _list_some(steps: Iterator[tuple[str, Found] | None], entries: list[tuple[st
 
 def _new_buffer() -> memoryview:
     return memoryview(bytearray(room_for(READ_BYTES_MAX)))
-
-
-def _refuse_change() -> NoReturn:
-    raise FUSEError(errno.EROFS)

@@ -3,6 +3,9 @@
     volumes/VOLUME/NAME   each snapshot in which a volume had the path VOLUME
     volumes/VOLUME/@TIME  the same for any recovery point; found by name, not listed
     points/NAME/VOLUME    the whole group at a snapshot; points/@TIME too
+    files/VOLUME/NAME/…   with `files`: as below volumes/, but each version is a directory of the files in the image
+
+What is inside an image is not known here: see `inside_files`.
 
 Invariants:
 - `node-never-changes`: what a `SnapshotFile` or `MomentDirectory` stands for is fixed when it is made. When a name
@@ -25,9 +28,12 @@ from dedup.history import GroupMoment, History
 from dedup.moment import AtSeq, AtTime, Latest, Named, parse_time
 from dedup.types import Moment, Seq, Snapshot, TimeNs, VolumeState
 from fusefs.bound_names import BoundNames
+from fusefs.inside.filesystem import Node as InnerNode
+from fusefs.inside.filesystem import Status
 
 VOLUMES_NAME: Final = "volumes"
 POINTS_NAME: Final = "points"
+FILES_NAME: Final = "files"
 TIME_MARK: Final = "@"
 """What a name that is a TIME starts with."""
 
@@ -54,9 +60,13 @@ class Root:
 
 @dataclass(frozen=True, slots=True)
 class VersionsDirectory:
-    """volumes/PATH: the versions of what had this path, and the subdirectories; PATH is empty for volumes/ itself."""
+    """volumes/PATH: the versions of what had this path, and the subdirectories; PATH is empty for volumes/ itself.
+
+    With `files` it is files/PATH.
+    """
 
     path: str
+    files: bool = False
 
     @property
     def key(self) -> Hashable:
@@ -98,8 +108,39 @@ class SnapshotFile:
         return (self.state.volume, self.moment.seq, self.moment.time)
 
 
+@dataclass(frozen=True, slots=True)
+class ImageDirectory:
+    """What is inside a volume as it was: the root of its file system, or its partitions."""
+
+    state: VolumeState
+    moment: Moment
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        return ("image", self.state.volume, self.moment.seq, self.moment.time)
+
+
+@dataclass(frozen=True, slots=True)
+class InsideNode:
+    """A file, directory or symbolic link inside an image; `path` is one of those that lead to it."""
+
+    image: ImageDirectory
+    inner: InnerNode
+    status: Status
+    path: str
+
+    @property
+    def key(self) -> Hashable:
+        return ("inside", *self.image.key, self.inner)
+
+    @property
+    def moment(self) -> Moment:
+        return self.image.moment
+
+
 Directory = Root | VersionsDirectory | PointsDirectory | MomentDirectory
-Node = Directory | SnapshotFile
+Inside = ImageDirectory | InsideNode
+Node = Directory | SnapshotFile | Inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +154,15 @@ class Found:
 class SnapshotTree:
     """The tree over one group. Not for two threads at once, since its reader is not."""
 
-    def __init__(self, reader: History, *, clock: Callable[[], float]) -> None:
-        """`clock` counts seconds, for names that stay bound for a while."""
+    def __init__(self, reader: History, *, clock: Callable[[], float], files: bool = False) -> None:
+        """`clock` counts seconds, for names that stay bound for a while. `files`: there is a files/ as well."""
         self._reader = reader
+        self._top: dict[str, Directory] = {VOLUMES_NAME: VersionsDirectory(""), POINTS_NAME: PointsDirectory()}
+        if files:
+            self._top[FILES_NAME] = VersionsDirectory("", files=True)
         self._clock = clock
         self._bound = BoundNames()
+        self._bound_walks = BoundNames(walks=True)
         self._groups: OrderedDict[Seq, GroupMoment] = OrderedDict()
         self._rewritten = reader.rewritten
         self._cached_states = 0
@@ -139,13 +184,11 @@ class SnapshotTree:
         """
         match directory:
             case Root():
-                if name == VOLUMES_NAME:
-                    return Found(VersionsDirectory(""), ALWAYS_SECONDS)
-                if name == POINTS_NAME:
-                    return Found(PointsDirectory(), ALWAYS_SECONDS)
-                raise FileNotFoundError(name)
-            case VersionsDirectory(path):
-                return self._lookup_version(path, name, who)
+                if name not in self._top:
+                    raise FileNotFoundError(name)
+                return Found(self._top[name], ALWAYS_SECONDS)
+            case VersionsDirectory():
+                return self._lookup_version(directory, name, who)
             case PointsDirectory():
                 return self._lookup_point(name, who)
             case MomentDirectory():
@@ -159,9 +202,9 @@ class SnapshotTree:
         """
         match directory:
             case Root():
-                yield from ((name, self.lookup(directory, name)) for name in (VOLUMES_NAME, POINTS_NAME))
-            case VersionsDirectory(path):
-                yield from self._list_versions(path)
+                yield from ((name, Found(node, ALWAYS_SECONDS)) for name, node in self._top.items())
+            case VersionsDirectory():
+                yield from self._list_versions(directory)
             case PointsDirectory():
                 self._refresh()
                 for snapshot in self._reader.snapshots():
@@ -177,43 +220,45 @@ class SnapshotTree:
 
     # Below volumes/
 
-    def _lookup_version(self, path: str, name: str, who: int) -> Found:
+    def _lookup_version(self, directory: VersionsDirectory, name: str, who: int) -> Found:
+        path, files = directory.path, directory.files
         self._refresh()
         self._refresh_paths()
         if name in self._children.get(path, ()):
-            return Found(VersionsDirectory(_join(path, name)), ALWAYS_SECONDS)
+            return Found(VersionsDirectory(_join(path, name), files), ALWAYS_SECONDS)
         if not path:
             raise FileNotFoundError(name)
         if name.startswith(TIME_MARK):
-            moment, seconds = self._resolve(name[len(TIME_MARK) :], who)
+            moment, seconds = self._resolve(name[len(TIME_MARK) :], who, files=files)
             state = self._group_at(moment.seq).volumes.get(path)
             if state is None:
                 raise UnknownName(f"{name}: no volume had the path {path} at seq={moment.seq}")
-            return Found(SnapshotFile(state, moment), seconds)
+            return Found((ImageDirectory if files else SnapshotFile)(state, moment), seconds)
         snapshot = self._reader.snapshot(name)
-        file = None if snapshot is None else self._version(path, snapshot)
+        file = None if snapshot is None else self._version(directory, snapshot)
         if file is None:
             raise FileNotFoundError(name)
         return Found(file, NAME_SECONDS)
 
-    def _list_versions(self, path: str) -> Iterator[tuple[str, Found] | None]:
+    def _list_versions(self, directory: VersionsDirectory) -> Iterator[tuple[str, Found] | None]:
+        path = directory.path
         self._refresh()
         self._refresh_paths()
         children = self._children.get(path, set())
         for name in sorted(children):
-            yield name, Found(VersionsDirectory(_join(path, name)), ALWAYS_SECONDS)
+            yield name, Found(VersionsDirectory(_join(path, name), directory.files), ALWAYS_SECONDS)
         if path not in self._paths:
             return
         for snapshot in self._reader.snapshots():
-            file = None if snapshot.name in children else self._version(path, snapshot)
+            file = None if snapshot.name in children else self._version(directory, snapshot)
             yield None if file is None else (snapshot.name, Found(file, NAME_SECONDS))
 
-    def _version(self, path: str, snapshot: Snapshot) -> SnapshotFile | None:
-        """The volume that had `path` at a snapshot, unless the snapshot is of another one only."""
-        moment, state = self._version_at(path, snapshot.seq)
+    def _version(self, directory: VersionsDirectory, snapshot: Snapshot) -> SnapshotFile | ImageDirectory | None:
+        """The volume that had the path at a snapshot, unless the snapshot is of another one only."""
+        moment, state = self._version_at(directory.path, snapshot.seq)
         if state is None or snapshot.volume not in (None, state.volume):
             return None
-        return SnapshotFile(state, moment)
+        return (ImageDirectory if directory.files else SnapshotFile)(state, moment)
 
     def _version_at(self, path: str, seq: Seq) -> tuple[Moment, VolumeState | None]:
         """The moment, and the volume that had `path` there."""
@@ -258,15 +303,16 @@ class SnapshotTree:
 
     # Moments
 
-    def _resolve(self, text: str, who: int) -> tuple[Moment, float]:
+    def _resolve(self, text: str, who: int, *, files: bool = False) -> tuple[Moment, float]:
         """The recovery point that a TIME names, and for how many seconds that may be remembered."""
+        bound = self._bound_walks if files else self._bound
         match parse_time(text).where:
             case Latest() | AtTime(relative=True):
                 now = self._clock()
-                moment = self._bound.find(text, who, now)
+                moment = bound.find(text, who, now)
                 if moment is None or not self._is_there(moment):
                     moment = self._reader.resolve(text)
-                    self._bound.bind(text, who, moment, now)
+                    bound.bind(text, who, moment, now)
                 # Every use must come here, or a process could not be told from the others.
                 return moment, 0.0
             case Named():

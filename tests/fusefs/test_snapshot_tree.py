@@ -12,7 +12,16 @@ from dedup.reader import GroupReader
 from dedup.types import Moment, PointKind, Seq, TimeNs
 from fusefs.bound_names import BINDINGS_MAX, BoundNames
 from fusefs.snapshot_inodes import ROOT_NUMBER, SnapshotInodes
-from fusefs.snapshot_tree import Directory, MomentDirectory, Node, Root, SnapshotFile, SnapshotTree, VersionsDirectory
+from fusefs.snapshot_tree import (
+    Directory,
+    ImageDirectory,
+    MomentDirectory,
+    Node,
+    Root,
+    SnapshotFile,
+    SnapshotTree,
+    VersionsDirectory,
+)
 from tests.fusefs.snapshot_history import History
 
 
@@ -174,6 +183,22 @@ def test_relative_names_stay_bound_and_then_follow(world: World) -> None:
     assert found.seconds == 0
 
 
+def test_files_has_the_names_of_volumes(world: World) -> None:
+    assert [entry[0] for entry in world.tree.listing(Root()) if entry] == ["volumes", "points"]
+    with pytest.raises(FileNotFoundError):
+        world.walk("files")
+    world.tree = SnapshotTree(world.reader, clock=lambda: world.now, files=True)
+    assert [entry[0] for entry in world.tree.listing(Root()) if entry] == ["volumes", "points", "files"]
+    for path in ("", "/vm", "/vm/a.img", "/disk.img", "/both", "/deep"):
+        assert world.names(f"files{path}") == world.names(f"volumes{path}") != []
+    for path in ("vm/a.img/early", "disk.img/@late", "disk.img/@latest", "both/x.img/late"):
+        image, file = world.walk(f"files/{path}"), world.file(f"volumes/{path}")
+        assert isinstance(image, ImageDirectory)
+        assert (image.state, image.moment) == (file.state, file.moment) and image.key != file.key
+    with pytest.raises(UnknownName):
+        world.walk("files/both/x.img/@early")
+
+
 def test_points_under_a_moving_name_are_directories_of_their_own(world: World) -> None:
     first = world.walk("points/@latest")
     world.history.write(world.history.disk, 0, 100)
@@ -183,6 +208,21 @@ def test_points_under_a_moving_name_are_directories_of_their_own(world: World) -
     assert first.key != second.key
     assert world.tree.lookup(first, "disk.img").node.key != world.tree.lookup(second, "disk.img").node.key
     assert world.walk("points/late").key != world.walk(f"points/@seq={world.history.moments['late']}").key
+
+
+def test_who_walks_keeps_one_moment() -> None:
+    bound, moment, later = (
+        BoundNames(walks=True),
+        Moment("g", Seq(1), TimeNs(1), PointKind.CRASH),
+        Moment("g", Seq(9), TimeNs(9), PointKind.CRASH),
+    )
+    bound.bind("latest", 1, moment, 0.0)
+    for now in (1.0, 50.0, 100.0, 159.0):
+        assert bound.find("latest", 1, now) == moment
+    assert bound.find("latest", 2, 3.0) is None  # another process, after everyone's two seconds
+    bound.bind("latest", 2, later, 3.0)
+    assert bound.find("latest", 1, 160.0) == moment and bound.find("latest", 2, 62.0) == later
+    assert bound.find("latest", 1, 221.0) is None
 
 
 def test_bindings_are_bounded() -> None:
