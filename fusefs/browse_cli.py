@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import click
 import trio
@@ -16,18 +14,13 @@ from dedup.history import History
 from dedup.pins import Pinning
 from dedup.reader import StoreReader
 from fusefs.daemon import serve
-from fusefs.mountpoint import absolute, check_mountpoint, mount_at, mount_options
+from fusefs.mountpoint import absolute, check_mountpoint, mount_options, raise_read_ahead
 from fusefs.snapshot_mount import SnapshotMount
 from replication.address import UnixAddress, parse_address, store_path
 from replication.background import Ready, run
 from replication.cache_options import CachePlace, cache_options
 from replication.history import open_history
 from replication.route import Route, route_options
-
-log = logging.getLogger("rewindfs.browse")
-
-READ_AHEAD_KIB: Final = 2048
-"""What the kernel may read ahead of a sequential reader: two of its largest requests, instead of an eighth of one."""
 
 
 @click.command()
@@ -124,7 +117,7 @@ async def _serve(history: History, disk: Path, mountpoint: Path, options: set[st
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(serve, operations, mountpoint, options, drain=_nothing_to_drain))
         # In a thread, like all that may look at the mount: its requests are answered by this one.
-        await trio.to_thread.run_sync(_raise_read_ahead, mountpoint)
+        await trio.to_thread.run_sync(raise_read_ahead, mountpoint)
         ready.ready()
 
 
@@ -137,14 +130,3 @@ async def _close_idle(pool: ContainerPool) -> None:
 
 async def _nothing_to_drain() -> None:
     """A reader owes nobody anything."""
-
-
-def _raise_read_ahead(mountpoint: Path) -> None:
-    """Lets the kernel ask for more at once; without the right to it (not root), sequential reads are slower."""
-    mount = mount_at(mountpoint)
-    if mount is None:
-        return  # unmounted already
-    try:
-        Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
-    except OSError as error:
-        log.info("%s: the read-ahead stays at the kernel's default: %s", mountpoint, error)

@@ -30,9 +30,9 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, UnknownName, WouldBlock
 from dedup.history import History, PastImage
 from dedup.image import room_for
-from dedup.moment import rfc3339
-from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq, TimeNs
+from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq
 from fusefs.errors import fuse_error, handler
+from fusefs.moment_xattrs import XATTR_PREFIX, moment_xattrs
 from fusefs.snapshot_inodes import SnapshotInodes
 from fusefs.snapshot_tree import (
     ALWAYS_SECONDS,
@@ -60,8 +60,6 @@ DIRECTORY_SECONDS: Final = 1.0
 """For how long the kernel may keep a directory's attributes."""
 TURN_SECONDS: Final = 0.02
 """For how long a listing uses the reader before it lets others do so; a single step may take longer."""
-XATTR_PREFIX: Final = "user.rewindfs."
-_XATTR_PREFIX: Final = XATTR_PREFIX.encode()
 REFUSED_XATTR: Final = b"user.rewindfs.refused"
 """Of a directory: why the last TIME looked up there was refused."""
 
@@ -325,7 +323,7 @@ class SnapshotMount(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         node = self._inodes.node(inode)
         # `ls -l` asks for two of other names of each file.
-        value = self._attributes(node).get(name) if name.startswith(_XATTR_PREFIX) else None
+        value = self._attributes(node).get(name) if name.startswith(XATTR_PREFIX.encode()) else None
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value
@@ -337,14 +335,7 @@ class SnapshotMount(pyfuse3.Operations):
     def _attributes(self, node: Node) -> dict[bytes, bytes]:
         attributes: dict[bytes, bytes] = {}
         if isinstance(node, SnapshotFile | MomentDirectory):
-            moment = node.moment
-            values = {
-                "seq": str(moment.seq),
-                "time": rfc3339(TimeNs(moment.time)),
-                "kind": moment.kind.value,
-                "group": moment.group,
-            }
-            attributes = {f"{XATTR_PREFIX}{key}".encode(): value.encode() for key, value in values.items()}
+            attributes = moment_xattrs(node.moment)
         if not isinstance(node, SnapshotFile) and node in self._refusals:
             attributes[REFUSED_XATTR] = self._refusals[node].encode(errors="surrogateescape")
         return attributes
