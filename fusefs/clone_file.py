@@ -89,8 +89,9 @@ class CloneFile:
         if not self._turn.acquire(blocking=wait):
             raise WouldBlock
         try:
+            size = os.fstat(fd).st_size
             if append:
-                offset = min(offset, os.fstat(fd).st_size)
+                offset = min(offset, size)
             end = offset + len(data)
             first, stop = offset // BLOCK_BYTES, -(-end // BLOCK_BYTES)
             head, tail = self._rest_of_blocks(offset, end, wait)
@@ -98,9 +99,15 @@ class CloneFile:
             self._room.take(new)
             before = self._written.count
             try:
-                return self._put(fd, offset, head, data, tail)
+                done, error = self._put(fd, offset, head, data, tail)
             finally:
                 self._room.give_back(new - (self._written.count - before))
+            if error is not None:
+                # What is not seen of a failed write must not make the file longer.
+                os.ftruncate(fd, max(size, offset + done if done else 0))
+                if not done:
+                    raise error
+            return done
         finally:
             self._turn.release()
 
@@ -118,22 +125,24 @@ class CloneFile:
             tail = self._past(end, tail_end, wait)
         return head, tail
 
-    def _put(self, fd: int, offset: int, head: bytes | memoryview, data: bytes, tail: bytes | memoryview) -> int:
+    def _put(
+        self, fd: int, offset: int, head: bytes | memoryview, data: bytes, tail: bytes | memoryview
+    ) -> tuple[int, OSError | None]:
+        """How many bytes of `data` are in the file, and why not all of them."""
         end, at = offset + len(data), offset - len(head)
-        done, error = _pwrite(fd, at, (head, data, tail))
-        first, reached = offset // BLOCK_BYTES, at + done
-        whole = -(-reached // BLOCK_BYTES) if reached >= self._past_end else reached // BLOCK_BYTES
-        was_written = whole in self._written
+        count, error = _pwrite(fd, at, (head, data, tail))
         if error is None:
-            whole = -(-end // BLOCK_BYTES)
-        self._written.add(first, whole)
-        if error is None:
-            return len(data)
-        # The block that the disk stopped in has its new bytes only where it was written before.
-        seen = reached if was_written or reached >= self._past_end else whole * BLOCK_BYTES
-        if min(seen, end) > offset:
-            return min(seen, end) - offset
-        raise error
+            self._written.add(offset // BLOCK_BYTES, -(-end // BLOCK_BYTES))
+            return len(data), None
+        reached = at + count
+        if reached >= self._past_end:
+            whole, seen = -(-reached // BLOCK_BYTES), reached
+        else:
+            whole = reached // BLOCK_BYTES
+            # The block that the disk stopped in has its new bytes only where it was written before.
+            seen = reached if whole in self._written else whole * BLOCK_BYTES
+        self._written.add(offset // BLOCK_BYTES, whole)
+        return max(0, min(seen, end) - offset), error
 
     def resize(self, fd: int, size: int) -> None:
         """Sets the size; what it gains reads as zeros. May wait."""
