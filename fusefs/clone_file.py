@@ -134,6 +134,8 @@ class CloneFile:
         if error is None:
             self._written.add(offset // BLOCK_BYTES, -(-end // BLOCK_BYTES))
             return len(data), None
+        if not count:
+            return 0, error
         reached = at + count
         if reached >= self._past_end:
             whole, seen = -(-reached // BLOCK_BYTES), reached

@@ -19,7 +19,6 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, RequestContext, StatvfsData
@@ -31,20 +30,18 @@ from fusefs.clone_file import CloneFile
 from fusefs.errors import fuse_error, handler, refused
 from fusefs.inode_map import FileKey, Node
 from fusefs.moment_xattrs import XATTR_PREFIX, moment_xattrs
+from fusefs.mountpoint import CLONE_XATTR
 from fusefs.names import check_new_name, check_visible
 from fusefs.overlay_room import OverlayRoom
 from fusefs.passthrough import Passthrough
 from fusefs.passthrough_calls import Made, make_file
-
-CLONE_XATTR: Final = "user.rewindfs.clone"
-"""Extended attribute of a clone mount's root: a JSON document about it."""
 
 
 class CloneMount(Passthrough[CloneFile]):
     """The handlers of the clone mount. Call `close` when pyfuse3's main loop has returned."""
 
     def __init__(self, directory: Path, room: OverlayRoom, describe: Callable[[], bytes] | None = None) -> None:
-        """Over the overlay's `directory`; `room` is for what is made new. `describe` gives CLONE_XATTR."""
+        """Over the overlay's `directory`; `room` is for what is made new. `describe` gives mountpoint.CLONE_XATTR."""
         super().__init__(directory)
         self._room = room
         self._describe = describe

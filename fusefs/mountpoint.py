@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dedup.errors import RewindError
 
@@ -20,6 +21,8 @@ SUBTYPE: Final = "rewindfs"
 FSTYPE: Final = f"fuse.{SUBTYPE}"
 CONTROL_XATTR: Final = "user.rewindfs.control"
 """Extended attribute of a source mount's root: the path of its control socket."""
+CLONE_XATTR: Final = "user.rewindfs.clone"
+"""Extended attribute of a clone mount's root: a JSON document about it."""
 MOUNTINFO: Final = Path("/proc/self/mountinfo")
 READ_AHEAD_KIB: Final = 2048
 """What the kernel may read ahead of a sequential reader: two of its largest requests, instead of an eighth of one."""
@@ -215,3 +218,14 @@ def control_socket(mountpoint: Path) -> Path:
             raise NotMounted(f"{mountpoint}: this is not the mountpoint of a source mount") from error
         raise
     return Path(os.fsdecode(value))
+
+
+def clone_document(mountpoint: Path) -> dict[str, Any] | None:
+    """What the clone mounted at `mountpoint` says of itself; None where no living clone is."""
+    try:
+        document: dict[str, Any] = json.loads(os.getxattr(mountpoint, CLONE_XATTR))
+    except OSError as error:
+        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.ENODATA, errno.ENOTSUP, errno.ENOENT):
+            return None
+        raise
+    return document
