@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,8 +138,7 @@ async def _serve(settings: CloneSettings, ready: Ready) -> None:
         group = await trio.to_thread.run_sync(_held, history, settings)
         volumes = chosen(group, settings.volume)
         await trio.to_thread.run_sync(clear_dead, settings.place)
-        overlay = await trio.to_thread.run_sync(OverlayDirectory.create, settings.place)
-        with removed_at_the_end(overlay):
+        with await trio.to_thread.run_sync(OverlayDirectory.create, settings.place) as overlay:
             room = OverlayRoom(settings.limit_bytes)
             files = await trio.to_thread.run_sync(lay_out, overlay.files, group, volumes, PastImages(history), room)
             operations = CloneMount(overlay.files, room, partial(_describe, settings, group, overlay, room))
@@ -167,15 +165,6 @@ def _held(history: History, settings: CloneSettings) -> GroupMoment:
     moment = history.resolve(settings.at)
     history.hold(moment.seq)
     return history.group_at(Seq(moment.seq))
-
-
-@contextmanager
-def removed_at_the_end(overlay: OverlayDirectory) -> Iterator[None]:
-    """Removes the overlay when the block has been left, however. Nothing of it may be in use any more."""
-    try:
-        yield
-    finally:
-        overlay.remove()
 
 
 def _describe(settings: CloneSettings, group: GroupMoment, overlay: OverlayDirectory, room: OverlayRoom) -> bytes:

@@ -52,12 +52,6 @@ class CloneMount(Passthrough[CloneFile]):
         """From here on these are files of the clone; the kernel has not seen them yet."""
         self._files.update(files)
 
-    def remove(self, files: Mapping[FileKey, CloneFile]) -> None:
-        """They are no longer. Whoever has one open keeps it. To be called while they still have names."""
-        for key, file in files.items():
-            if self._files.get(key) is file:
-                del self._files[key]
-
     # The two hot paths: no thread when nothing has to be waited for.
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:

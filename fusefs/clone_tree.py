@@ -15,7 +15,7 @@ from dedup.terminal import size_text
 from dedup.types import VolumeState
 from fusefs.clone_file import CloneFile
 from fusefs.inode_map import FileKey
-from fusefs.overlay_directory import OverlayRefused
+from fusefs.overlay_directory import OverlayRefused, make_directory
 from fusefs.overlay_room import OverlayRoom
 from fusefs.past_images import PastImages
 
@@ -28,16 +28,20 @@ def normal(path: str) -> str:
     return "/".join(parts)
 
 
-def chosen(group: GroupMoment, path: str) -> list[VolumeState]:
-    """The volume that had this (normal) path, or all below the directory of that path. UnknownName lists what was."""
-    volume = group.volumes.get(path)
-    if volume is not None:
-        return [volume]
+def volumes_of(group: GroupMoment, path: str) -> dict[str, VolumeState]:
+    """The volume that had this (normal) path, or all below the directory of that path, by path; there may be none."""
+    if path in group.volumes:
+        return {path: group.volumes[path]}
     below = path + "/" if path else ""
-    found = [volume for name, volume in sorted(group.volumes.items()) if name.startswith(below)]
+    return {name: volume for name, volume in sorted(group.volumes.items()) if name.startswith(below)}
+
+
+def chosen(group: GroupMoment, path: str) -> list[VolumeState]:
+    """The same, at least one. UnknownName lists what there was."""
+    found = volumes_of(group, path)
     if not found:
         group.volume(path or ".")  # raises, with the names that there were
-    return found
+    return list(found.values())
 
 
 def lay_out(
@@ -52,7 +56,7 @@ def lay_out(
     for volume in volumes:
         path = directory / volume.path
         try:
-            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            make_directory(path.parent)
             status = _sparse_file(path, volume, group.moment.time)
         except OSError as error:
             if error.errno == errno.EFBIG:

@@ -21,12 +21,14 @@ import pyfuse3
 import trio
 
 from dedup.errors import RewindError
-from fusefs.mountpoint import MountBusy, unmount
+from fusefs.mountpoint import MountBusy, mount_at, unmount
 
 log = logging.getLogger("rewindfs.daemon")
 
 TASKS_MAX: Final = 64
 """Requests served at a time, unless the caller knows better."""
+BUSY_SECONDS: Final = 5.0
+"""How long a mount that is to be left may stay busy."""
 
 
 class MountFailed(RewindError):
@@ -94,6 +96,22 @@ async def serve(
     finally:
         pyfuse3.close(unmount=not unmounted)
     log.info("%s: left", mountpoint)
+
+
+async def leave_when_free(mountpoint: Path) -> None:
+    """Unmounts as soon as nothing uses the mount any more: a loop device lets go of its file a moment after umount.
+
+    Where that takes longer than BUSY_SECONDS: MountBusy, or whatever the reason is. Returns when nothing is mounted.
+    """
+    end = trio.current_time() + BUSY_SECONDS
+    # In threads, like all that looks at a mountpoint: it may be this process that answers.
+    while await trio.to_thread.run_sync(mount_at, mountpoint) is not None:
+        try:
+            await trio.to_thread.run_sync(unmount, mountpoint)
+        except RewindError:
+            if trio.current_time() >= end:
+                raise
+            await trio.sleep(0.1)
 
 
 def _leave(mountpoint: Path) -> None:

@@ -15,6 +15,7 @@ import trio
 
 from dedup.errors import RewindError
 from fusefs.agent_control import Body, ask
+from fusefs.daemon import BUSY_SECONDS, leave_when_free
 from fusefs.mount_process import DRAIN_SECONDS, MountSettings, run_mount
 from fusefs.mountpoint import (
     NotMounted,
@@ -25,7 +26,6 @@ from fusefs.mountpoint import (
     is_dead,
     mount_at,
 )
-from fusefs.mountpoint import unmount as leave
 from replication.address import store_path
 from replication.background import Ready, run
 from replication.forwarding import Forwarding
@@ -35,8 +35,6 @@ from replication.route import Route, route_options
 from replication.target import Target
 
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?")
-BUSY_SECONDS: Final = 5.0
-"""How long `unmount` tries again while the mount is busy: a loop device lets go of its file a moment after umount."""
 
 
 class Duration(click.ParamType[float]):
@@ -224,14 +222,7 @@ async def _drain_and_leave(mountpoint: Path, socket: Path, drain_timeout: float)
 
 async def _leave_and_wait(mountpoint: Path, pid: object, drain_timeout: float) -> None:
     """Unmounts as soon as it is not busy any more, and waits for the end of the process behind it, if that is known."""
-    with trio.move_on_after(BUSY_SECONDS):
-        while mount_at(mountpoint) is not None:
-            try:
-                await trio.to_thread.run_sync(leave, mountpoint)
-            except RewindError:
-                await trio.sleep(0.1)
-    if mount_at(mountpoint) is not None:
-        await trio.to_thread.run_sync(leave, mountpoint)
+    await leave_when_free(mountpoint)
     if isinstance(pid, int):
         await _wait_for_end(pid, drain_timeout + BUSY_SECONDS)
 

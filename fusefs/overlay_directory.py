@@ -17,7 +17,7 @@ import stat
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from dedup.errors import RewindError
 from fusefs.mountpoint import FSTYPE, mounts
@@ -54,11 +54,14 @@ def check_place(place: Path, store: Path | None, mountpoint: Path | None) -> Non
 
 
 class OverlayDirectory:
-    """One process's own directory. `files` is for what is passed through; other names in `path` are free."""
+    """One process's own directory. `files` is for what is passed through; other names in `path` are free.
+
+    As a context manager it is removed at the end: nothing of it may be in use any more.
+    """
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
-        self.files = path / "files"
+        self.files = path / "own" / "files"
         self._fd = fd
 
     @classmethod
@@ -72,17 +75,33 @@ class OverlayDirectory:
             fd = _lock(path)
             if fd is None:
                 continue  # somebody who clears up was quicker than our lock
-            # Others may pass through to what is mounted in it, but enter nothing of ours.
+            made = cls(path, fd)
+            # Others may pass through to what is mounted in it, but not to the files themselves.
             path.chmod(0o711)
-            (path / "files").mkdir(mode=0o700)
-            return cls(path, fd)
+            made.files.parent.mkdir(mode=0o700)
+            make_directory(made.files)
+            return made
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
     def remove(self) -> None:
         """Everything in it goes. OSError."""
         try:
-            _remove(self.path)
+            remove_tree(self.path)
         finally:
             os.close(self._fd)
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory that everybody may look into, with its parents, whatever the umask is."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir()
+        path.chmod(0o755)
 
 
 def clear_dead(place: Path) -> int:
@@ -98,7 +117,7 @@ def clear_dead(place: Path) -> int:
                 continue
             try:
                 _unmount_below(path)
-                _remove(path)
+                remove_tree(path)
             finally:
                 os.close(fd)
         except FileNotFoundError:
@@ -141,7 +160,8 @@ def _unmount_below(path: Path) -> None:
             raise OSError(errno.EBUSY, f"{mount.path} is still mounted: {said}")
 
 
-def _remove(path: Path) -> None:
+def remove_tree(path: Path) -> None:
+    """Removes a directory with all that is in it. OSError."""
     # What an application forbids in the clone, it forbids to a process without root as well.
     for root, names, _ in os.walk(path):
         for name in names:
