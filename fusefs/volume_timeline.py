@@ -9,7 +9,7 @@ from functools import lru_cache
 from dedup.errors import MomentRefused
 from dedup.history import History
 from dedup.types import Moment, Seq, VolumeState
-from fusefs.clone_tree import volumes_of
+from fusefs.clone_tree import chosen, volumes_of
 
 SeqRange = tuple[Seq, Seq]
 """first..last"""
@@ -63,6 +63,12 @@ class VolumeTimeline:
                 return Seq(first + index)
             index -= length
         return None
+
+    def require(self, moment: Moment) -> bool:
+        """UnknownName where the path meant nothing then; returns whether it meant one volume and no directory."""
+        with self._turn:
+            found = chosen(self._history.group_at(moment.seq), self._path)
+        return found[0].path == self._path
 
     def alike(self, one: Moment, other: Moment) -> bool:
         """As `Timeline.alike`: the same paths, attributes and pointers."""
