@@ -154,8 +154,10 @@ class CloneFile:
             self._room.give_back(self._written.cut(-(-size // BLOCK_BYTES)))
 
     def gone(self) -> None:
-        """What it took is given back: it has no name any more, and nobody has it open. To be called once."""
-        self._room.give_back(self._written.count)
+        """What it took is given back: its last name has gone, and nobody has it open. More than once is no harm."""
+        with self._turn:
+            room, self._room = self._room, OverlayRoom(0)
+            room.give_back(self._written.count)
 
 
 def _pread(fd: int, offset: int, length: int, wait: bool) -> bytes | memoryview:

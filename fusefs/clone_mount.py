@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from fusefs.mountpoint import CLONE_XATTR
 from fusefs.names import check_new_name, check_visible
 from fusefs.overlay_room import OverlayRoom
 from fusefs.passthrough import Passthrough
-from fusefs.passthrough_calls import Made, make_file
+from fusefs.passthrough_calls import Made, make_file, status_of
 
 
 class CloneMount(Passthrough[CloneFile]):
@@ -137,7 +137,17 @@ class CloneMount(Passthrough[CloneFile]):
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         directory = self._inodes.node(parent_inode)
         check_visible(directory, name)
+        status = status_of(directory, name)
         await self._in_thread(partial(os.unlink, name, dir_fd=directory.fd))
+        self._unnamed(status)
+
+    @handler
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        directory = self._inodes.node(parent_inode)
+        check_visible(directory, name)
+        status = status_of(directory, name)
+        await super().rmdir(parent_inode, name, ctx)
+        self._unnamed(status)
 
     @handler
     async def rename(
@@ -154,7 +164,13 @@ class CloneMount(Passthrough[CloneFile]):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         check_visible(old_dir, name_old)
         check_new_name(new_dir, name_new)
+        replaced = None
+        if flags != system_calls.RENAME_EXCHANGE:
+            with suppress(FileNotFoundError):
+                replaced = status_of(new_dir, name_new)
         await self._in_thread(system_calls.rename, old_dir.fd, name_old, new_dir.fd, name_new, flags)
+        if replaced is not None:
+            self._unnamed(replaced)
 
     # As a passthrough
 
@@ -202,11 +218,20 @@ class CloneMount(Passthrough[CloneFile]):
     async def _change_attributes(self, node: Node, change: Callable[[], os.stat_result]) -> os.stat_result:
         return await self._in_thread(change)
 
-    def _forgotten(self, status: os.stat_result) -> None:
-        if status.st_nlink:
-            return
+    def _unnamed(self, status: os.stat_result) -> None:
+        """An entry of that status has lost its name. If nobody has it open, its room is free now."""
         key = status.st_dev, status.st_ino
-        file = self._files.pop(key, None) if stat.S_ISREG(status.st_mode) else None
+        if all(handle.node.key != key for handle in self._handles.values()):
+            self._give_back(key)
+
+    def _forgotten(self, status: os.stat_result) -> None:
+        if not status.st_nlink:
+            key = status.st_dev, status.st_ino
+            self._give_back(key)
+            self._files.pop(key, None)
+
+    def _give_back(self, key: FileKey) -> None:
+        file = self._files.get(key)
         if file is not None:
             file.gone()
         if key in self._made:
