@@ -19,10 +19,9 @@ from dedup.terminal import group_option, json_option, print_json, shown
 from dedup.types import Moment
 from fusefs.bisect_search import BisectFailed, BisectSettings, Found, place_text, search
 from fusefs.bisection import Verdict
-from fusefs.clone_cli import checked_place, default_limit, overlay_options
+from fusefs.clone_cli import absolute_store, checked_place, default_limit, overlay_options
 from fusefs.clone_tree import normal
 from fusefs.trial import PLACEHOLDER, Outcome
-from replication.address import store_path
 from replication.background import configure_logging
 from replication.route import Route, route_options
 
@@ -105,10 +104,9 @@ def bisect(
     rewindfs bisect /backup/vm.store app.db --good 2d --bad latest -- sh -c 'sqlite3 {} "SELECT …" | grep -q …'
     """
     _check_command(command, loop=loop, mount_options=mount_options)
-    path = store_path(store)
     where = checked_place(place, store, None)
     settings = BisectSettings(
-        store if path is None else str(path.absolute()),
+        absolute_store(store),
         group,
         route,
         normal(volume),

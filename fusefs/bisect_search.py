@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -28,11 +28,14 @@ from fusefs.mountpoint import mount_options
 from fusefs.overlay_directory import OverlayDirectory, clear_dead, make_directory
 from fusefs.overlay_room import OverlayRoom
 from fusefs.past_images import PastImages
-from fusefs.trial import Outcome, Trial
+from fusefs.trial import Outcome, Trial, TrialFailed
 from fusefs.volume_timeline import SeqRange, VolumeTimeline
 from replication.history import open_history
 from replication.reports import Subject, open_report
 from replication.route import Route
+
+SIGNAL_SECONDS: Final = 0.2
+"""How long after the command's end by a signal our own copy of that signal may come."""
 
 Report = Callable[[Moment, Outcome, int | None, str], None]
 """Is told of each step: the moment, what came of it, how many records are left to look at (None: not begun), and what
@@ -138,7 +141,7 @@ async def _mounted(settings: BisectSettings, trial: Trial, search: Callable[[], 
             try:
                 async with trio.open_nursery() as inner:
                     inner.start_soon(_cancel_at_signal, signals, inner.cancel_scope)
-                    result = await search()
+                    result = await _unless_interrupted(search)
                     inner.cancel_scope.cancel()
             finally:
                 with trio.CancelScope(shield=True):
@@ -147,6 +150,15 @@ async def _mounted(settings: BisectSettings, trial: Trial, search: Callable[[], 
     if result is None:
         raise KeyboardInterrupt
     return result
+
+
+async def _unless_interrupted(search: Callable[[], Awaitable[Found]]) -> Found:
+    try:
+        return await search()
+    except TrialFailed:
+        # A terminal's Ctrl-C reaches the command as well, and that it has ended may be seen before the signal is.
+        await trio.sleep(SIGNAL_SECONDS)
+        raise
 
 
 async def _cancel_at_signal(signals: Any, scope: trio.CancelScope) -> None:

@@ -101,20 +101,25 @@ def clone(
     mountpoint = absolute(mountpoint)
     check_mountpoint(mountpoint)
     extra = [option for given in options for option in given.split(",") if option]
-    path = store_path(store)
     place = checked_place(place, store, mountpoint)
     settings = CloneSettings(
-        store if path is None else str(path.absolute()),
+        absolute_store(store),
         group,
         route,
         normal(volume),
         at,
         mountpoint,
-        mount_options(store if path is None else str(path.absolute()), allow_other=allow_other, extra=extra),
+        mount_options(absolute_store(store), allow_other=allow_other, extra=extra),
         place,
         default_limit(place) if overlay_limit is None else overlay_limit,
     )
     run(partial(_serve, settings), foreground=foreground, log_file=log_file, debug=debug)
+
+
+def absolute_store(store: str) -> str:
+    """A path made absolute, for a process whose directory is another; an address as it is."""
+    path = store_path(store)
+    return store if path is None else str(path.absolute())
 
 
 def checked_place(place: Path | None, store: str, mountpoint: Path | None) -> Path:
