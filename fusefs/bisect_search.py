@@ -1,7 +1,7 @@
 """The process of a bisection: the history, the mount for clones, the search over both, and the end of it all.
 
 Invariants:
-- history is pinned from the first look at it to the last;
+- what was looked at stays for as long as it takes: all of history where that can be pinned, else each moment tried;
 - however it ends, with a result, an error or a signal, the command has ended, and no mount and no overlay is left.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,13 @@ import trio
 from dedup.errors import RewindError
 from dedup.history import History
 from dedup.moment import rfc3339
+from dedup.pins import Pinning
 from dedup.types import Moment, Seq
 from fusefs.bisection import Bisection, Verdict
 from fusefs.clone_mount import CloneMount
 from fusefs.daemon import leave_when_free, serve
 from fusefs.mountpoint import mount_options
+from fusefs.opened_history import opened_history
 from fusefs.overlay_directory import OverlayDirectory, clear_dead, make_directory
 from fusefs.overlay_room import OverlayRoom
 from fusefs.past_images import PastImages
@@ -77,9 +78,7 @@ async def search(settings: BisectSettings, report: Report) -> Found:
     """Opens the history and mounts a place for clones, searches, and takes it all away again, whatever happens."""
     ends = await trio.to_thread.run_sync(_ends, settings)
     gaps = await trio.to_thread.run_sync(_gaps, settings, ends[1].seq)
-    with ExitStack() as stack:
-        opened = open_history(settings.store, settings.group, settings.route)
-        history = await trio.to_thread.run_sync(stack.enter_context, opened)
+    async with opened_history(settings.store, settings.group, settings.route, Pinning.EVERYTHING) as history:
         for end in ends:
             await trio.to_thread.run_sync(_still_there, history, end)
         await trio.to_thread.run_sync(clear_dead, settings.place)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,16 +21,14 @@ from fusefs.clone_mount import CloneMount
 from fusefs.clone_tree import chosen, lay_out, normal
 from fusefs.daemon import serve
 from fusefs.mountpoint import absolute, check_mountpoint, mount_options, raise_read_ahead
+from fusefs.opened_history import opened_history
 from fusefs.overlay_directory import OverlayDirectory, check_place, clear_dead, default_place
 from fusefs.overlay_room import OverlayRoom
 from fusefs.past_images import PastImages
-from replication.address import store_path
+from replication.address import UnixAddress, parse_address, store_path
 from replication.background import Ready, run
-from replication.history import open_history
 from replication.retention_cli import Limit
 from replication.route import Route, route_options
-
-log = logging.getLogger("rewindfs.clone")
 
 overlay_options: Final = (
     click.option(
@@ -117,9 +113,12 @@ def clone(
 
 
 def absolute_store(store: str) -> str:
-    """A path made absolute, for a process whose directory is another; an address as it is."""
+    """The store for a process whose directory is another. AddressError."""
     path = store_path(store)
-    return store if path is None else str(path.absolute())
+    if path is not None:
+        return str(path.absolute())
+    address = parse_address(store)
+    return str(UnixAddress(address.path.absolute()) if isinstance(address, UnixAddress) else address)
 
 
 def checked_place(place: Path | None, store: str, mountpoint: Path | None) -> Path:
@@ -138,8 +137,7 @@ def default_limit(place: Path) -> int:
 
 async def _serve(settings: CloneSettings, ready: Ready) -> None:
     """The process of the mount. What can be refused is, before anything is mounted."""
-    with ExitStack() as stack:
-        history = await trio.to_thread.run_sync(_enter, stack, settings)
+    async with opened_history(settings.store, settings.group, settings.route, Pinning.MOMENTS) as history:
         group = await trio.to_thread.run_sync(_held, history, settings)
         volumes = chosen(group, settings.volume)
         await trio.to_thread.run_sync(clear_dead, settings.place)
@@ -149,20 +147,19 @@ async def _serve(settings: CloneSettings, ready: Ready) -> None:
             operations = CloneMount(overlay.files, room, partial(_describe, settings, group, overlay, room))
             operations.add(files)
             try:
-                async with trio.open_nursery() as nursery:
-                    await nursery.start(partial(serve, operations, settings.mountpoint, settings.options))
-                    # In a thread, like all that may look at the mount: its requests are answered by this one.
-                    await trio.to_thread.run_sync(raise_read_ahead, settings.mountpoint)
-                    log.info("%s: a clone of %s at seq=%d", settings.mountpoint, group.moment.group, group.moment.seq)
-                    ready.ready()
+                await _mounted(operations, settings, ready)
             finally:
                 operations.close()
                 ready.stopping("unmounted; removing the overlay")
 
 
-def _enter(stack: ExitStack, settings: CloneSettings) -> History:
-    opened = open_history(settings.store, settings.group, settings.route, pinning=Pinning.MOMENTS)
-    return stack.enter_context(opened)
+async def _mounted(operations: CloneMount, settings: CloneSettings, ready: Ready) -> None:
+    """Mounts, is ready, and returns once it is unmounted."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(serve, operations, settings.mountpoint, settings.options))
+        # In a thread, like all that may look at the mount: its requests are answered by this one.
+        await trio.to_thread.run_sync(raise_read_ahead, settings.mountpoint)
+        ready.ready()
 
 
 def _held(history: History, settings: CloneSettings) -> GroupMoment:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable
 from functools import lru_cache
 
-from dedup.errors import MomentRefused
+from dedup.errors import MomentGone, MomentRefused
 from dedup.history import History
 from dedup.types import Moment, Seq, VolumeState
 from fusefs.clone_tree import chosen, volumes_of
@@ -16,7 +16,7 @@ SeqRange = tuple[Seq, Seq]
 
 
 class VolumeTimeline:
-    """A `bisection.Timeline` over a history in which everything is pinned. Any thread."""
+    """A `bisection.Timeline` over a history. What it has told of is kept until the history is closed. Any thread."""
 
     def __init__(
         self,
@@ -42,8 +42,9 @@ class VolumeTimeline:
         """As `Timeline.point_in`."""
         while (seq := self._middle(after, before)) is not None:
             try:
-                with self._turn:
-                    moment = self._history.resolve(f"seq={seq}{self._flush}")
+                moment = self._held(f"seq={seq}{self._flush}")
+            except MomentGone:
+                continue  # thinned out between two looks
             except MomentRefused:
                 # The last one at or before it is in a gap, or there is none: so for all from that gap up to here.
                 self._runs = [(Seq(seq + 1), last) if first <= seq <= last else (first, last)
@@ -53,6 +54,13 @@ class VolumeTimeline:
                 return moment
             after = seq
         return None
+
+    def _held(self, text: str) -> Moment:
+        """A recovery point, which is kept from now on: others will be compared with it."""
+        with self._turn:
+            moment = self._history.resolve(text)
+            self._history.hold(moment.seq)
+        return moment
 
     def _middle(self, after: Seq, before: Seq) -> Seq | None:
         runs = [(max(first, after + 1), min(last, before - 1)) for first, last in self._runs]
@@ -65,8 +73,12 @@ class VolumeTimeline:
         return None
 
     def require(self, moment: Moment) -> bool:
-        """UnknownName where the path meant nothing then; returns whether it meant one volume and no directory."""
+        """UnknownName where the path meant nothing then; returns whether it meant one volume and no directory.
+
+        MomentGone; from now on the moment is kept.
+        """
         with self._turn:
+            self._history.hold(moment.seq)
             found = chosen(self._history.group_at(moment.seq), self._path)
         return found[0].path == self._path
 
