@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, RequestContext, StatvfsData
 
-from dedup.errors import WouldBlock
+from dedup.errors import RewindError, WouldBlock
 from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX
 from fusefs import system_calls
 from fusefs.clone_file import CloneFile
@@ -36,6 +37,8 @@ from fusefs.overlay_room import OverlayRoom
 from fusefs.passthrough import Passthrough
 from fusefs.passthrough_calls import Made, make_file, status_of
 
+_TROUBLES: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
 
 class CloneMount(Passthrough[CloneFile]):
     """The handlers of the clone mount. Call `close` when pyfuse3's main loop has returned."""
@@ -47,10 +50,16 @@ class CloneMount(Passthrough[CloneFile]):
         self._describe = describe
         self._files: dict[FileKey, CloneFile] = {}
         self._made: set[FileKey] = set()
+        self._trouble: str | None = None
 
     def add(self, files: Mapping[FileKey, CloneFile]) -> None:
         """From here on these are files of the clone; the kernel has not seen them yet."""
         self._files.update(files)
+
+    def take_trouble(self) -> str | None:
+        """Why a request failed, since this was asked last, that a disk with room would have served; None if none did."""
+        trouble, self._trouble = self._trouble, None
+        return trouble
 
     # The two hot paths: no thread when nothing has to be waited for.
 
@@ -65,6 +74,7 @@ class CloneMount(Passthrough[CloneFile]):
             except WouldBlock:
                 return await self._in_thread(write)
         except Exception as error:  # noqa: BLE001 - must become an errno
+            self._note(error)
             raise fuse_error("write", error) from None
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -76,7 +86,20 @@ class CloneMount(Passthrough[CloneFile]):
                 part = await self._in_thread(file.read, fh, off, size)
             return part  # type: ignore[return-value]  # pyfuse3 takes any buffer
         except Exception as error:  # noqa: BLE001 - must become an errno
+            self._note(error)
             raise fuse_error("read", error) from None
+
+    def _note(self, error: Exception) -> None:
+        if isinstance(error, RewindError) or (isinstance(error, OSError) and error.errno in _TROUBLES):
+            self._trouble = f"the overlay: {error.strerror}" if isinstance(error, OSError) else str(error)
+
+    def _take(self) -> None:
+        """The room of a new entry. ENOSPC."""
+        try:
+            self._room.take(1)
+        except OSError as error:
+            self._note(error)
+            raise
 
     async def flush(self, fh: int) -> None:
         """Nothing is kept back."""
@@ -190,7 +213,7 @@ class CloneMount(Passthrough[CloneFile]):
         return await self._in_thread(os.open, node.proc_path, flags | os.O_CLOEXEC | os.O_NOCTTY)
 
     async def _make_file(self, directory: Node, name: bytes, mode: int, ctx: RequestContext, made: Made) -> None:
-        self._room.take(1)
+        self._take()
         try:
             status = await self._in_thread(make_file, directory, name, mode, ctx, made)
         except BaseException:
@@ -203,7 +226,7 @@ class CloneMount(Passthrough[CloneFile]):
     async def _make(
         self, directory: Node, name: bytes, mode: int, ctx: RequestContext, perform: Callable[..., None]
     ) -> EntryAttributes:
-        self._room.take(1)
+        self._take()
         try:
             entry = await super()._make(directory, name, mode, ctx, perform)
         except BaseException:

@@ -2,6 +2,8 @@
 
 Invariants:
 - whatever happens, the command has ended and the clone and its loop mount are gone when a try is over;
+- an answer counts only if the command saw nothing but the past and a disk with room: a full overlay, or a block that
+  the store could not give, makes the moment one that cannot be tested;
 - the command's own output goes to stderr, so that stdout is the caller's.
 """
 
@@ -74,12 +76,16 @@ class Trial:
         """One try. `mountpoint` serves `operations` meanwhile. TrialFailed; OverlayRefused, MomentGone, OSError."""
         try:
             async with self._clone(moment) as place:
+                self.operations.take_trouble()
                 if self.loop_options is None:
-                    return await self._command(place, moment)
-                async with self._loop_mount(place) as inside:
-                    return await self._command(inside, moment)
+                    outcome = await self._command(place, moment)
+                else:
+                    async with self._loop_mount(place) as inside:
+                        outcome = await self._command(inside, moment)
         except (UnknownName, _CannotMount) as reason:
             return Outcome(Verdict.SKIPPED, None, str(reason))
+        trouble = self.operations.take_trouble()
+        return outcome if trouble is None else Outcome(Verdict.SKIPPED, outcome.status, trouble)
 
     @asynccontextmanager
     async def _clone(self, moment: Moment) -> AsyncIterator[Path]:

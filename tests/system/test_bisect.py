@@ -134,6 +134,20 @@ def test_skipped_moments_leave_a_range(history: Versions) -> None:
     assert history.left() == []
 
 
+def test_what_cannot_be_read_is_no_answer(history: Versions) -> None:
+    """A damaged block is an error to the command, and its moments are skipped, whatever it makes of them."""
+    for container in (history.world.store / "containers").iterdir():
+        content = container.read_bytes()
+        if (at := content.find(b"020")) >= 0:
+            container.write_bytes(content[:at] + b"!" + content[at + 1 :])
+    done = history.bisect("--json", "--", "sh", "-c", BAD_FROM.replace(f"{FIRST_BAD}", "20"), "x", "{}")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert [history.versions[step["seq"]] for step in found["skipped"]] == [20]
+    assert "does not match" in found["skipped"][0]["why"], found["skipped"]
+    assert history.left() == []
+
+
 @pytest.mark.slow
 def test_what_stops_it(history: Versions) -> None:
     def stops(line: str, *words: str, status: int = 1, **ends: int) -> None:
@@ -155,6 +169,8 @@ def test_what_stops_it(history: Versions) -> None:
     stops("exited with status 128", "--", "sh", "-c", "exit 128", "{}")
     stops("was ended by signal 15", "--", "sh", "-c", "kill $$", "{}")
     stops("cannot be tested: not mounted", "--mount", "--", "true", "{}")
+    fills = ("sh", "-c", 'head -c 1M /dev/zero > "$1"', "x", "{}")
+    stops("cannot be tested: the overlay: No space left on device", "--overlay-limit", "64K", "--", *fills)
     stops("in a gap", "--", "true", "{}", bad=history.seqs(38)[0] - 1)
 
 
