@@ -57,7 +57,7 @@ class CloneMount(Passthrough[CloneFile]):
         self._files.update(files)
 
     def take_trouble(self) -> str | None:
-        """Why a request failed, since this was asked last, that a disk with room would have served; None if none did."""
+        """Why a request failed since this was last asked that a disk with room would have served; None if none did."""
         trouble, self._trouble = self._trouble, None
         return trouble
 
