@@ -82,6 +82,7 @@ class Trial:
                 else:
                     async with self._loop_mount(place) as inside:
                         outcome = await self._command(inside, moment)
+                await trio.to_thread.run_sync(self._require_mount, moment)
         except (UnknownName, _CannotMount) as reason:
             return Outcome(Verdict.SKIPPED, None, str(reason))
         trouble = self.operations.take_trouble()
@@ -112,6 +113,10 @@ class Trial:
             shutil.rmtree(directory, ignore_errors=True)
             self._release(moment)
             raise
+
+    def _require_mount(self, moment: Moment) -> None:
+        if not (self.mountpoint / str(moment.seq)).is_dir():
+            raise TrialFailed(f"{self.mountpoint}: the clone of seq={moment.seq} went away under the command")
 
     def _release(self, moment: Moment) -> None:
         with self.images.turn:
