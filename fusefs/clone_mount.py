@@ -117,7 +117,7 @@ class CloneMount(Passthrough[CloneFile]):
 
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        if not name.startswith(XATTR_PREFIX.encode()):
+        if not name.startswith(XATTR_PREFIX):
             return await super().getxattr(inode, name, ctx)
         value = self._ours(self._inodes.node(inode)).get(name)
         if value is None:
@@ -263,5 +263,5 @@ class CloneMount(Passthrough[CloneFile]):
 
 
 def _refuse_ours(name: bytes) -> None:
-    if name.startswith(XATTR_PREFIX.encode()):
+    if name.startswith(XATTR_PREFIX):
         raise refused(f"setting the attribute {os.fsdecode(name)!r}: these say what the file was cloned from")

@@ -7,7 +7,7 @@ from typing import Final
 from dedup.moment import rfc3339
 from dedup.types import Moment, TimeNs
 
-XATTR_PREFIX: Final = "user.rewindfs."
+XATTR_PREFIX: Final = b"user.rewindfs."
 
 
 def moment_xattrs(moment: Moment) -> dict[bytes, bytes]:
@@ -18,4 +18,4 @@ def moment_xattrs(moment: Moment) -> dict[bytes, bytes]:
         "kind": moment.kind.value,
         "group": moment.group,
     }
-    return {f"{XATTR_PREFIX}{key}".encode(): value.encode() for key, value in values.items()}
+    return {XATTR_PREFIX + key.encode(): value.encode() for key, value in values.items()}

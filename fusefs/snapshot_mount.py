@@ -323,7 +323,7 @@ class SnapshotMount(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         node = self._inodes.node(inode)
         # `ls -l` asks for two of other names of each file.
-        value = self._attributes(node).get(name) if name.startswith(XATTR_PREFIX.encode()) else None
+        value = self._attributes(node).get(name) if name.startswith(XATTR_PREFIX) else None
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value
