@@ -19,10 +19,12 @@ from dedup.terminal import group_option, json_option, print_json, shown
 from dedup.types import Moment
 from fusefs.bisect_search import BisectFailed, BisectSettings, Found, place_text, search
 from fusefs.bisection import Verdict
-from fusefs.clone_cli import absolute_store, checked_place, default_limit, overlay_options
+from fusefs.clone_cli import checked_place, default_limit, overlay_options
 from fusefs.clone_tree import normal
 from fusefs.trial import PLACEHOLDER, Outcome
+from replication.address import absolute_address
 from replication.background import configure_logging
+from replication.cache_options import CachePlace, cache_options
 from replication.route import Route, route_options
 
 _NAMES: Final = {Verdict.GOOD: "good", Verdict.BAD: "bad", Verdict.SKIPPED: "skipped"}
@@ -72,6 +74,7 @@ class Steps:
 @json_option
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @route_options
+@cache_options
 @click.pass_context
 def bisect(
     context: click.Context,
@@ -92,6 +95,7 @@ def bisect(
     as_json: bool,
     debug: bool,
     route: Route,
+    cache: CachePlace,
 ) -> None:
     """Find the first recovery point of VOLUME that COMMAND finds bad, between two that are known.
 
@@ -106,9 +110,10 @@ def bisect(
     _check_command(command, loop=loop, mount_options=mount_options)
     where = checked_place(place, store, None)
     settings = BisectSettings(
-        absolute_store(store),
+        absolute_address(store),
         group,
         route,
+        cache,
         normal(volume),
         good,
         bad,

@@ -17,7 +17,6 @@ from typing import Any, Final
 import trio
 
 from dedup.errors import RewindError
-from dedup.history import History
 from dedup.moment import rfc3339
 from dedup.pins import Pinning
 from dedup.types import Moment, Seq
@@ -31,6 +30,7 @@ from fusefs.overlay_room import OverlayRoom
 from fusefs.past_images import PastImages
 from fusefs.trial import Outcome, Trial, TrialFailed
 from fusefs.volume_timeline import SeqRange, VolumeTimeline
+from replication.cache_options import CachePlace
 from replication.history import open_history
 from replication.reports import Subject, open_report
 from replication.route import Route
@@ -54,6 +54,7 @@ class BisectSettings:
     store: str
     group: str | None
     route: Route
+    cache: CachePlace
     path: str
     good: str
     bad: str
@@ -78,9 +79,13 @@ async def search(settings: BisectSettings, report: Report) -> Found:
     """Opens the history and mounts a place for clones, searches, and takes it all away again, whatever happens."""
     ends = await trio.to_thread.run_sync(_ends, settings)
     gaps = await trio.to_thread.run_sync(_gaps, settings, ends[1].seq)
-    async with opened_history(settings.store, settings.group, settings.route, Pinning.EVERYTHING) as history:
-        for end in ends:
-            await trio.to_thread.run_sync(_still_there, history, end)
+    texts = [f"seq={end.seq}" for end in ends]
+    opened = opened_history(
+        settings.store, settings.group, settings.route, settings.cache, *texts, pinning=Pinning.EVERYTHING
+    )
+    async with opened as (history, held):
+        if held != ends:
+            raise BisectFailed("one of the two ends has just been thinned out; try again with another moment")
         await trio.to_thread.run_sync(clear_dead, settings.place)
         with await trio.to_thread.run_sync(OverlayDirectory.create, settings.place) as overlay:
             room = OverlayRoom(settings.limit_bytes)
@@ -99,7 +104,7 @@ async def search(settings: BisectSettings, report: Report) -> Found:
 
 
 def _ends(settings: BisectSettings) -> tuple[Moment, Moment]:
-    with open_history(settings.store, settings.group, settings.route) as history:
+    with open_history(settings.store, settings.group, settings.route, cache=settings.cache) as history:
         good, bad = history.resolve(settings.good), history.resolve(settings.bad)
     if good.seq >= bad.seq:
         raise BisectFailed(
@@ -107,11 +112,6 @@ def _ends(settings: BisectSettings) -> tuple[Moment, Moment]:
             f"seq={bad.seq}; to find where something became good, let COMMAND exit with 0 where it is bad"
         )
     return good, bad
-
-
-def _still_there(history: History, end: Moment) -> None:
-    if history.resolve(f"seq={end.seq}").seq != end.seq:
-        raise BisectFailed(f"seq={end.seq} has just been thinned out; try again with another moment")
 
 
 def _gaps(settings: BisectSettings, last: Seq) -> list[SeqRange]:

@@ -15,11 +15,11 @@ from dedup.pins import Pinning
 from dedup.reader import StoreReader
 from fusefs.daemon import serve
 from fusefs.mountpoint import absolute, check_mountpoint, mount_options, raise_read_ahead
+from fusefs.opened_history import opened_history
 from fusefs.snapshot_mount import SnapshotMount
-from replication.address import UnixAddress, parse_address, store_path
+from replication.address import absolute_address, store_path
 from replication.background import Ready, run
 from replication.cache_options import CachePlace, cache_options
-from replication.history import open_history
 from replication.route import Route, route_options
 
 
@@ -60,7 +60,7 @@ def browse(
     """
     debug = debug or bool((context.obj or {}).get("debug"))
     path = store_path(store)
-    source = _absolute_address(store) if path is None else str(path.absolute())
+    source = absolute_address(store)
     mountpoint = absolute(mountpoint)
     check_mountpoint(mountpoint)
     extra = [option for given in options for option in given.split(",") if option]
@@ -70,12 +70,6 @@ def browse(
     else:
         main = partial(_serve_path, path.absolute(), group, mountpoint, mount)
     run(main, foreground=foreground, log_file=log_file, debug=debug)
-
-
-def _absolute_address(store: str) -> str:
-    """The process in the background has another directory than this one. Raises AddressError."""
-    address = parse_address(store)
-    return str(UnixAddress(address.path.absolute()) if isinstance(address, UnixAddress) else address)
 
 
 async def _serve_path(path: Path, group: str | None, mountpoint: Path, options: set[str], ready: Ready) -> None:
@@ -102,20 +96,15 @@ async def _serve_address(
     ready: Ready,
 ) -> None:
     """The process of the mount of a store behind an appliance."""
-    remote = open_history(address, group, route, pinning=Pinning.MOMENTS, cache=cache)
-    history = await trio.to_thread.run_sync(remote.__enter__)
-    try:
+    async with opened_history(address, group, route, cache, pinning=Pinning.MOMENTS) as (history, _):
         await _serve(history, cache.path, mountpoint, options, ready)
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(remote.__exit__, None, None, None)
 
 
 async def _serve(history: History, disk: Path, mountpoint: Path, options: set[str], ready: Ready) -> None:
     """Mounts, is ready, and returns once it is unmounted. `df` shows the `disk`."""
     operations = SnapshotMount(history, partial(os.statvfs, disk))
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(serve, operations, mountpoint, options, drain=_nothing_to_drain))
+        await nursery.start(partial(serve, operations, mountpoint, options))
         # In a thread, like all that may look at the mount: its requests are answered by this one.
         await trio.to_thread.run_sync(raise_read_ahead, mountpoint)
         ready.ready()
@@ -126,7 +115,3 @@ async def _close_idle(pool: ContainerPool) -> None:
     while True:
         await trio.sleep(IDLE_SECONDS)
         await trio.to_thread.run_sync(pool.close_idle)
-
-
-async def _nothing_to_drain() -> None:
-    """A reader owes nobody anything."""

@@ -12,11 +12,10 @@ from typing import Any, Final
 import click
 import trio
 
-from dedup.history import GroupMoment, History
+from dedup.history import GroupMoment
 from dedup.moment import rfc3339
 from dedup.pins import Pinning
 from dedup.terminal import group_option
-from dedup.types import Seq
 from fusefs.clone_mount import CloneMount
 from fusefs.clone_tree import chosen, lay_out, normal
 from fusefs.daemon import serve
@@ -25,8 +24,9 @@ from fusefs.opened_history import opened_history
 from fusefs.overlay_directory import OverlayDirectory, check_place, clear_dead, default_place
 from fusefs.overlay_room import OverlayRoom
 from fusefs.past_images import PastImages
-from replication.address import UnixAddress, parse_address, store_path
+from replication.address import absolute_address, store_path
 from replication.background import Ready, run
+from replication.cache_options import CachePlace, cache_options
 from replication.retention_cli import Limit
 from replication.route import Route, route_options
 
@@ -49,6 +49,7 @@ class CloneSettings:
     store: str
     group: str | None
     route: Route
+    cache: CachePlace
     volume: str
     at: str
     mountpoint: Path
@@ -71,6 +72,7 @@ class CloneSettings:
 @click.option("-o", "options", multiple=True, metavar="OPT", help="A FUSE mount option, passed on as it is.")
 @click.option("--debug", is_flag=True, help="Log more, and show the traceback of an error.")
 @route_options
+@cache_options
 @click.pass_context
 def clone(
     context: click.Context,
@@ -87,6 +89,7 @@ def clone(
     options: tuple[str, ...],
     debug: bool,
     route: Route,
+    cache: CachePlace,
 ) -> None:
     """Mount VOLUME as it was at TIME, writable, for a test: MOUNTPOINT/VOLUME.
 
@@ -99,26 +102,18 @@ def clone(
     extra = [option for given in options for option in given.split(",") if option]
     place = checked_place(place, store, mountpoint)
     settings = CloneSettings(
-        absolute_store(store),
+        absolute_address(store),
         group,
         route,
+        cache,
         normal(volume),
         at,
         mountpoint,
-        mount_options(absolute_store(store), allow_other=allow_other, extra=extra),
+        mount_options(absolute_address(store), allow_other=allow_other, extra=extra),
         place,
         default_limit(place) if overlay_limit is None else overlay_limit,
     )
     run(partial(_serve, settings), foreground=foreground, log_file=log_file, debug=debug)
-
-
-def absolute_store(store: str) -> str:
-    """The store for a process whose directory is another. AddressError."""
-    path = store_path(store)
-    if path is not None:
-        return str(path.absolute())
-    address = parse_address(store)
-    return str(UnixAddress(address.path.absolute()) if isinstance(address, UnixAddress) else address)
 
 
 def checked_place(place: Path | None, store: str, mountpoint: Path | None) -> Path:
@@ -137,8 +132,11 @@ def default_limit(place: Path) -> int:
 
 async def _serve(settings: CloneSettings, ready: Ready) -> None:
     """The process of the mount. What can be refused is, before anything is mounted."""
-    async with opened_history(settings.store, settings.group, settings.route, Pinning.MOMENTS) as history:
-        group = await trio.to_thread.run_sync(_held, history, settings)
+    opened = opened_history(
+        settings.store, settings.group, settings.route, settings.cache, settings.at, pinning=Pinning.MOMENTS
+    )
+    async with opened as (history, (moment,)):
+        group = await trio.to_thread.run_sync(history.group_at, moment.seq)
         volumes = chosen(group, settings.volume)
         await trio.to_thread.run_sync(clear_dead, settings.place)
         with await trio.to_thread.run_sync(OverlayDirectory.create, settings.place) as overlay:
@@ -160,13 +158,6 @@ async def _mounted(operations: CloneMount, settings: CloneSettings, ready: Ready
         # In a thread, like all that may look at the mount: its requests are answered by this one.
         await trio.to_thread.run_sync(raise_read_ahead, settings.mountpoint)
         ready.ready()
-
-
-def _held(history: History, settings: CloneSettings) -> GroupMoment:
-    """The group at the moment, held for good."""
-    moment = history.resolve(settings.at)
-    history.hold(moment.seq)
-    return history.group_at(Seq(moment.seq))
 
 
 def _describe(settings: CloneSettings, group: GroupMoment, overlay: OverlayDirectory, room: OverlayRoom) -> bytes:

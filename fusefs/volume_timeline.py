@@ -16,7 +16,10 @@ SeqRange = tuple[Seq, Seq]
 
 
 class VolumeTimeline:
-    """A `bisection.Timeline` over a history. What it has told of is kept until the history is closed. Any thread."""
+    """A `bisection.Timeline` over a history, whose ends are held. What it tells of is kept until the history is closed.
+
+    Any thread.
+    """
 
     def __init__(
         self,
@@ -73,12 +76,8 @@ class VolumeTimeline:
         return None
 
     def require(self, moment: Moment) -> bool:
-        """UnknownName where the path meant nothing then; returns whether it meant one volume and no directory.
-
-        MomentGone; from now on the moment is kept.
-        """
+        """UnknownName where the path meant nothing then; returns whether it meant one volume and no directory."""
         with self._turn:
-            self._history.hold(moment.seq)
             found = chosen(self._history.group_at(moment.seq), self._path)
         return found[0].path == self._path
 
