@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import click
 import trio
@@ -19,18 +17,13 @@ from dedup.reader import StoreReader
 from fusefs.daemon import TASKS_MAX, serve
 from fusefs.inside.image_process import check_libraries
 from fusefs.inside_files import WAITING_MAX
-from fusefs.mountpoint import absolute, check_mountpoint, mount_at, mount_options
+from fusefs.mountpoint import absolute, check_mountpoint, mount_options, raise_read_ahead
+from fusefs.opened_history import opened_history
 from fusefs.snapshot_mount import SnapshotMount
-from replication.address import UnixAddress, parse_address, store_path
+from replication.address import absolute_address, store_path
 from replication.background import Ready, run
 from replication.cache_options import CachePlace, cache_options
-from replication.history import open_history
 from replication.route import Route, route_options
-
-log = logging.getLogger("rewindfs.browse")
-
-READ_AHEAD_KIB: Final = 2048
-"""What the kernel may read ahead of a sequential reader: two of its largest requests, instead of an eighth of one."""
 
 
 class OptionRefused(RewindError):
@@ -77,7 +70,7 @@ def browse(
     """
     debug = debug or bool((context.obj or {}).get("debug"))
     path = store_path(store)
-    source = _absolute_address(store) if path is None else str(path.absolute())
+    source = absolute_address(store)
     mountpoint = absolute(mountpoint)
     check_mountpoint(mountpoint)
     extra = [option for given in options for option in given.split(",") if option]
@@ -92,12 +85,6 @@ def browse(
     else:
         main = partial(_serve_path, path.absolute(), group, mountpoint, mount, files)
     run(main, foreground=foreground, log_file=log_file, debug=debug)
-
-
-def _absolute_address(store: str) -> str:
-    """The process in the background has another directory than this one. Raises AddressError."""
-    address = parse_address(store)
-    return str(UnixAddress(address.path.absolute()) if isinstance(address, UnixAddress) else address)
 
 
 def _refuse_unsafe(options: list[str]) -> None:
@@ -136,13 +123,8 @@ async def _serve_address(
     ready: Ready,
 ) -> None:
     """The process of the mount of a store behind an appliance."""
-    remote = open_history(address, group, route, pinning=Pinning.MOMENTS, cache=cache)
-    history = await trio.to_thread.run_sync(remote.__enter__)
-    try:
+    async with opened_history(address, group, route, cache, pinning=Pinning.MOMENTS) as (history, _):
         await _serve(history, cache.path, mountpoint, options, files, ready)
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(remote.__exit__, None, None, None)
 
 
 async def _serve(history: History, disk: Path, mountpoint: Path, options: set[str], files: bool, ready: Ready) -> None:
@@ -155,7 +137,7 @@ async def _serve(history: History, disk: Path, mountpoint: Path, options: set[st
         async with trio.open_nursery() as nursery:
             await nursery.start(serving)
             # In a thread, like all that may look at the mount: its requests are answered by this one.
-            await trio.to_thread.run_sync(_raise_read_ahead, mountpoint)
+            await trio.to_thread.run_sync(raise_read_ahead, mountpoint)
             ready.ready()
         background.cancel_scope.cancel()
 
@@ -165,14 +147,3 @@ async def _close_idle(pool: ContainerPool) -> None:
     while True:
         await trio.sleep(IDLE_SECONDS)
         await trio.to_thread.run_sync(pool.close_idle)
-
-
-def _raise_read_ahead(mountpoint: Path) -> None:
-    """Lets the kernel ask for more at once; without the right to it (not root), sequential reads are slower."""
-    mount = mount_at(mountpoint)
-    if mount is None:
-        return  # unmounted already
-    try:
-        Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
-    except OSError as error:
-        log.info("%s: the read-ahead stays at the kernel's default: %s", mountpoint, error)

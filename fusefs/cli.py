@@ -20,6 +20,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "browse": ("fusefs.browse_cli:browse", "Mount the snapshots of STORE, read-only."),
     "restore": ("fusefs.restore_cli:restore", "Bring a past moment back: into a file, or in place."),
     "diff": ("replication.diff_cli:diff", "Where a volume differs between two moments."),
+    "bisect": ("fusefs.bisect_cli:bisect", "Find the first bad recovery point of a volume with a command."),
+    "clone": ("fusefs.clone_cli:clone", "Mount a past moment, writable, for a test."),
     "status": ("fusefs.status_cli:status", "How a mount or a store is doing."),
     "snapshot": ("replication.snapshot_cli:snapshot", "Create, list and delete snapshots."),
     "journal": ("replication.journal_cli:journal", "Create, list and use data journals of different granularity."),

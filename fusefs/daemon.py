@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Final
 
@@ -21,16 +21,22 @@ import pyfuse3
 import trio
 
 from dedup.errors import RewindError
-from fusefs.mountpoint import MountBusy, unmount
+from fusefs.mountpoint import MountBusy, mount_at, unmount
 
 log = logging.getLogger("rewindfs.daemon")
 
 TASKS_MAX: Final = 64
 """Requests served at a time, unless the caller knows better."""
+BUSY_SECONDS: Final = 5.0
+"""How long a mount that is to be left may stay busy."""
 
 
 class MountFailed(RewindError):
     """The kernel or libfuse refused the mount; libfuse's own reason is on stderr."""
+
+
+async def nothing_to_drain() -> None:
+    """For who owes nobody anything."""
 
 
 async def serve(
@@ -38,13 +44,14 @@ async def serve(
     mountpoint: Path,
     options: set[str],
     *,
-    drain: Callable[[], Awaitable[None]],
+    drain: Callable[[], Awaitable[None]] = nothing_to_drain,
+    signals: Collection[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
     before_requests: Callable[[], Awaitable[None]] | None = None,
     stop: trio.Event | None = None,
     max_tasks: int = TASKS_MAX,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Mounts `operations` at `mountpoint` and serves it until SIGTERM, SIGINT, `stop`, or an unmount by others.
+    """Mounts `operations` at `mountpoint` and serves it until one of `signals`, `stop`, or an unmount by others.
 
     `before_requests` is awaited once the kernel has accepted the mount, before anything can be asked of it.
     `task_status.started()` is called when the mount is in place; requests wait for the next moment and are answered.
@@ -71,7 +78,8 @@ async def serve(
                 ended.set()
                 stop.set()
 
-            await nursery.start(_watch_signals, stop, patience)
+            if signals:
+                await nursery.start(_watch_signals, signals, stop, patience)
             nursery.start_soon(main_loop)
             log.info("%s: mounted", mountpoint)
             task_status.started()
@@ -90,6 +98,22 @@ async def serve(
     log.info("%s: left", mountpoint)
 
 
+async def leave_when_free(mountpoint: Path) -> None:
+    """Unmounts as soon as nothing uses the mount any more: a loop device lets go of its file a moment after umount.
+
+    Where that takes longer than BUSY_SECONDS: MountBusy, or whatever the reason is. Returns when nothing is mounted.
+    """
+    end = trio.current_time() + BUSY_SECONDS
+    # In threads, like all that looks at a mountpoint: it may be this process that answers.
+    while await trio.to_thread.run_sync(mount_at, mountpoint) is not None:
+        try:
+            await trio.to_thread.run_sync(unmount, mountpoint)
+        except RewindError:
+            if trio.current_time() >= end:
+                raise
+            await trio.sleep(0.1)
+
+
 def _leave(mountpoint: Path) -> None:
     """Unmounts this process's own mount. Blocks while the kernel writes back."""
     try:
@@ -100,12 +124,15 @@ def _leave(mountpoint: Path) -> None:
 
 
 async def _watch_signals(
-    stop: trio.Event, patience: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    signals: Collection[signal.Signals],
+    stop: trio.Event,
+    patience: trio.CancelScope,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Sets `stop` at the first signal that asks to leave, and cancels `patience` at the second."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(*signals) as received:
         task_status.started()
-        async for number in signals:
+        async for number in received:
             if stop.is_set():
                 log.warning("%s while draining: leaving at once", signal.Signals(number).name)
                 patience.cancel()

@@ -15,9 +15,17 @@ import trio
 
 from dedup.errors import RewindError
 from fusefs.agent_control import Body, ask
+from fusefs.daemon import BUSY_SECONDS, leave_when_free
 from fusefs.mount_process import DRAIN_SECONDS, MountSettings, run_mount
-from fusefs.mountpoint import NotMounted, absolute, check_mountpoint, control_socket, is_dead, mount_at
-from fusefs.mountpoint import unmount as leave
+from fusefs.mountpoint import (
+    NotMounted,
+    absolute,
+    check_mountpoint,
+    clone_document,
+    control_socket,
+    is_dead,
+    mount_at,
+)
 from replication.address import store_path
 from replication.background import Ready, run
 from replication.forwarding import Forwarding
@@ -27,8 +35,6 @@ from replication.route import Route, route_options
 from replication.target import Target
 
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?")
-BUSY_SECONDS: Final = 5.0
-"""How long `unmount` tries again while the mount is busy: a loop device lets go of its file a moment after umount."""
 
 
 class Duration(click.ParamType[float]):
@@ -180,7 +186,10 @@ def default_group(source: Path) -> str:
 @click.argument("mountpoint", type=DIRECTORY)
 @click.option("--drain-timeout", type=Duration(), default=f"{DRAIN_SECONDS:g}s", show_default=True)
 def unmount(mountpoint: Path, drain_timeout: float) -> None:
-    """Drain to durable, then unmount. Returns when the mount's processes have ended."""
+    """Drain to durable, then unmount. Returns when the mount's processes have ended.
+
+    Snapshot mounts and clones are unmounted as well; a clone's overlay is removed.
+    """
     mountpoint = absolute(mountpoint)
     try:
         socket = control_socket(mountpoint)
@@ -188,7 +197,8 @@ def unmount(mountpoint: Path, drain_timeout: float) -> None:
         found = mount_at(mountpoint)
         if found is None or found.fstype != "fuse.rewindfs" or is_dead(mountpoint):
             raise
-        leave(mountpoint)  # a snapshot mount: nothing to drain
+        clone = clone_document(mountpoint)
+        trio.run(_leave_and_wait, mountpoint, None if clone is None else clone["pid"], drain_timeout)
         return
     trio.run(_drain_and_leave, mountpoint, socket, drain_timeout)
 
@@ -207,15 +217,12 @@ async def _drain_and_leave(mountpoint: Path, socket: Path, drain_timeout: float)
             f"{mountpoint}: not durable at the store within {drain_timeout:g} s and still mounted; "
             "see `rewindfs status`, then try again with a longer --drain-timeout, or fusermount3 -u it"
         )
-    with trio.move_on_after(BUSY_SECONDS):
-        while mount_at(mountpoint) is not None:
-            try:
-                await trio.to_thread.run_sync(leave, mountpoint)
-            except RewindError:
-                await trio.sleep(0.1)
-    if mount_at(mountpoint) is not None:
-        await trio.to_thread.run_sync(leave, mountpoint)
-    pid = answer["pid"]
+    await _leave_and_wait(mountpoint, answer["pid"], drain_timeout)
+
+
+async def _leave_and_wait(mountpoint: Path, pid: object, drain_timeout: float) -> None:
+    """Unmounts as soon as it is not busy any more, and waits for the end of the process behind it, if that is known."""
+    await leave_when_free(mountpoint)
     if isinstance(pid, int):
         await _wait_for_end(pid, drain_timeout + BUSY_SECONDS)
 

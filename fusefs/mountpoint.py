@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dedup.errors import RewindError
 
@@ -20,7 +21,11 @@ SUBTYPE: Final = "rewindfs"
 FSTYPE: Final = f"fuse.{SUBTYPE}"
 CONTROL_XATTR: Final = "user.rewindfs.control"
 """Extended attribute of a source mount's root: the path of its control socket."""
+CLONE_XATTR: Final = "user.rewindfs.clone"
+"""Extended attribute of a clone mount's root: a JSON document about it."""
 MOUNTINFO: Final = Path("/proc/self/mountinfo")
+READ_AHEAD_KIB: Final = 2048
+"""What the kernel may read ahead of a sequential reader: two of its largest requests, instead of an eighth of one."""
 
 
 class MountpointRefused(RewindError):
@@ -190,6 +195,20 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
     raise RewindError(f"{path}: could not be unmounted: {said}")
 
 
+def raise_read_ahead(mountpoint: Path) -> None:
+    """Lets the kernel ask for more at once; without the right to it (not root), sequential reads are slower.
+
+    Looks at the mount, so call it in a thread if this process serves it.
+    """
+    mount = mount_at(mountpoint)
+    if mount is None:
+        return  # unmounted already
+    try:
+        Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
+    except OSError as error:
+        log.info("%s: the read-ahead stays at the kernel's default: %s", mountpoint, error)
+
+
 def control_socket(mountpoint: Path) -> Path:
     """The control socket of the source mount at `mountpoint`. NotMounted where there is none."""
     try:
@@ -203,3 +222,14 @@ def control_socket(mountpoint: Path) -> Path:
             raise NotMounted(f"{mountpoint}: this is not the mountpoint of a source mount") from error
         raise
     return Path(os.fsdecode(value))
+
+
+def clone_document(mountpoint: Path) -> dict[str, Any] | None:
+    """What the clone mounted at `mountpoint` says of itself; None where no living clone is."""
+    try:
+        document: dict[str, Any] = json.loads(os.getxattr(mountpoint, CLONE_XATTR))
+    except OSError as error:
+        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.ENODATA, errno.ENOTSUP, errno.ENOENT):
+            return None
+        raise
+    return document

@@ -110,11 +110,18 @@ class Passthrough(pyfuse3.Operations, Generic[F]):
     def _check_change(self, node: Node, pid: int) -> None:
         """OSError where thread `pid` may not open a regular file for writing now, nor change its size."""
 
+    def _entry(self, node: Node, status: os.stat_result) -> EntryAttributes:
+        """What the kernel is told of an entry."""
+        return entry_of(node, status)
+
     def _opened(self, file: F, fd: int) -> None:
         """A handle is open from here to `_closed`."""
 
     def _closed(self, file: F, fd: int) -> None:
         """Its descriptor is about to be closed."""
+
+    def _forgotten(self, status: os.stat_result) -> None:
+        """The kernel has forgotten this entry. Without a link it is gone for good; its key may return as another's."""
 
     # Files
 
@@ -157,7 +164,7 @@ class Passthrough(pyfuse3.Operations, Generic[F]):
     @handler
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         node = self._inodes.node(inode)
-        return entry_of(node, os.fstat(node.fd))
+        return self._entry(node, os.fstat(node.fd))
 
     @handler
     async def setattr(
@@ -178,7 +185,7 @@ class Passthrough(pyfuse3.Operations, Generic[F]):
                 attr.st_atime_ns if fields.update_atime else None,
                 attr.st_mtime_ns if fields.update_mtime else None,
             )
-        return entry_of(node, os.fstat(node.fd))
+        return self._entry(node, os.fstat(node.fd))
 
     @handler
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
@@ -305,11 +312,12 @@ class Passthrough(pyfuse3.Operations, Generic[F]):
     def _adopt(self, path_fd: int) -> tuple[EntryAttributes, Node]:
         status = os.fstat(path_fd)
         node = self._inodes.adopt(path_fd, status)
-        return entry_of(node, status), node
+        return self._entry(node, status), node
 
     async def _forget(self, number: int, lookups: int) -> None:
         fd = self._inodes.forget(number, lookups)
         if fd is not None:
+            self._forgotten(os.fstat(fd))
             await self._close(fd)
 
     async def _close(self, fd: int) -> None:

@@ -31,12 +31,12 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, UnknownName, WouldBlock
 from dedup.history import History, PastImage
 from dedup.image import room_for
-from dedup.moment import rfc3339
-from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq, TimeNs
+from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq
 from fusefs.errors import fuse_error, handler
 from fusefs.inside.image_process import ImageUnreadable
 from fusefs.inside_files import InsideFiles, fill
 from fusefs.known_names import KnownNames
+from fusefs.moment_xattrs import XATTR_PREFIX, moment_xattrs
 from fusefs.read_only_operations import ReadOnlyOperations, refuse_change
 from fusefs.snapshot_inodes import SnapshotInodes
 from fusefs.snapshot_tree import (
@@ -68,8 +68,6 @@ DIRECTORY_SECONDS: Final = 1.0
 """For how long the kernel may keep a directory's attributes."""
 TURN_SECONDS: Final = 0.02
 """For how long a listing uses the reader before it lets others do so; a single step may take longer."""
-XATTR_PREFIX: Final = "user.rewindfs."
-_XATTR_PREFIX: Final = XATTR_PREFIX.encode()
 REFUSED_XATTR: Final = b"user.rewindfs.refused"
 """Of a directory: why the last TIME looked up there was refused, or why nothing of an image is shown."""
 DIRTY_XATTR: Final = b"user.rewindfs.dirty"
@@ -423,7 +421,7 @@ class SnapshotMount(ReadOnlyOperations):
             if isinstance(node, ImageDirectory) and name in (REFUSED_XATTR, DIRTY_XATTR):
                 await self._holds_files(node)
             # `ls -l` asks for two of other names of each file.
-            value = self._attributes(node).get(name) if name.startswith(_XATTR_PREFIX) else None
+            value = self._attributes(node).get(name) if name.startswith(XATTR_PREFIX) else None
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value
@@ -443,14 +441,7 @@ class SnapshotMount(ReadOnlyOperations):
     def _attributes(self, node: Directory | SnapshotFile | ImageDirectory) -> dict[bytes, bytes]:
         attributes: dict[bytes, bytes] = {}
         if isinstance(node, SnapshotFile | MomentDirectory | ImageDirectory):
-            moment = node.moment
-            values = {
-                "seq": str(moment.seq),
-                "time": rfc3339(TimeNs(moment.time)),
-                "kind": moment.kind.value,
-                "group": moment.group,
-            }
-            attributes = {f"{XATTR_PREFIX}{key}".encode(): value.encode() for key, value in values.items()}
+            attributes = moment_xattrs(node.moment)
         if not isinstance(node, SnapshotFile) and node in self._refusals:
             attributes[REFUSED_XATTR] = self._refusals[node].encode(errors="surrogateescape")
         if isinstance(node, ImageDirectory) and node in self._unclean:

@@ -9,15 +9,19 @@ from typing import Any
 import click
 
 from dedup.errors import RewindError
-from dedup.terminal import json_option, size_text
+from dedup.terminal import json_option, shown, size_text
 from fusefs.mount_cli import Duration, print_json, tell
-from fusefs.mountpoint import mount_at
+from fusefs.mountpoint import clone_document, mount_at
 from replication.address import store_path
 from replication.reports import Subject, open_report
 from replication.route import Route, route_options
 
 NOTHING_KNOWN: dict[str, Any] = {"oldest": None, "newest": None, "covered_until": None, "gaps": None}
 """What is said of a group's points where its store cannot be asked."""
+NO_MOUNT: dict[str, Any] = dict.fromkeys(
+    ("mode", "state", "link", "lag", "intent_bytes", "reconcile", "seq", "durable_seq")
+)
+"""What is said of a source mount where there is none."""
 
 
 @click.command()
@@ -47,7 +51,10 @@ def is_store(place: str) -> bool:
 
 
 def mount_status(mountpoint: Path) -> dict[str, Any]:
-    """The report on a source mount. Its keys are a contract: more may come, none goes."""
+    """The report on a source mount, or on a clone. Its keys are a contract: more may come, none goes."""
+    clone = clone_document(mountpoint)
+    if clone is not None:
+        return {**NO_MOUNT, "group": clone["group"], **NOTHING_KNOWN, "store": None, "space": None, "clone": clone}
     report: dict[str, Any] = tell(mountpoint, "status", {"store": True})
     oldest = report.pop("oldest_queued")
     report["lag"]["seconds"] = 0.0 if oldest is None else max(0.0, (time.time_ns() - oldest) / 1e9)
@@ -69,12 +76,13 @@ def store_status(address: str, route: Route) -> dict[str, Any]:
         store = made.document()
     several: dict[str, Any] = {"group": None, "oldest": None, "newest": None, "gaps": 0}
     only = store["groups"][0] if len(store["groups"]) == 1 else several
-    unknown = {"mode": None, "state": None, "link": None, "lag": None, "intent_bytes": None, "reconcile": None}
-    return {**unknown, "seq": None, "durable_seq": None, **only, **store}
+    return {**NO_MOUNT, **only, **store}
 
 
 def describe(report: dict[str, Any]) -> str:
     """The report for a person."""
+    if "clone" in report:
+        return _clone_text(report["clone"])
     lines = _mount_lines(report) if report["state"] else []
     if not lines and report["group"]:
         lines.append(f"{report['group']}: not mounted through here")
@@ -83,6 +91,16 @@ def describe(report: dict[str, Any]) -> str:
     else:
         lines += _store_lines(report)
     return "\n".join(lines)
+
+
+def _clone_text(clone: dict[str, Any]) -> str:
+    overlay = clone["overlay"]
+    limit = f" of at most {size_text(overlay['limit'])}" if overlay["limit"] else ""
+    return (
+        f"{clone['group']}: a clone of {shown(clone['volume'])} at seq={clone['seq']}, {clone['time']} "
+        f"({clone['kind']}), from {clone['store']}\n"
+        f"  {size_text(overlay['bytes'])}{limit} written, in {overlay['path']}, until it is unmounted"
+    )
 
 
 def _mount_lines(report: dict[str, Any]) -> list[str]:

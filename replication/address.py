@@ -89,6 +89,15 @@ def store_path(text: str | Path) -> Path | None:
     return address.store if isinstance(address, UnixAddress) else None
 
 
+def absolute_address(store: str) -> str:
+    """A STORE for a process whose directory is another than this one's. AddressError."""
+    path = store_path(store)
+    if path is not None:
+        return str(path.absolute())
+    address = parse_address(store)
+    return str(UnixAddress(address.path.absolute()) if isinstance(address, UnixAddress) else address)
+
+
 def _network(text: str, rest: str, *, tls: bool) -> NetworkAddress:
     form = f"{'tls' if tls else 'tcp'}://HOST:PORT"
     host, colon, port = rest.rpartition(":")
