@@ -73,9 +73,14 @@ class Image:
         finally:
             self._lock.release()
 
-    def next_data(self, offset: int) -> int:
-        """The first offset at or after `offset` whose block is not a hole; `size` when there is none."""
+    def next_data(self, offset: int, *, until: int | None = None) -> int:
+        """The first offset at or after `offset` whose block is not a hole; `size` when there is none.
+
+        `until`, the beginning of a block: no farther than there, and that when there is none before it.
+        """
         block, end = offset // BLOCK_BYTES, -(-self.size // BLOCK_BYTES)
+        if until is not None and until < self.size:
+            end = max(block, until // BLOCK_BYTES)
         with self._lock, self._index.read() as txn:
             while block < end:
                 count = min(_SCAN_BLOCKS, end - block)
@@ -83,7 +88,7 @@ class Image:
                 if len(data):
                     return min(self.size, max(offset, (block + int(data[0])) * BLOCK_BYTES))
                 block += count
-        return self.size
+        return min(self.size, max(offset, block * BLOCK_BYTES))
 
 
 _SCAN_BLOCKS = 1 << 16

@@ -32,6 +32,8 @@ from replication.messages import FINGERPRINT_BYTES
 IMAGES_MAX: Final = 16
 """Images kept, each at most some 4 MiB of decoded pointers and the overlay of its moment."""
 RANGES_PER_PAGE: Final = 16384
+SCAN_BYTES: Final = 1 << 36
+"""How much of a volume is looked through for data before the answer is that there is none so far."""
 HOLDS_MAX: Final = 4096
 """Moments that one reader may hold."""
 _VOLUME_BYTES: Final = 64
@@ -86,7 +88,7 @@ class HistoryAnswers:
                 case said.Hold(seq):
                     return self._hold(Seq(seq))
                 case said.NextData(volume, seq, offset):
-                    return said.At(self._opened(volume, seq).image.next_data(offset))
+                    return self._through(volume, seq, lambda opened: _next_data(opened.image, offset))
                 case _:
                     with self._turn:
                         return self._in_turn(question)
@@ -278,6 +280,12 @@ class HistoryAnswers:
             except Damaged as error:
                 damage[index] = " ".join(str(error).split())[: said.DAMAGE_CHARACTERS_MAX]
         return damage
+
+
+def _next_data(image: Image, offset: int) -> said.At:
+    until = (offset + SCAN_BYTES) // BLOCK_BYTES * BLOCK_BYTES
+    found = image.next_data(offset, until=until)
+    return said.At(found, found < until or found >= image.size)
 
 
 def _page(items: Sequence[_T], weight: Callable[[_T], int], room: int = PAGE_BYTES) -> list[_T]:

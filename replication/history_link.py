@@ -205,7 +205,9 @@ class HistoryLink:
             with self._scope:
                 await self._serve()
         finally:
-            self._fail_all(LinkDown(f"{self.address}: the link was closed"))
+            # Whoever asks from here on, too: until the loop has ended, questions still come in.
+            self._dead = self._dead or LinkDown(f"{self.address}: the link was closed")
+            self._fail_all(self._dead)
 
     async def _serve(self) -> None:
         pause = 0.0

@@ -211,7 +211,10 @@ class ImageFound(_Body, frozen=True, tag="image-found"):
 
 
 class At(_Body, frozen=True, tag="at"):
+    """`final`, or there is none up to that offset: ask from there."""
+
     offset: U64
+    final: bool
 
 
 class Ranges(_Body, frozen=True, tag="ranges"):

@@ -154,8 +154,11 @@ class RemoteImage:
         return buffer[skip : skip + length]
 
     def next_data(self, offset: int) -> int:
-        question = said.NextData(self._volume, self._found.seq, offset)
-        return self._in_one_session(lambda session: self._link.ask(question, said.At, session)).offset
+        found = said.At(offset, False)
+        while not found.final:
+            question = said.NextData(self._volume, self._found.seq, found.offset)
+            found = self._in_one_session(lambda session: self._link.ask(question, said.At, session))  # noqa: B023
+        return found.offset
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from dedup.errors import MomentGone, UnknownName
+from dedup.errors import MomentGone, RewindError, UnknownName
 from dedup.history import History
 from dedup.pins import Pinned, pinned
 from dedup.storage import Storage
@@ -349,6 +349,29 @@ async def test_who_is_silent_leaves_and_comes_back(
         assert link.generation == session and len(children()) == 1
         await in_thread(link.close)
     await none_left(path)
+
+
+async def test_who_asks_as_the_link_is_closed_is_told(
+    store_path: tuple[Path, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = store_path
+    link = HistoryLink("there", partial(connect_unix, path / "s"), GROUP)
+    late = history_link._Asked(said.Refresh(), None)
+    fail_all = link._fail_all
+
+    def fail_all_but_one(error: RewindError) -> None:
+        fail_all(error)
+        link._enqueue(late)  # as a thread does between that and the loop's end
+
+    monkeypatch.setattr(link, "_fail_all", fail_all_but_one)
+    in_thread = trio.to_thread.run_sync
+    async with served(path, f"unix:{path}/s"):
+        await in_thread(link.open)
+        await in_thread(link.close)
+        with pytest.raises(LinkDown, match="there: the link was closed"):
+            late.future.result(0)
+        with pytest.raises(LinkDown, match="there: the link was closed"):
+            await in_thread(link.ask, said.Refresh(), said.Refreshed)
 
 
 async def test_nobody_there_and_an_older_appliance(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from dedup.layout import RAW_SLOTS_OFFSET, container_path
 from dedup.pins import ReaderPins
 from dedup.reader import GroupReader, StoreReader
 from dedup.store import Store
-from dedup.types import BLOCK_BYTES, ContainerId, Seq, VolumeId
+from dedup.types import BLOCK_BYTES, ContainerId, Extent, Resize, Seq, VolumeId, Write
 from replication import history_answers
 from replication import history_queries as said
 from replication.block_cache import CACHE_BYTES_MIN, BlockCache
@@ -438,6 +438,35 @@ MALFORMED = {
 def test_what_is_no_question_is_refused(what: str) -> None:
     with pytest.raises(ProtocolError):
         said.question_of(MALFORMED[what])
+
+
+def test_a_long_hole_is_looked_through_in_steps(
+    small: SmallHistory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 5 * (1 << 30) + 7
+    made = small.model.create("sparse.img", 0)
+    small.model.content[made.volume] = b""
+    seq, time, run = small.model._next()
+    small.group.ingest([made, Resize(seq, time, run, made.volume, size)])
+    at = 3 * (1 << 30) + 5000
+    seq, time, run = small.model._next()
+    small.group.ingest([Write(seq, time, run, Extent(made.volume, at, b"data"))])
+    near = StoreReader(small.path, small.store.storage, small.store.index, small.store.pool).group(GROUP)
+    for scan_bytes in (1 << 36, 1 << 30, 1 << 29):
+        monkeypatch.setattr(history_answers, "SCAN_BYTES", scan_bytes)
+        remote = remote_of(answers_over(small.store, GROUP, None), tmp_path)
+        image, local = remote.history.image(made.volume, seq), near.image(made.volume, seq)
+        data = at // BLOCK_BYTES * BLOCK_BYTES
+        for offset, expected in [
+            (0, data),
+            (4097, data),
+            (at, at),
+            (data + 4096, size),
+            (size, size),
+            (size + 9, size),
+        ]:
+            assert image.next_data(offset) == local.next_data(offset) == expected
+        remote.close()
 
 
 def test_volumes_that_never_were(small: SmallHistory, tmp_path: Path) -> None:
