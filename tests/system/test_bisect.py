@@ -17,7 +17,7 @@ from dedup.store import Store
 from dedup.types import Record, VolumeId
 from fusefs.mountpoint import mounts
 from tests.dedup.model import Model
-from tests.system.harness import World
+from tests.system.harness import World, wait_for_end
 
 FIRST_BAD = 23
 """From this version on, what is written is bad."""
@@ -223,3 +223,27 @@ def test_interrupted_it_leaves_nothing(history: Versions, stop: signal.Signals) 
         assert "rewindfs: error: interrupted" in list(lines)[-1]
     assert history.left() == []
     assert world.processes() == []
+
+
+@pytest.mark.slow
+def test_from_afar(history: Versions) -> None:
+    """Both commands through an appliance's address: nothing of the store itself is looked at here."""
+    world, socket = history.world, history.world.directory / "socket"
+    world.rewindfs("appliance", "second", "--store", world.store, "--listen", f"unix:{socket}")
+    ends = ("--good", f"seq={min(history.versions)}", "--bad", f"seq={max(history.versions)}")
+    words = ("--", "sh", "-c", BAD_FROM, "x", "{}")
+    where = ("--overlay", history.place, "--cache", world.directory)
+    found = json.loads(
+        world.rewindfs("bisect", f"unix:{socket}", "disk", "--json", *ends, *where, *words, check=True).stdout
+    )
+    assert found["first_bad"]["seq"] == min(history.seqs(FIRST_BAD))
+    place = world.snap
+    world.rewindfs("clone", f"unix:{socket}", ".", "--at", f"seq={found['last_good']['seq']}", place, *where)
+    assert (place / "disk").read_bytes()[:3] == b"%03d" % (FIRST_BAD - 1)
+    (place / "disk").write_bytes(b"mine")
+    assert (place / "disk").read_bytes() == b"mine"
+    world.rewindfs("unmount", place)
+    assert history.left() == []
+    for pid in world.processes():
+        os.kill(pid, signal.SIGTERM)
+        wait_for_end(pid)
