@@ -20,7 +20,7 @@ from fusefs.clone_mount import CloneMount
 from fusefs.clone_tree import chosen, lay_out, normal
 from fusefs.daemon import serve
 from fusefs.mountpoint import absolute, check_mountpoint, mount_options, raise_read_ahead
-from fusefs.opened_history import opened_history
+from fusefs.opened_history import close_idle, opened_history
 from fusefs.overlay_directory import OverlayDirectory, check_place, clear_dead, default_place
 from fusefs.overlay_room import OverlayRoom
 from fusefs.past_images import PastImages
@@ -145,7 +145,10 @@ async def _serve(settings: CloneSettings, ready: Ready) -> None:
             operations = CloneMount(overlay.files, room, partial(_describe, settings, group, overlay, room))
             operations.add(files)
             try:
-                await _mounted(operations, settings, ready)
+                async with trio.open_nursery() as background:
+                    background.start_soon(close_idle, history)
+                    await _mounted(operations, settings, ready)
+                    background.cancel_scope.cancel()
             finally:
                 operations.close()
                 ready.stopping("unmounted; removing the overlay")

@@ -7,6 +7,7 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
+from dedup.container import IDLE_SECONDS
 from dedup.history import History
 from dedup.pins import Pinning
 from dedup.types import Moment
@@ -29,5 +30,13 @@ async def opened_history(
     try:
         yield await trio.to_thread.run_sync(enter)
     finally:
+        # What a cancelled handler left in a thread has ended: threads are waited for.
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(stack.close)
+
+
+async def close_idle(history: History) -> None:
+    """Until cancelled: files that are replaced or removed under a process at rest give their room back all the same."""
+    while True:
+        await trio.sleep(IDLE_SECONDS)
+        await trio.to_thread.run_sync(history.close_idle)
