@@ -135,6 +135,9 @@ class History(Protocol):
     def release(self, seq: Seq) -> None:
         """Ends one `hold`."""
 
+    def close_idle(self) -> None:
+        """Closes files that nobody used lately, which may have been replaced. To be called now and then. Any thread."""
+
     def enter(self) -> None:
         """From here to `leave` no history is changed, so that `hold` does not wait. Any thread. StoreBusy."""
 

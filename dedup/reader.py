@@ -287,6 +287,10 @@ class GroupReader:
         """Ends one `hold`. Never waits."""
         self._views.release(seq)
 
+    def close_idle(self) -> None:
+        """Closes containers of the store that nobody used lately: what was replaced gives its room back. Any thread."""
+        self._store.pool.close_idle()
+
     def stamped(self, step: Callable[[Stamps], _T]) -> _T:
         """As `GroupViews.stamped`."""
         return self._views.stamped(step)

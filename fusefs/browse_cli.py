@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import click
 import trio
 
-from dedup.container import IDLE_SECONDS, ContainerPool
 from dedup.errors import RewindError
-from dedup.history import History
 from dedup.pins import Pinning
-from dedup.reader import StoreReader
 from fusefs.daemon import TASKS_MAX, serve
 from fusefs.inside.image_process import check_libraries
 from fusefs.inside_files import WAITING_MAX
@@ -28,6 +26,20 @@ from replication.route import Route, route_options
 
 class OptionRefused(RewindError):
     """A mount option that must not be given with another. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrowseSettings:
+    """One snapshot mount, every path absolute. `disk` is the one that `df` shows."""
+
+    store: str
+    group: str | None
+    route: Route
+    cache: CachePlace
+    mountpoint: Path
+    options: set[str]
+    disk: Path
+    files: bool
 
 
 @click.command()
@@ -80,11 +92,9 @@ def browse(
     # Whoever may read an image may read all that is in it; only other users are held to the modes in there.
     check_modes = allow_other or not files
     mount = mount_options(source, allow_other=allow_other, read_only=True, check_modes=check_modes, extra=extra)
-    if path is None:
-        main = partial(_serve_address, source, group, route, cache, mountpoint, mount, files)
-    else:
-        main = partial(_serve_path, path.absolute(), group, mountpoint, mount, files)
-    run(main, foreground=foreground, log_file=log_file, debug=debug)
+    disk = cache.path if path is None else path.absolute()
+    settings = BrowseSettings(source, group, route, cache, mountpoint, mount, disk, files)
+    run(partial(_serve, settings), foreground=foreground, log_file=log_file, debug=debug)
 
 
 def _refuse_unsafe(options: list[str]) -> None:
@@ -96,54 +106,22 @@ def _refuse_unsafe(options: list[str]) -> None:
             )
 
 
-async def _serve_path(
-    path: Path, group: str | None, mountpoint: Path, options: set[str], files: bool, ready: Ready
-) -> None:
-    """The process of the mount of a store on this machine."""
-    store = await trio.to_thread.run_sync(partial(StoreReader.open, path, pinning=Pinning.MOMENTS))
-    try:
-        reader = await trio.to_thread.run_sync(store.group, group)
+async def _serve(settings: BrowseSettings, ready: Ready) -> None:
+    """The process of the mount: is ready once it is there, and returns once it is unmounted."""
+    opened = opened_history(settings.store, settings.group, settings.route, settings.cache, pinning=Pinning.MOMENTS)
+    async with opened as (history, _):
+        operations = SnapshotMount(history, partial(os.statvfs, settings.disk), files=settings.files)
         async with trio.open_nursery() as background:
-            background.start_soon(_close_idle, store.pool)
-            await _serve(reader, path, mountpoint, options, files, ready)
+            background.start_soon(operations.inside.close_idle_ones)
+            await _mounted(operations, settings, ready)
             background.cancel_scope.cancel()
-    finally:
-        # No handler runs any more. What a cancelled one left in a thread has ended, too: threads are waited for.
-        store.close()
 
 
-async def _serve_address(
-    address: str,
-    group: str | None,
-    route: Route,
-    cache: CachePlace,
-    mountpoint: Path,
-    options: set[str],
-    files: bool,
-    ready: Ready,
-) -> None:
-    """The process of the mount of a store behind an appliance."""
-    async with opened_history(address, group, route, cache, pinning=Pinning.MOMENTS) as (history, _):
-        await _serve(history, cache.path, mountpoint, options, files, ready)
-
-
-async def _serve(history: History, disk: Path, mountpoint: Path, options: set[str], files: bool, ready: Ready) -> None:
-    """Mounts, is ready, and returns once it is unmounted. `df` shows the `disk`."""
-    operations = SnapshotMount(history, partial(os.statvfs, disk), files=files)
-    tasks = TASKS_MAX + (WAITING_MAX if files else 0)
-    serving = partial(serve, operations, mountpoint, options, drain=operations.inside.close, max_tasks=tasks)
-    async with trio.open_nursery() as background:
-        background.start_soon(operations.inside.close_idle_ones)
-        async with trio.open_nursery() as nursery:
-            await nursery.start(serving)
-            # In a thread, like all that may look at the mount: its requests are answered by this one.
-            await trio.to_thread.run_sync(raise_read_ahead, mountpoint)
-            ready.ready()
-        background.cancel_scope.cancel()
-
-
-async def _close_idle(pool: ContainerPool) -> None:
-    """Containers that are replaced or removed under a mount at rest give their room back all the same."""
-    while True:
-        await trio.sleep(IDLE_SECONDS)
-        await trio.to_thread.run_sync(pool.close_idle)
+async def _mounted(operations: SnapshotMount, settings: BrowseSettings, ready: Ready) -> None:
+    tasks = TASKS_MAX + (WAITING_MAX if settings.files else 0)
+    serving = partial(serve, operations, drain=operations.inside.close, max_tasks=tasks)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serving, settings.mountpoint, settings.options)
+        # In a thread, like all that may look at the mount: its requests are answered by this one.
+        await trio.to_thread.run_sync(raise_read_ahead, settings.mountpoint)
+        ready.ready()

@@ -7,6 +7,7 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
+from dedup.container import IDLE_SECONDS
 from dedup.history import History
 from dedup.pins import Pinning
 from dedup.types import Moment
@@ -19,7 +20,7 @@ from replication.route import Route
 async def opened_history(
     address: str, group: str | None, route: Route, cache: CachePlace, *texts: str, pinning: Pinning
 ) -> AsyncIterator[tuple[History, tuple[Moment, ...]]]:
-    """As `open_history`, and as `held_moments` of the TIMEs; entered and left in threads."""
+    """As `open_history`, and as `held_moments` of the TIMEs; entered and left in threads. What is idle is closed."""
     stack = ExitStack()
 
     def enter() -> tuple[History, tuple[Moment, ...]]:
@@ -27,7 +28,19 @@ async def opened_history(
         return history, stack.enter_context(held_moments(history, *texts))
 
     try:
-        yield await trio.to_thread.run_sync(enter)
+        history, moments = await trio.to_thread.run_sync(enter)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_close_idle, history)
+            yield history, moments
+            nursery.cancel_scope.cancel()
     finally:
+        # What a cancelled handler left in a thread has ended: threads are waited for.
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(stack.close)
+
+
+async def _close_idle(history: History) -> None:
+    """Files that are replaced or removed under a process at rest give their room back all the same."""
+    while True:
+        await trio.sleep(IDLE_SECONDS)
+        await trio.to_thread.run_sync(history.close_idle)

@@ -263,6 +263,9 @@ class RemoteHistory:
         if self._link.held.release(seq):
             self._link.tell(said.Release(seq))
 
+    def close_idle(self) -> None:
+        """Nothing: no file of the store is open here."""
+
     def enter(self) -> None:
         """Nothing: a reader elsewhere must not keep the writer out. `hold` waits there for so long as it must."""
 
