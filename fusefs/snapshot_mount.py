@@ -2,7 +2,8 @@
 
 Invariants:
 - `immutable`: an inode of a file is (volume, moment), and its bytes and attributes never change; so the kernel may keep
-  its pages and attributes for as long as it likes. What changes is which inode a name leads to;
+  its pages and attributes for as long as it likes. What changes is which inode a name leads to. The one exception is
+  st_blocks, which is looked up when a file is first opened: until then the file counts as full;
 - `no-wrong-bytes`: a read that cannot be answered in full gives EIO; a short one is the end of the file only;
 - the moments of open files and directories are held: what is open is read to its end, whatever is thinned out. One
   that is gone when it is opened gives ESTALE, and the kernel looks its name up again;
@@ -19,7 +20,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
@@ -95,13 +96,25 @@ class SnapshotMount(ReadOnlyOperations):
 
     supports_dot_lookup = False
 
-    def __init__(self, reader: History, store_statvfs: Callable[[], os.statvfs_result], *, files: bool = False) -> None:
-        """`store_statvfs` tells of the disk that `df` is to show; called in a thread. `files`: show files/ as well."""
+    def __init__(
+        self,
+        reader: History,
+        store_statvfs: Callable[[], os.statvfs_result],
+        *,
+        files: bool = False,
+        forget_attributes: Callable[[int], None] | None = None,
+    ) -> None:
+        """`store_statvfs` tells of the disk that `df` is to show; called in a thread. `files`: show files/ as well.
+
+        `forget_attributes` has the kernel ask for those of an inode anew, and never waits; by default it is the call
+        of pyfuse3 that does so.
+        """
         super().__init__()
         self._reader = reader
         self._tree = SnapshotTree(reader, clock=time.monotonic, files=files)
         self.inside = InsideFiles(partial(self._take_turns, _image_of, reader))
         self._store_statvfs = store_statvfs
+        self._forget_attributes = forget_attributes or partial(pyfuse3.invalidate_inode, attr_only=True)
         self._inodes = SnapshotInodes()
         self._one_turn = trio.CapacityLimiter(1)
         self._one_entry = trio.CapacityLimiter(1)
@@ -140,11 +153,7 @@ class SnapshotMount(ReadOnlyOperations):
 
     async def _read_waiting(self, node: SnapshotFile, off: int, size: int) -> bytes:
         try:
-            return await self._read_image(await self._image(node), off, size)
-        except MomentGone:
-            # Made before the moment was held, and history was thinned out in between. One made now is right.
-            self._images.pop(node.key, None)
-            return await self._read_image(await self._image(node), off, size)
+            return await self._with_image(node, lambda image: self._read_image(image, off, size))
         except Damaged as damage:
             names = await self._names_of(node.moment.seq)
             raise Damaged(f"snapshot {names}: {damage}" if names else str(damage)) from damage
@@ -157,6 +166,15 @@ class SnapshotMount(ReadOnlyOperations):
             names = ", ".join(found[:NAMES_MAX])
             self._damaged = seq, names
         return names
+
+    async def _with_image(self, node: SnapshotFile, use: Callable[[PastImage], Awaitable[_T]]) -> _T:
+        """`use` of the image of a file whose moment is held; it may be called twice."""
+        try:
+            return await use(await self._image(node))
+        except MomentGone:
+            # Made before the moment was held, and history was thinned out in between. One made now is right.
+            self._images.pop(node.key, None)
+            return await use(await self._image(node))
 
     async def _read_image(self, image: PastImage, off: int, size: int) -> bytes:
         async with self._readers:
@@ -195,6 +213,7 @@ class SnapshotMount(ReadOnlyOperations):
         try:
             if isinstance(node, SnapshotFile):
                 await self._image(node)
+                await self._look_up_allocated(inode, node)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._take_turns(self._reader.release, node.moment.seq)
@@ -202,6 +221,15 @@ class SnapshotMount(ReadOnlyOperations):
         handle = self._new_handle()
         self._open_files[handle] = node
         return FileInfo(fh=handle, keep_cache=True, direct_io=False)
+
+    async def _look_up_allocated(self, inode: int, node: SnapshotFile) -> None:
+        """So that fstat(2) after open(2) tells `cp` and its like whether to look for holes."""
+        if self._inodes.allocated(inode) is not None:
+            return
+        allocated = await self._with_image(node, _allocated)
+        self._inodes.set_allocated(inode, allocated)
+        if allocated < node.state.size:
+            self._forget_attributes(inode)
 
     def _new_handle(self) -> int:
         handle = self._next_handle
@@ -389,7 +417,8 @@ class SnapshotMount(ReadOnlyOperations):
             entry.st_mode = stat.S_IFREG | stat.S_IMODE(state.mode)
             entry.st_uid, entry.st_gid = state.uid, state.gid
             entry.st_size = state.size
-            entry.st_blocks = -(-state.size // 512)
+            allocated = self._inodes.allocated(number)
+            entry.st_blocks = -(-(state.size if allocated is None else allocated) // 512)
             entry.st_nlink = 1
         else:
             fixed = isinstance(node, MomentDirectory | ImageDirectory)
@@ -471,6 +500,10 @@ def _image_of(reader: History, node: SnapshotFile | ImageDirectory) -> PastImage
     image = reader.image(node.state.volume, node.moment.seq)
     reader.require(node.moment.seq)
     return image
+
+
+async def _allocated(image: PastImage) -> int:
+    return await trio.to_thread.run_sync(image.allocated)
 
 
 def _list_some(steps: Iterator[tuple[str, Found] | None], entries: list[tuple[str, Found]]) -> bool:
