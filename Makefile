@@ -8,7 +8,8 @@ STAMP  := $(VENV)/installed
 
 # pyfuse3 is compiled against libfuse3; the other packages are the tools of the tests and of the demo.
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv \
-            fio e2fsprogs xfsprogs btrfs-progs ntfs-3g dosfstools mtools fdisk sqlite3 strace attr mount util-linux iproute2 openssl
+            fio e2fsprogs xfsprogs btrfs-progs ntfs-3g dosfstools mtools fdisk sqlite3 strace attr mount util-linux \
+            iproute2 openssl rsync qemu-utils
 
 .PHONY: help demo two-hosts chaos test test-slow lint bench bench-quick fuzz clean packages
 
