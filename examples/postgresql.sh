@@ -41,6 +41,7 @@ stop_work() {  # and wait for what it has still going on in the server
     BENCH=
     local left=some
     while [ "$left" != 0 ]; do
+        sleep 0.1
         left=$(sql run "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgbench'")
     done
 }
@@ -50,6 +51,7 @@ work_on() {  # as many transactions
     end=$((at + $1))
     while [ "$at" -lt "$end" ]; do
         kill -0 "$BENCH" || fail 'pgbench has ended'
+        sleep 0.1
         at=$(transactions run)
     done
 }

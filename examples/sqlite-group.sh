@@ -47,7 +47,10 @@ work() { python3 transfers.py $ACCOUNTS >>transfers.log & WORKER=$!; }
 finish_work() { touch stop; wait "$WORKER"; rm stop; WORKER=; }
 stop_programs() { if [ -n "${WORKER:-}" ]; then kill "$WORKER"; fi; }
 wait_for_transfers() {  # COUNT
-    until [ "$(wc -l <transfers.log)" -ge "$1" ]; do kill -0 "$WORKER" || fail 'the transfers have ended'; done
+    until [ "$(wc -l <transfers.log)" -ge "$1" ]; do
+        kill -0 "$WORKER" || fail 'the transfers have ended'
+        sleep 0.1
+    done
 }
 
 say "$ACCOUNTS databases with 1000 in each, and a mount that protects them as one group"
