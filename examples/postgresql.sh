@@ -145,8 +145,9 @@ expect 'balances agree' t "$(balances run)"
 say 'On second thought: the rollback is taken back by the command that it printed'
 stop_server "$WORK/disk/data"
 run umount disk
-UNDO=$(grep -o 'before-restore-[^ ]*' restore.log | head -n 1)
-run rewindfs restore store disk.img --at "$UNDO" --in-place mnt
+UNDO=$(sed -n 's/^undo it with: //p' restore.log)
+printf '$ %s\n' "$UNDO"
+eval "$UNDO"
 run mount -o loop mnt/disk.img disk
 start_server "$WORK/disk/data" run
 expect 'transactions, as before the rollback' "$TODAY" "$(transactions run)"

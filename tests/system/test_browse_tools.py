@@ -119,6 +119,11 @@ def look_with_programs(world: World, image: Path) -> None:
     # In whole MiB: what was opened counts what is data, to the leaf of the pointer maps.
     assert 2 <= int(world.run("du", "-m", image).stdout.split()[0]) <= 10
     world.run("tar", "-C", top / "points", "-cf", "/dev/null", "monday")
+    (world.directory / "mirror").mkdir()
+    for changes in ("cd+++++++++ monday/\n>f+++++++++ monday/disk.img\n", ""):
+        done = world.run("rsync", "-a", "--itemize-changes", top / "points/monday", world.directory / "mirror")
+        assert done.stdout == changes
+    assert digest(world.directory / "mirror/monday/disk.img") == digest(truth)
 
 
 def test_extended_attributes(world: World, source: Path) -> None:
