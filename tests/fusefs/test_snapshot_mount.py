@@ -22,7 +22,7 @@ from pyfuse3 import EntryAttributes, FUSEError, ReaddirToken, RequestContext
 from dedup.layout import RAW_SLOTS_OFFSET
 from dedup.moment import rfc3339
 from dedup.store import Store
-from fusefs import snapshot_mount
+from fusefs import snapshot_images, snapshot_mount
 from fusefs.mountpoint import FSTYPE, mount_at, unmount
 from fusefs.snapshot_mount import SnapshotMount
 from tests.dedup.model import Model
@@ -133,7 +133,7 @@ async def test_reads_at_any_offset(direct: Direct, monkeypatch: pytest.MonkeyPat
     assert await direct.read("volumes/disk.img/late", DISK_BYTES, 4096) == b""
     assert await direct.read("volumes/disk.img/late", DISK_BYTES + 4096, 4096) == b""
     # Nothing depends on an image being kept.
-    monkeypatch.setattr(snapshot_mount, "IMAGES_MAX", 1)
+    monkeypatch.setattr(snapshot_images, "IMAGES_MAX", 1)
     for moment in range(seq - 20, seq):
         assert await direct.read(f"volumes/disk.img/@seq={moment}", 0, DISK_BYTES) == history.content(
             moment, "disk.img"
