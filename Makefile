@@ -8,13 +8,15 @@ STAMP  := $(VENV)/installed
 
 # pyfuse3 is compiled against libfuse3; the other packages are the tools of the tests and of the demo.
 PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv \
-            fio e2fsprogs xfsprogs btrfs-progs ntfs-3g dosfstools mtools fdisk sqlite3 strace attr mount util-linux iproute2 openssl
+            fio e2fsprogs xfsprogs btrfs-progs ntfs-3g dosfstools mtools fdisk sqlite3 strace attr mount util-linux \
+            iproute2 openssl rsync qemu-utils postgresql
 
-.PHONY: help demo two-hosts chaos test test-slow lint bench bench-quick fuzz clean packages
+.PHONY: help demo two-hosts examples chaos test test-slow lint bench bench-quick fuzz clean packages
 
 help:
 	@echo 'make demo         protect an ext4 image, make a mistake in it, get the table back: for real, under a minute'
 	@echo 'make two-hosts    two sites with a cable between them, the cable pulled: a moment of the outage comes back'
+	@echo 'make examples     PostgreSQL, a disk of a virtual machine, a group of databases: each breaks, and goes back'
 	@echo 'make test         lint, types and the tests'
 	@echo 'make test-slow    the tests that take long: kill -9, full disks, large volumes'
 	@echo 'make lint         ruff and mypy only'
@@ -28,6 +30,11 @@ demo: packages $(STAMP)
 
 two-hosts: packages $(STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/two-hosts.sh
+
+examples: packages $(STAMP)
+	@set -e; for example in postgresql vm-image sqlite-group; do \
+		printf '\n=== %s\n' "$$example"; PATH="$(CURDIR)/$(BIN):$$PATH" "examples/$$example.sh"; \
+	done
 
 chaos: packages $(STAMP)
 	$(BIN)/python -m tests.system.chaos $(CHAOS)
@@ -56,6 +63,9 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench-results
 	find dedup replication fusefs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Debian's PostgreSQL would make and start a server of its own: the drop-in file is there while it is installed, only.
+NO_SERVER := /etc/postgresql-common/createcluster.d/rewindfs.conf
+
 packages:
 	@set -eu; \
 	if ! command -v dpkg-query >/dev/null; then \
@@ -82,6 +92,11 @@ packages:
 		root=sudo; \
 	fi; \
 	echo "make: installing$$missing"; \
+	case "$$missing " in *' postgresql '*) \
+		trap "$$root rm -f $(NO_SERVER)" EXIT; \
+		$$root mkdir -p $(dir $(NO_SERVER)); \
+		echo 'create_main_cluster = false' | $$root tee $(NO_SERVER) >/dev/null ;; \
+	esac; \
 	$$root env DEBIAN_FRONTEND=noninteractive apt-get update -q </dev/null; \
 	$$root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing </dev/null
 

@@ -63,6 +63,12 @@ class PastImage(Protocol):
     def next_data(self, offset: int) -> int:
         """The first offset at or after `offset` whose block is not a hole; `size` when there is none."""
 
+    def allocated(self) -> int:
+        """At most so many bytes are not holes; 0 only where every block is a hole. MomentGone.
+
+        May be as much as `size` where a better figure takes long.
+        """
+
 
 class History(Protocol):
     """Of one group. Not for two threads at once (but where said); its images are.

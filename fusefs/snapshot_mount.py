@@ -2,13 +2,14 @@
 
 Invariants:
 - `immutable`: an inode of a file is (volume, moment), and its bytes and attributes never change; so the kernel may keep
-  its pages and attributes for as long as it likes. What changes is which inode a name leads to;
+  its pages and attributes for as long as it likes. What changes is which inode a name leads to. The one exception is
+  st_blocks, which is looked up when a file is first opened: until then the file counts as full;
 - `no-wrong-bytes`: a read that cannot be answered in full gives EIO; a short one is the end of the file only;
 - the moments of open files and directories are held: what is open is read to its end, whatever is thinned out. One
   that is gone when it is opened gives ESTALE, and the kernel looks its name up again;
-- one thread at a time uses the reader of the group (`_take_turns`); images are read by READERS_MAX threads;
-- bounded: IMAGES_MAX images, READERS_MAX buffers, REFUSALS_MAX reasons, whatever is open, what `known_names` and
-  `inside_files` are bounded by. An open file has no image of its own.
+- one thread at a time uses the reader of the group (`_take_turns`);
+- bounded: REFUSALS_MAX reasons, whatever is open, what `snapshot_images`, `known_names` and `inside_files` are bounded
+  by. An open file has no image of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
@@ -28,9 +29,8 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
-from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, UnknownName, WouldBlock
+from dedup.errors import BadTime, Damaged, MomentRefused, UnknownName
 from dedup.history import History, PastImage
-from dedup.image import room_for
 from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq
 from fusefs.errors import fuse_error, handler
 from fusefs.inside.image_process import ImageUnreadable
@@ -38,6 +38,7 @@ from fusefs.inside_files import InsideFiles, fill
 from fusefs.known_names import KnownNames
 from fusefs.moment_xattrs import XATTR_PREFIX, moment_xattrs
 from fusefs.read_only_operations import ReadOnlyOperations, refuse_change
+from fusefs.snapshot_images import SnapshotImages
 from fusefs.snapshot_inodes import SnapshotInodes
 from fusefs.snapshot_tree import (
     ALWAYS_SECONDS,
@@ -54,14 +55,8 @@ from fusefs.snapshot_tree import (
 
 log = logging.getLogger("rewindfs.snapshot_mount")
 
-READERS_MAX: Final = 16
-"""Reads that wait for disks at one time."""
-IMAGES_MAX: Final = 32
-"""Images kept for reading, each at most some 4 MiB of decoded pointers and the overlay of its moment."""
 REFUSALS_MAX: Final = 256
 """Directories that remember why they refused a name."""
-READ_BYTES_MAX: Final = 1 << 20
-"""Largest read request of the kernel: 256 pages."""
 NAMES_MAX: Final = 8
 """Names of a damaged moment that a log line has."""
 DIRECTORY_SECONDS: Final = 1.0
@@ -95,18 +90,29 @@ class SnapshotMount(ReadOnlyOperations):
 
     supports_dot_lookup = False
 
-    def __init__(self, reader: History, store_statvfs: Callable[[], os.statvfs_result], *, files: bool = False) -> None:
-        """`store_statvfs` tells of the disk that `df` is to show; called in a thread. `files`: show files/ as well."""
+    def __init__(
+        self,
+        reader: History,
+        store_statvfs: Callable[[], os.statvfs_result],
+        *,
+        files: bool = False,
+        forget_attributes: Callable[[int], None] | None = None,
+    ) -> None:
+        """`store_statvfs` tells of the disk that `df` is to show; called in a thread. `files`: show files/ as well.
+
+        `forget_attributes` has the kernel ask for those of an inode anew, and never waits; by default it is the call
+        of pyfuse3 that does so.
+        """
         super().__init__()
         self._reader = reader
         self._tree = SnapshotTree(reader, clock=time.monotonic, files=files)
         self.inside = InsideFiles(partial(self._take_turns, _image_of, reader))
         self._store_statvfs = store_statvfs
+        self._forget_attributes = forget_attributes or partial(pyfuse3.invalidate_inode, attr_only=True)
         self._inodes = SnapshotInodes()
         self._one_turn = trio.CapacityLimiter(1)
         self._one_entry = trio.CapacityLimiter(1)
-        self._readers = trio.CapacityLimiter(READERS_MAX)
-        self._images: OrderedDict[Hashable, PastImage] = OrderedDict()
+        self._images = SnapshotImages(partial(self._take_turns, _image_of, reader))
         self._refusals: OrderedDict[Directory | ImageDirectory, str] = OrderedDict()
         self._open_files: dict[int, SnapshotFile | InsideNode] = {}
         self._known_names = KnownNames(partial(pyfuse3.invalidate_entry_async, ignore_enoent=True))
@@ -115,36 +121,23 @@ class SnapshotMount(ReadOnlyOperations):
         self._next_handle = 1
         self._damaged = Seq(0), ""
         """The moment in which damage was met last, and its names."""
-        self._buffer = _new_buffer()
-        self._spare_buffers: list[memoryview] = []
 
     # Reading
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        # One buffer for all: pyfuse3 hands the reply to the kernel before another task runs, so there must be no
-        # await between filling the buffer and returning it.
+        # No await behind `read_now`: pyfuse3 hands what is returned to the kernel before another task runs.
         try:
             node = self._open_files[fh]
             if isinstance(node, InsideNode):
                 return await self.inside.read(node, off, size)
-            image = self._images.get(node.key)
-            if image is not None and size <= READ_BYTES_MAX:
-                self._images.move_to_end(node.key)
-                try:
-                    return image.read_into(off, size, self._buffer, wait=False)  # type: ignore[return-value]
-                except (WouldBlock, MomentGone, Damaged):
-                    pass
-            return await self._read_waiting(node, off, size)
+            part = self._images.read_now(node, off, size)
+            return part if part is not None else await self._read_waiting(node, off, size)  # type: ignore[return-value]
         except Exception as error:  # noqa: BLE001 - must become an errno
             raise fuse_error("read", error) from None
 
     async def _read_waiting(self, node: SnapshotFile, off: int, size: int) -> bytes:
         try:
-            return await self._read_image(await self._image(node), off, size)
-        except MomentGone:
-            # Made before the moment was held, and history was thinned out in between. One made now is right.
-            self._images.pop(node.key, None)
-            return await self._read_image(await self._image(node), off, size)
+            return await self._images.read(node, off, size)
         except Damaged as damage:
             names = await self._names_of(node.moment.seq)
             raise Damaged(f"snapshot {names}: {damage}" if names else str(damage)) from damage
@@ -157,28 +150,6 @@ class SnapshotMount(ReadOnlyOperations):
             names = ", ".join(found[:NAMES_MAX])
             self._damaged = seq, names
         return names
-
-    async def _read_image(self, image: PastImage, off: int, size: int) -> bytes:
-        async with self._readers:
-            buffer = self._spare_buffers.pop() if self._spare_buffers else _new_buffer()
-            if size > READ_BYTES_MAX:
-                return await trio.to_thread.run_sync(image.read, off, size)
-            try:
-                part = await trio.to_thread.run_sync(image.read_into, off, size, buffer)
-            finally:
-                # Nobody takes it before the reply is out: that needs another task to run.
-                self._spare_buffers.append(buffer)
-            return part  # type: ignore[return-value]  # pyfuse3 takes any buffer
-
-    async def _image(self, node: SnapshotFile) -> PastImage:
-        image = self._images.get(node.key)
-        if image is None:
-            image = await self._take_turns(_image_of, self._reader, node)
-            # Two tasks may both have come here: the later image stays, both are right.
-            self._images[node.key] = image
-            if len(self._images) > IMAGES_MAX:
-                self._images.popitem(last=False)
-        return image
 
     def _file(self, number: int) -> SnapshotFile | InsideNode:
         node = self._inodes.node(number)
@@ -194,7 +165,8 @@ class SnapshotMount(ReadOnlyOperations):
         await self._hold(node.moment.seq)
         try:
             if isinstance(node, SnapshotFile):
-                await self._image(node)
+                await self._images.ready(node)
+                await self._look_up_allocated(inode, node)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._take_turns(self._reader.release, node.moment.seq)
@@ -202,6 +174,15 @@ class SnapshotMount(ReadOnlyOperations):
         handle = self._new_handle()
         self._open_files[handle] = node
         return FileInfo(fh=handle, keep_cache=True, direct_io=False)
+
+    async def _look_up_allocated(self, inode: int, node: SnapshotFile) -> None:
+        """So that fstat(2) after open(2) tells `cp` and its like whether to look for holes."""
+        if self._inodes.allocated(inode) is not None:
+            return
+        allocated = await self._images.allocated(node)
+        self._inodes.set_allocated(inode, allocated)
+        if allocated < node.state.size:
+            self._forget_attributes(inode)
 
     def _new_handle(self) -> int:
         handle = self._next_handle
@@ -389,7 +370,8 @@ class SnapshotMount(ReadOnlyOperations):
             entry.st_mode = stat.S_IFREG | stat.S_IMODE(state.mode)
             entry.st_uid, entry.st_gid = state.uid, state.gid
             entry.st_size = state.size
-            entry.st_blocks = -(-state.size // 512)
+            allocated = self._inodes.allocated(number)
+            entry.st_blocks = -(-(state.size if allocated is None else allocated) // 512)
             entry.st_nlink = 1
         else:
             fixed = isinstance(node, MomentDirectory | ImageDirectory)
@@ -482,7 +464,3 @@ def _list_some(steps: Iterator[tuple[str, Found] | None], entries: list[tuple[st
         if time.monotonic() >= end:
             return True
     return False
-
-
-def _new_buffer() -> memoryview:
-    return memoryview(bytearray(room_for(READ_BYTES_MAX)))

@@ -87,6 +87,8 @@ class HistoryAnswers:
                     return self._marks(question)
                 case said.Hold(seq):
                     return self._hold(Seq(seq))
+                case said.Allocated(volume, seq):
+                    return said.AllocatedFound(self._opened(volume, seq).image.allocated())
                 case said.NextData(volume, seq, offset):
                     return self._through(volume, seq, lambda opened: _next_data(opened.image, offset))
                 case _:

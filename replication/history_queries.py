@@ -136,6 +136,13 @@ class Require(_Body, frozen=True, tag="require"):
     seq: U64
 
 
+class Allocated(_Body, frozen=True, tag="allocated"):
+    """How much of the volume at exactly `seq` is no hole, at most. Answer: AllocatedFound."""
+
+    volume: U64
+    seq: U64
+
+
 class Pointers(_Body, frozen=True, tag="pointers"):
     """The addresses of leaves `leaf`.. of the volume at exactly `seq`. Answer: PointersFound."""
 
@@ -249,6 +256,10 @@ class BlocksFound(_Body, frozen=True, tag="blocks-found"):
     damage: tuple[tuple[U64, str], ...]
 
 
+class AllocatedFound(_Body, frozen=True, tag="allocated-found"):
+    bytes: U64
+
+
 class MarksFound(_Body, frozen=True, tag="marks-found"):
     marks: bytes
 
@@ -262,11 +273,11 @@ class Refused(_Body, frozen=True, tag="refused"):
 
 Question = (
     Refresh | Names | Name | Paths | Resolve | Groups | ImageAt | NextData | Differing | Hold | Release | Require
-    | Pointers | Blocks | Marks
+    | Pointers | Blocks | Marks | Allocated
 )  # fmt: skip
 Answer = (
     Refreshed | NamesPage | PathsPage | Resolved | GroupsPage | ImageFound | At | Ranges | Held | Done | PointersFound
-    | BlocksFound | MarksFound | Refused
+    | BlocksFound | MarksFound | AllocatedFound | Refused
 )  # fmt: skip
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -160,6 +160,10 @@ class RemoteImage:
             found = self._in_one_session(lambda session: self._link.ask(question, said.At, session))  # noqa: B023
         return found.offset
 
+    def allocated(self) -> int:
+        question = said.Allocated(self._volume, self._found.seq)
+        return self._in_one_session(lambda session: self._link.ask(question, said.AllocatedFound, session)).bytes
+
     # -- sessions ----------------------------------------------------------------------------------------------------
 
     def _in_one_session(self, step: Callable[[int], _T]) -> _T:

@@ -22,7 +22,7 @@ from pyfuse3 import EntryAttributes, FUSEError, ReaddirToken, RequestContext
 from dedup.layout import RAW_SLOTS_OFFSET
 from dedup.moment import rfc3339
 from dedup.store import Store
-from fusefs import snapshot_mount
+from fusefs import snapshot_images, snapshot_mount
 from fusefs.mountpoint import FSTYPE, mount_at, unmount
 from fusefs.snapshot_mount import SnapshotMount
 from tests.dedup.model import Model
@@ -43,7 +43,9 @@ class Direct:
 
     def __init__(self, path: Path) -> None:
         self.history = History(path)
-        self.operations = SnapshotMount(self.history.group.reader(), lambda: os.statvfs(path))
+        self.asked_anew: list[int] = []
+        reader = self.history.group.reader()
+        self.operations = SnapshotMount(reader, lambda: os.statvfs(path), forget_attributes=self.asked_anew.append)
 
     async def walk(self, path: str) -> EntryAttributes:
         inode = pyfuse3.ROOT_INODE
@@ -97,8 +99,8 @@ async def test_names_last_as_long_as_they_are_true(direct: Direct) -> None:
         ("volumes/disk.img/@latest", 0),
         ("volumes/disk.img/@0s", 0),
         ("points/@latest~flush", 0),
-        ("volumes/disk.img/late", 1),
-        ("points/@late", 1),
+        ("volumes/disk.img/late", 0.05),
+        ("points/@late", 0.05),
         ("volumes/disk.img/@seq=20", 10),
     ]:
         if path == "volumes/disk.img/@0s":
@@ -131,11 +133,31 @@ async def test_reads_at_any_offset(direct: Direct, monkeypatch: pytest.MonkeyPat
     assert await direct.read("volumes/disk.img/late", DISK_BYTES, 4096) == b""
     assert await direct.read("volumes/disk.img/late", DISK_BYTES + 4096, 4096) == b""
     # Nothing depends on an image being kept.
-    monkeypatch.setattr(snapshot_mount, "IMAGES_MAX", 1)
+    monkeypatch.setattr(snapshot_images, "IMAGES_MAX", 1)
     for moment in range(seq - 20, seq):
         assert await direct.read(f"volumes/disk.img/@seq={moment}", 0, DISK_BYTES) == history.content(
             moment, "disk.img"
         )
+
+
+async def test_what_is_opened_tells_how_much_of_it_is_data(direct: Direct) -> None:
+    operations, history = direct.operations, direct.history
+    create = history.model.create("sparse.img", 10 << 20)
+    history.group.ingest([create])
+    history.write(create.volume, 4 << 20, 5000)
+    for path, blocks, asked in [
+        ("volumes/sparse.img/@latest", (2 << 20) // 512, True),
+        ("points/late/disk.img", 6147, False),
+    ]:
+        file = await direct.walk(path)
+        assert file.st_blocks == -(-file.st_size // 512)
+        await direct.read(path, 0, 1)
+        assert (await operations.getattr(file.st_ino, CALLER)).st_blocks == blocks
+        assert (await direct.walk(path)).st_blocks == blocks
+        assert direct.asked_anew == ([file.st_ino] if asked else [])
+        direct.asked_anew.clear()
+        await direct.read(path, 0, 1)
+        assert direct.asked_anew == []
 
 
 async def test_nothing_can_be_changed(direct: Direct) -> None:

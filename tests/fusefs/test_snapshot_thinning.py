@@ -46,7 +46,9 @@ class Direct:
     """The handlers, over the reader of the world."""
 
     def __init__(self, world: World) -> None:
-        self.operations = SnapshotMount(world.reader, lambda: os.statvfs(world.path))
+        self.operations = SnapshotMount(
+            world.reader, lambda: os.statvfs(world.path), forget_attributes=lambda inode: None
+        )
 
     async def walk(self, path: str, parent: int = pyfuse3.ROOT_INODE) -> EntryAttributes:
         for name in path.split("/"):

@@ -81,6 +81,7 @@ def check_same_image(near: History, far: History, volume: VolumeId, seq: Seq, rn
         with suppress(WouldBlock):  # all of it is cached now, but a file system may not tell what it has in memory
             assert other.read(offset, length, wait=False) == content
         assert other.next_data(offset) == one.next_data(offset)
+    assert other.allocated() == one.allocated()
 
 
 @pytest.fixture

@@ -10,7 +10,10 @@ import pytest
 
 from tests.system.harness import Pids, World, missing_tools
 
-TOOLS = ("fusermount3", "mkfs.ext4", "e2fsck", "sqlite3", "fio", "losetup", "mount")
+TOOLS = (
+    *("fusermount3", "mkfs.ext4", "e2fsck", "sqlite3", "fio", "losetup", "mount"),
+    *("getfattr", "rsync", "qemu-img"),
+)
 
 
 def why_not() -> str | None:

@@ -1,0 +1,103 @@
+"""The images that a snapshot mount reads, those of the files used last, and the buffers that their bytes go through.
+
+Invariants:
+- an image that was made before its moment was held, and has been thinned out since, is made anew and not read on;
+- a buffer belongs to one reply, until pyfuse3 has handed that to the kernel, which it does before another task runs;
+- bounded: IMAGES_MAX images and READERS_MAX buffers and threads, however many files are open.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Final, TypeVar
+
+import trio
+
+from dedup.errors import Damaged, MomentGone, WouldBlock
+from dedup.history import PastImage
+from dedup.image import room_for
+from fusefs.snapshot_tree import SnapshotFile
+
+READERS_MAX: Final = 16
+"""Reads that wait for disks at one time."""
+IMAGES_MAX: Final = 32
+"""Images kept for reading, each at most some 4 MiB of decoded pointers and the overlay of its moment."""
+READ_BYTES_MAX: Final = 1 << 20
+"""Largest read request of the kernel: 256 pages."""
+
+_T = TypeVar("_T")
+
+
+class SnapshotImages:
+    """Reads files whose moments are held."""
+
+    def __init__(self, make: Callable[[SnapshotFile], Awaitable[PastImage]]) -> None:
+        """`make` looks an image up. MomentGone."""
+        self._make = make
+        self._images: OrderedDict[Hashable, PastImage] = OrderedDict()
+        self._readers = trio.CapacityLimiter(READERS_MAX)
+        self._buffer = _new_buffer()
+        self._spare_buffers: list[memoryview] = []
+
+    async def ready(self, node: SnapshotFile) -> None:
+        """Sees to it that there is an image. MomentGone."""
+        await self._image(node)
+
+    def read_now(self, node: SnapshotFile, off: int, size: int) -> memoryview | None:
+        """The bytes, in the one buffer of all such reads: no await before they are given away. None: `read` them."""
+        image = self._images.get(node.key)
+        if image is None or size > READ_BYTES_MAX:
+            return None
+        self._images.move_to_end(node.key)
+        try:
+            return image.read_into(off, size, self._buffer, wait=False)
+        except (WouldBlock, MomentGone, Damaged):
+            return None
+
+    async def read(self, node: SnapshotFile, off: int, size: int) -> bytes:
+        """The bytes, fewer past the end; may wait. Damaged, MomentGone."""
+        return await self._with_image(node, lambda image: self._read_image(image, off, size))
+
+    async def allocated(self, node: SnapshotFile) -> int:
+        """As `PastImage.allocated`."""
+        return await self._with_image(node, _allocated)
+
+    async def _with_image(self, node: SnapshotFile, use: Callable[[PastImage], Awaitable[_T]]) -> _T:
+        """`use` may be called twice."""
+        try:
+            return await use(await self._image(node))
+        except MomentGone:
+            # Made before the moment was held, and history was thinned out in between. One made now is right.
+            self._images.pop(node.key, None)
+            return await use(await self._image(node))
+
+    async def _read_image(self, image: PastImage, off: int, size: int) -> bytes:
+        async with self._readers:
+            buffer = self._spare_buffers.pop() if self._spare_buffers else _new_buffer()
+            if size > READ_BYTES_MAX:
+                return await trio.to_thread.run_sync(image.read, off, size)
+            try:
+                part = await trio.to_thread.run_sync(image.read_into, off, size, buffer)
+            finally:
+                # Nobody takes it before the reply is out: that needs another task to run.
+                self._spare_buffers.append(buffer)
+            return part  # type: ignore[return-value]  # pyfuse3 takes any buffer
+
+    async def _image(self, node: SnapshotFile) -> PastImage:
+        image = self._images.get(node.key)
+        if image is None:
+            image = await self._make(node)
+            # Two tasks may both have come here: the later image stays, both are right.
+            self._images[node.key] = image
+            if len(self._images) > IMAGES_MAX:
+                self._images.popitem(last=False)
+        return image
+
+
+async def _allocated(image: PastImage) -> int:
+    return await trio.to_thread.run_sync(image.allocated)
+
+
+def _new_buffer() -> memoryview:
+    return memoryview(bytearray(room_for(READ_BYTES_MAX)))
