@@ -20,7 +20,12 @@ as_postgres() { "${AS_POSTGRES[@]}" "$@"; }
 start_server() {  # DATA RUN
     as_postgres pg_ctl -D "$1" -l "$WORK/log/$2.log" -w -s -o "-k $WORK/$2" start
 }
-stop_server() { as_postgres pg_ctl -D "$1" -w -s -m fast stop; }
+stop_server() {  # DATA; until it has left the disk: pg_ctl does not wait for that
+    local server
+    server=$(head -n 1 "$1/postmaster.pid")
+    as_postgres pg_ctl -D "$1" -w -s -m fast stop
+    while kill -0 "$server" 2>/dev/null; do sleep 0.05; done
+}
 sql() { as_postgres psql -h "$WORK/$1" -qAtX -v ON_ERROR_STOP=1 -d shop -c "$2"; }
 
 # The rule of pgbench's tables: what its clients moved adds up to the same sum in each of them.
