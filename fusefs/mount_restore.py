@@ -80,11 +80,13 @@ class MountRestore:
         return {}
 
     async def _end(self, body: Body) -> Body:
-        """Gives the claim back. `done`: all of the place is as it was to be."""
+        """Gives the claim back. `done`: all of the place is as it was to be. The note goes once the source has that on
+        its disk: what an earlier try wrote, this one had no need to write and to sync, and names were never synced."""
         done: Any = body.get("done")
         place = body.get("place")
         if done and isinstance(place, str):
             self._claims.require(body.get("id"))
+            await self._agent.sync()
             await trio.to_thread.run_sync(self._unfinished.ended, place)
         self._claims.end(body.get("id"))
         return {}
