@@ -77,8 +77,7 @@ class InPlaceSession:
     @contextmanager
     def plan(self) -> Iterator[RestorePlan]:
         """What would be done if it were begun now. The moments are held while the block runs."""
-        self._ask("durable")
-        with held_moments(self.history, "latest") as (now,):
+        with self._latest() as now:
             yield make_plan(self.history, self._request.place, now, self._then)
 
     def restore(self) -> InPlaceReport:
@@ -101,13 +100,27 @@ class InPlaceSession:
                     plan, Written(), bookmark, plan.now, self._command(bookmark) if bookmark else "", ()
                 )
             with self._carrying_out(plan) as restore:
+                restore.require_way()
                 restore.require_readable()
-        bookmark = (self._noted(unfinished) or self._bookmark()) if self._request.bookmark else ""
+        bookmark = self._noted(unfinished) or (self._bookmark() if self._request.bookmark else "")
         with self.plan() as plan:
             if bookmark and self.history.snapshot(bookmark) is None:
                 raise RewindError(f"{self._request.store} does not show the bookmark {bookmark} that the mount made")
             self._ask("restore.begin", id=claim, place=plan.place, seq=plan.then.seq, bookmark=bookmark)
             return self._carry_out(plan, bookmark)
+
+    @contextmanager
+    def _latest(self) -> Iterator[Moment]:
+        """The moment of now, with all that the mount has recorded, held. RewindError when the store does not have it: a
+        copy of a store has its uuid, too."""
+        durable: Any = self._ask("durable")["durable_seq"]
+        with held_moments(self.history, "latest") as (now,):
+            if now.seq < durable:
+                raise RewindError(
+                    f"{self._request.store} ends at seq={now.seq}, and what the mount feeds has seq={durable} already: "
+                    "it is a copy of that store, or was put back to an older state; name the one that the mount feeds"
+                )
+            yield now
 
     # -- before ------------------------------------------------------------------------------------------------------
 
@@ -125,7 +138,8 @@ class InPlaceSession:
         return reply["id"], reply["unfinished"]
 
     def _noted(self, unfinished: list[dict[str, Any]]) -> str:
-        """The bookmark of before an earlier try at the same, which the undo leads to; empty where there was none."""
+        """The bookmark of before an earlier try at the same, which the undo leads to; empty where there was none. It is
+        kept whatever this try wants: the moment before this one is half restored."""
         names = [str(note["bookmark"]) for note in unfinished if note["seq"] == self._then.seq]
         return next((name for name in names if self.history.snapshot(name) is not None), "")
 
@@ -159,8 +173,7 @@ class InPlaceSession:
 
     def _compared(self, plan: RestorePlan) -> Moment:
         """The store's latest moment, whose pointers are those of the moment wanted. RewindError where they are not."""
-        self._ask("durable")
-        with held_moments(self.history, "latest") as (after,):
+        with self._latest() as after:
             if wrong := differing(self.history, make_plan(self.history, plan.place, after, plan.then)):
                 raise RewindError(
                     f"{', '.join(wrong[:5])}: not as at seq={plan.then.seq} after all: somebody else wrote there"

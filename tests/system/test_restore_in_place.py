@@ -345,6 +345,51 @@ write_marker(Storage(), Path({store!r}))
 """
 
 
+def test_copy_of_the_store_is_not_taken_for_it(volumes: World, dice: random.Random) -> None:
+    world = volumes
+    world.mount("async")
+    world.ask("bookmark", name="then")
+    then = contents(world)["disk.img"]
+    copy = world.directory / "copy"
+    world.run("cp", "-r", world.store, copy)
+    write_blocks(world.mnt / "disk.img", dice, 3)
+    now = contents(world)["disk.img"]
+    for option in ("--no-bookmark", "--dry-run"):
+        told = refusal(restore_command, copy, "disk.img", "--at", "then", "--in-place", world.mnt, option)
+        assert f"{copy} ends at seq=" in told and "it is a copy of that store" in told
+    assert contents(world)["disk.img"] == now
+    restore(world, "disk.img", "then", "--no-bookmark")
+    assert contents(world)["disk.img"] == then
+
+
+def test_what_is_in_the_way_is_found_before_anything_is_changed(volumes: World) -> None:
+    world = volumes
+    world.mount("async")
+    world.ask("bookmark", name="then")
+    then = contents(world)
+    for path in ("disk.img", "db/app.db"):
+        os.unlink(world.mnt / path)
+    os.rmdir(world.mnt / "db")
+    (world.mnt / "db").write_bytes(b"a volume")
+    inside = world.mnt / "disk.img/of/the/future"
+    inside.parent.mkdir(parents=True)
+    inside.write_bytes(b"a volume")
+    link = world.mnt / "disk.img/of/link"
+    os.symlink(world.directory, link)
+    now, names = contents(world), world.json("points", world.store)["bookmarks"]
+    told = refusal(restore_command, *words(world, "db/app.db", "then"))
+    assert f"{world.mnt}/db is in the way of {world.mnt}/db/app.db" in told
+    told = refusal(restore_command, *words(world, ".", "then"))
+    assert f"{link} is in the way: {world.mnt}/disk.img was a volume" in told
+    assert contents(world) == now and world.json("points", world.store)["bookmarks"] == names
+    assert world.ask("status")["half_restored"] == []
+    os.unlink(link)
+    report = restore(world, ".", "then")
+    assert contents(world) == then
+    restore(world, ".", report["bookmark"])
+    assert contents(world) == now
+
+
 def test_damage_in_the_store_changes_nothing(volumes: World, dice: random.Random) -> None:
     world = volumes
     world.mount("async")
@@ -366,6 +411,9 @@ def test_damage_in_the_store_changes_nothing(volumes: World, dice: random.Random
     assert ". is half restored" in told
     assert [note["place"] for note in world.ask("status")["half_restored"]] == ["."]
     (undo,) = (note["bookmark"] for note in world.ask("status")["half_restored"])
+    told = refusal(restore_command, *words(world, ".", "then", "--no-check", "--no-bookmark"))
+    assert f"--at {undo} " in told, "the moment before the first try is still the one to go back to"
+    assert [note["bookmark"] for note in world.ask("status")["half_restored"]] == [undo]
     restore(world, ".", undo)
     assert contents(world) == now
 
