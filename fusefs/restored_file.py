@@ -267,7 +267,8 @@ class RestoredFile:
         missing = max(BLOCK_BYTES, needed - room.f_bavail * room.f_frsize)
         return RewindError(
             f"{self._path}: {error.strerror}: about {size_text(missing)} more are needed on its file system; make room "
-            f"and repeat the command, it goes on where it was (so far it is {self.temporary.name}, beside it)"
+            f"and repeat the command with --at seq={self._moment.seq}, it goes on where it was (so far it is "
+            f"{self.temporary.name}, beside it)"
         )
 
     def _rename(self) -> None:
