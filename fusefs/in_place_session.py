@@ -111,8 +111,9 @@ class InPlaceSession:
 
     @contextmanager
     def _latest(self) -> Iterator[Moment]:
-        """The moment of now, with all that the mount has recorded, held. RewindError when the store does not have it: a
-        copy of a store has its uuid, too."""
+        """The moment of now, with all that was written through the mount, held. RewindError when the store does not
+        have it: a copy of a store has its uuid, too."""
+        self._flush()
         durable: Any = self._ask("durable")["durable_seq"]
         with held_moments(self.history, "latest") as (now,):
             if now.seq < durable:
@@ -121,6 +122,18 @@ class InPlaceSession:
                     "it is a copy of that store, or was put back to an older state; name the one that the mount feeds"
                 )
             yield now
+
+    def _flush(self) -> None:
+        """Has the kernel write what it keeps of files that are open: of mappings, and with `mount --writeback` of all.
+        Otherwise it would come later, over what was restored."""
+        reply: dict[str, Any] = self._ask("restore.open", place=self._request.place)
+        for path in reply["open"]:
+            with suppress(FileNotFoundError):  # removed since
+                fd = os.open(self._mountpoint / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
 
     # -- before ------------------------------------------------------------------------------------------------------
 

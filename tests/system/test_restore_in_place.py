@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import random
 import signal
@@ -152,6 +153,21 @@ def test_who_has_it_open_is_named(volumes: World, dice: random.Random) -> None:
     finally:
         holder.kill()
         holder.wait()
+
+
+@pytest.mark.parametrize("option", ["", pytest.param("--writeback", marks=pytest.mark.slow)])
+def test_what_a_mapping_has_not_written_yet_is_restored_too(volumes: World, option: str) -> None:
+    world = volumes
+    world.mount("async", *option.split())
+    world.ask("bookmark", name="then")
+    then = contents(world)["disk.img"]
+    with open(world.mnt / "disk.img", "r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        mapping[7 * BLOCK : 8 * BLOCK] = b"x" * BLOCK
+        report = restore(world, "disk.img", "then", "--force")
+        assert (report["bytes_written"], contents(world)["disk.img"]) == (BLOCK, then)
+    assert contents(world)["disk.img"] == then
+    restore(world, "disk.img", report["bookmark"])
+    assert contents(world)["disk.img"][0][7 * BLOCK : 8 * BLOCK] == b"x" * BLOCK
 
 
 @pytest.mark.slow
