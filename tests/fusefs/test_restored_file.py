@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import random
@@ -192,6 +193,21 @@ def test_a_file_that_is_there_is_replaced_only_when_asked(past: Past, tmp_path: 
     assert path.read_bytes() == b"mine"
     past.file(path, replace=True).restore()
     assert path.read_bytes() == past.content
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_one_that_has_its_owner_already_is_gone_on_with(past: Past, tmp_path: Path) -> None:
+    path = tmp_path / "out.img"
+    path.write_bytes(b"in the way when it was ready")
+    theirs = dataclasses.replace(past.state, uid=1234)
+    with pytest.raises(FileExistsError):
+        RestoredFile(past.group, past.moment, theirs, path).restore()
+    assert beside(path)[0].stat().st_uid == 1234
+    with pytest.raises(RewindError, match="not this user's own"):
+        RestoredFile(past.group, past.moment, dataclasses.replace(theirs, uid=5678), path, replace=True).restore()
+    done = RestoredFile(past.group, past.moment, theirs, path, replace=True).restore()
+    assert (done.resumed_at, done.bytes) == (SIZE, 0)
+    assert path.read_bytes() == past.content and path.stat().st_uid == 1234
 
 
 def test_two_restores_of_one_file_do_not_mix(past: Past, tmp_path: Path) -> None:
