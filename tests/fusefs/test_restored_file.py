@@ -282,6 +282,28 @@ def test_a_tree_goes_on_and_has_its_name_only_when_it_is_whole(past: Past, tmp_p
         tree().restore()
 
 
+def test_two_restores_of_one_tree_do_not_mix(past: Past, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    volumes = dict.fromkeys(("a.img", "b.img"), past.state)
+    first, content = past.moment, past.content
+    original = RestoredFile.restore
+
+    def second_meanwhile(self: RestoredFile) -> restored_file.Restored:
+        if self.temporary == beside(beside(path)[0] / "b.img")[0]:
+            past.at(int(first.seq) - 5)
+            with (
+                patch.object(RestoredFile, "restore", original),
+                pytest.raises(RewindError, match="another restore is"),
+            ):
+                RestoredTree(past.group, past.moment, ".", dict.fromkeys(volumes, past.state), path).restore()
+        return original(self)
+
+    with patch.object(RestoredFile, "restore", second_meanwhile):
+        RestoredTree(past.group, first, ".", volumes, path).restore()
+    assert all((path / name).read_bytes() == content for name in volumes)
+    assert sorted(os.listdir(tmp_path)) == ["out", "store"]
+
+
 def test_a_tree_of_another_moment_is_begun_anew(past: Past, tmp_path: Path) -> None:
     path = tmp_path / "out"
     temporary, _ = beside(path)
