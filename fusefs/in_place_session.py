@@ -82,15 +82,16 @@ class InPlaceSession:
 
     def restore(self) -> InPlaceReport:
         """Does it. RewindError and OSError say what came of it: nothing was changed, or all is half restored."""
-        claim, unfinished = self._claim()
-        try:
-            report = self._restore(claim, unfinished)
-        except BaseException:
-            with suppress(RewindError, OSError):  # it may be the mount that has died; the claim ends with this process
-                self._ask("restore.end", id=claim)
-            raise
-        self._ask("restore.end", id=claim, place=self._request.place, done=True)
-        return report
+        with _kept_mounted(self._mountpoint):
+            claim, unfinished = self._claim()
+            try:
+                report = self._restore(claim, unfinished)
+            except BaseException:
+                with suppress(RewindError, OSError):  # the mount may have died; the claim ends with this process
+                    self._ask("restore.end", id=claim)
+                raise
+            self._ask("restore.end", id=claim, place=self._request.place, done=True)
+            return report
 
     def _restore(self, claim: object, unfinished: list[dict[str, Any]]) -> InPlaceReport:
         with self.plan() as plan:
@@ -224,6 +225,18 @@ def in_place_session(request: InPlaceRequest) -> Iterator[InPlaceSession]:
     with _history_of(request, group, status) as history, held_moments(history, request.at) as (then,):
         volumes_at(history.group_at(Seq(then.seq)), request.place)
         yield InPlaceSession(request, history, then)
+
+
+@contextmanager
+def _kept_mounted(mountpoint: Path) -> Iterator[None]:
+    """Nobody unmounts it while the block runs: it would be busy. What came after that would go into the bare directory
+    below. NotMounted."""
+    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        control_socket(mountpoint)
+        yield
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 
 from dedup.errors import RewindError
+from fusefs.in_place import InPlaceRestore
+from fusefs.mountpoint import unmount
 from fusefs.restore_cli import restore as restore_command
+from fusefs.restore_plan import VolumeChange
 from tests.system.commands_here import document, invoke, refusal
 from tests.system.harness import World, volumes_in, wait_for_end
 
@@ -288,6 +291,29 @@ def test_killed_command_is_repeated_and_undone(large: World, dice: random.Random
     restore(world, ".", half["bookmark"])
     assert contents(world) == now
     world.check_equal()
+
+
+def test_mount_cannot_be_left_while_it_is_restored(
+    volumes: World, dice: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = volumes
+    world.mount("async")
+    world.ask("bookmark", name="then")
+    then = contents(world)
+    for path in then:
+        write_blocks(world.mnt / path, dice, 1)
+    original, refusals = InPlaceRestore._restore, []
+
+    def unmounted_between_two(self: InPlaceRestore, change: VolumeChange) -> None:
+        with pytest.raises(RewindError) as refused:
+            unmount(world.mnt)
+        refusals.append(str(refused.value))
+        original(self, change)
+
+    monkeypatch.setattr(InPlaceRestore, "_restore", unmounted_between_two)
+    restore(world, ".", "then")
+    assert contents(world) == then
+    assert len(refusals) == 3 and all("files are still open there" in told for told in refusals)
 
 
 @pytest.mark.slow
