@@ -1,8 +1,8 @@
 """One restore in place, from the command's side: what it agrees on with the mount's process before and after it.
 
-Order: the claim; all that is to be written, read once; a bookmark, durable; the plan from there to the moment wanted;
-the note of what is begun; the changes; everything durable; the store's latest moment held against the one wanted; the
-note dropped, the claim given back.
+Order: the claim; what is in the way, looked for; all that is to be written, read once; a bookmark, durable; the plan
+from there to the moment wanted; the note of what is begun; the changes; everything durable; the store's latest moment
+held against the one wanted; the source synced; the note dropped, the claim given back.
 """
 
 from __future__ import annotations
