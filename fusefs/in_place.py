@@ -9,6 +9,7 @@ Invariants:
   the note goes only when the store and the source have been found to be as they were then;
 - `nothing-by-halves`: every block that is to be written is read and checked before the first change, so that damage in
   the store leaves all as it is;
+- what is no volume is never removed, but for directories that are empty: it is found before the first change;
 - volumes that were not there then are removed first: what belongs to the future must not lie beside the past;
 - nothing outside of the mount is written, wherever symbolic links lead.
 """
@@ -61,6 +62,31 @@ class InPlaceRestore:
         self.warnings: list[str] = []
         """What could not be had back, and need not be: owners, where this user may not give files away."""
 
+    def require_way(self) -> None:
+        """RewindError names what is in the way of a volume, or may not be changed; nothing is changed."""
+        going = {change.path for change in self._plan.removed}
+        for change in self._touched():
+            path = self._path(change.path)
+            if change.now is None:
+                self._require_free(path, going)
+            else:
+                _require_writable(path.parent if change.then is None else path)
+
+    def _require_free(self, path: Path, going: set[str]) -> None:
+        """Directories lead to `path`, or can be made; and what is there is a volume that goes, or holds only such."""
+        for place in (*reversed(path.relative_to(self._mountpoint).parents), path.relative_to(self._mountpoint)):
+            found = self._mountpoint / place
+            if str(place) in going:
+                return
+            if not os.path.lexists(found):
+                return _require_writable(found.parent)
+            if found.is_symlink() or not found.is_dir():
+                raise RewindError(f"{found} is in the way of {path}, which was a volume; move it away")
+        for inside in _entries(path):
+            if str(inside.relative_to(self._mountpoint)) not in going:
+                raise RewindError(f"{inside} is in the way: {path} was a volume; move it away")
+        return None
+
     def require_readable(self) -> None:
         """Reads all that `run` will write. Damaged names what cannot be had back; nothing is changed."""
         if not self._check:
@@ -78,10 +104,16 @@ class InPlaceRestore:
         self._phase("restore")
         for change in self._plan.removed:
             os.unlink(self._path(change.path))
-        restyled = {change.path for change in self._plan.restyled}
-        for change in self._plan.kept:
-            if change.path in restyled or not _is_same(self._history, self._plan, change):
+        for change in self._touched():
+            if change.then is not None:
                 self._restore(change)
+
+    def _touched(self) -> Iterator[VolumeChange]:
+        """Those that are not already as they were."""
+        restyled = {change.path for change in self._plan.restyled}
+        for change in self._plan.changes:
+            if change.path in restyled or not _is_same(self._history, self._plan, change):
+                yield change
 
     def _restore(self, change: VolumeChange) -> None:
         then = change.then
@@ -151,7 +183,8 @@ class InPlaceRestore:
         if change.now is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir() and not path.is_symlink():
-                path.rmdir()
+                for directory, _, _ in os.walk(path, topdown=False):
+                    os.rmdir(directory)
             fd = os.open(path, _OPEN | os.O_CREAT | os.O_EXCL, 0o600)
         else:
             fd = os.open(path, _OPEN)
@@ -159,6 +192,20 @@ class InPlaceRestore:
             os.close(fd)
             raise RewindError(f"{path} is not a regular file; move it away, a volume was there")
         return fd
+
+
+def _require_writable(path: Path) -> None:
+    if not os.access(path, os.W_OK):
+        raise RewindError(f"{path}: this user may not change it; restore as its owner, or as root")
+
+
+def _entries(directory: Path) -> Iterator[Path]:
+    """All below it but directories."""
+    for place, directories, files in os.walk(directory):
+        for name in (*directories, *files):
+            found = Path(place, name)
+            if found.is_symlink() or not found.is_dir():
+                yield found
 
 
 def pieces(found: ByteRange) -> Iterator[tuple[int, int]]:

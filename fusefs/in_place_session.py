@@ -1,8 +1,8 @@
 """One restore in place, from the command's side: what it agrees on with the mount's process before and after it.
 
-Order: the claim; all that is to be written, read once; a bookmark, durable; the plan from there to the moment wanted;
-the note of what is begun; the changes; everything durable; the store's latest moment held against the one wanted; the
-note dropped, the claim given back.
+Order: the claim; what is in the way, looked for; all that is to be written, read once; a bookmark, durable; the plan
+from there to the moment wanted; the note of what is begun; the changes; everything durable; the store's latest moment
+held against the one wanted; the source synced; the note dropped, the claim given back.
 """
 
 from __future__ import annotations
@@ -77,21 +77,21 @@ class InPlaceSession:
     @contextmanager
     def plan(self) -> Iterator[RestorePlan]:
         """What would be done if it were begun now. The moments are held while the block runs."""
-        self._ask("durable")
-        with held_moments(self.history, "latest") as (now,):
+        with self._latest() as now:
             yield make_plan(self.history, self._request.place, now, self._then)
 
     def restore(self) -> InPlaceReport:
         """Does it. RewindError and OSError say what came of it: nothing was changed, or all is half restored."""
-        claim, unfinished = self._claim()
-        try:
-            report = self._restore(claim, unfinished)
-        except BaseException:
-            with suppress(RewindError, OSError):  # it may be the mount that has died; the claim ends with this process
-                self._ask("restore.end", id=claim)
-            raise
-        self._ask("restore.end", id=claim, place=self._request.place, done=True)
-        return report
+        with _kept_mounted(self._mountpoint):
+            claim, unfinished = self._claim()
+            try:
+                report = self._restore(claim, unfinished)
+            except BaseException:
+                with suppress(RewindError, OSError):  # the mount may have died; the claim ends with this process
+                    self._ask("restore.end", id=claim)
+                raise
+            self._ask("restore.end", id=claim, place=self._request.place, done=True)
+            return report
 
     def _restore(self, claim: object, unfinished: list[dict[str, Any]]) -> InPlaceReport:
         with self.plan() as plan:
@@ -101,13 +101,40 @@ class InPlaceSession:
                     plan, Written(), bookmark, plan.now, self._command(bookmark) if bookmark else "", ()
                 )
             with self._carrying_out(plan) as restore:
+                restore.require_way()
                 restore.require_readable()
-        bookmark = (self._noted(unfinished) or self._bookmark()) if self._request.bookmark else ""
+        bookmark = self._noted(unfinished) or (self._bookmark() if self._request.bookmark else "")
         with self.plan() as plan:
             if bookmark and self.history.snapshot(bookmark) is None:
                 raise RewindError(f"{self._request.store} does not show the bookmark {bookmark} that the mount made")
             self._ask("restore.begin", id=claim, place=plan.place, seq=plan.then.seq, bookmark=bookmark)
             return self._carry_out(plan, bookmark)
+
+    @contextmanager
+    def _latest(self) -> Iterator[Moment]:
+        """The moment of now, with all that was written through the mount, held. RewindError when the store does not
+        have it: a copy of a store has its uuid, too."""
+        self._flush()
+        durable: Any = self._ask("durable")["durable_seq"]
+        with held_moments(self.history, "latest") as (now,):
+            if now.seq < durable:
+                raise RewindError(
+                    f"{self._request.store} ends at seq={now.seq}, and what the mount feeds has seq={durable} already: "
+                    "it is a copy of that store, or was put back to an older state; name the one that the mount feeds"
+                )
+            yield now
+
+    def _flush(self) -> None:
+        """Has the kernel write what it keeps of files that are open: of mappings, and with `mount --writeback` of all.
+        Otherwise it would come later, over what was restored."""
+        reply: dict[str, Any] = self._ask("restore.open", place=self._request.place)
+        for path in reply["open"]:
+            with suppress(FileNotFoundError):  # removed since
+                fd = os.open(self._mountpoint / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
 
     # -- before ------------------------------------------------------------------------------------------------------
 
@@ -125,7 +152,8 @@ class InPlaceSession:
         return reply["id"], reply["unfinished"]
 
     def _noted(self, unfinished: list[dict[str, Any]]) -> str:
-        """The bookmark of before an earlier try at the same, which the undo leads to; empty where there was none."""
+        """The bookmark of before an earlier try at the same, which the undo leads to; empty where there was none. It is
+        kept whatever this try wants: the moment before this one is half restored."""
         names = [str(note["bookmark"]) for note in unfinished if note["seq"] == self._then.seq]
         return next((name for name in names if self.history.snapshot(name) is not None), "")
 
@@ -159,8 +187,7 @@ class InPlaceSession:
 
     def _compared(self, plan: RestorePlan) -> Moment:
         """The store's latest moment, whose pointers are those of the moment wanted. RewindError where they are not."""
-        self._ask("durable")
-        with held_moments(self.history, "latest") as (after,):
+        with self._latest() as after:
             if wrong := differing(self.history, make_plan(self.history, plan.place, after, plan.then)):
                 raise RewindError(
                     f"{', '.join(wrong[:5])}: not as at seq={plan.then.seq} after all: somebody else wrote there"
@@ -198,6 +225,18 @@ def in_place_session(request: InPlaceRequest) -> Iterator[InPlaceSession]:
     with _history_of(request, group, status) as history, held_moments(history, request.at) as (then,):
         volumes_at(history.group_at(Seq(then.seq)), request.place)
         yield InPlaceSession(request, history, then)
+
+
+@contextmanager
+def _kept_mounted(mountpoint: Path) -> Iterator[None]:
+    """Nobody unmounts it while the block runs: it would be busy. What came after that would go into the bare directory
+    below. NotMounted."""
+    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        control_socket(mountpoint)
+        yield
+    finally:
+        os.close(fd)
 
 
 @contextmanager

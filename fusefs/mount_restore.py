@@ -25,7 +25,7 @@ _POLL_SECONDS: Final = 0.05
 
 
 class MountRestore:
-    """Answers the command's `restore.start`, `restore.begin` and `restore.end`, in this order."""
+    """Answers the command's `restore.start`, `restore.begin`, `restore.end`, in this order; and `restore.open`."""
 
     def __init__(
         self,
@@ -41,7 +41,12 @@ class MountRestore:
 
     def handlers(self) -> Handlers:
         """For the control socket."""
-        return {"restore.start": self._start, "restore.begin": self._begin, "restore.end": self._end}
+        return {
+            "restore.start": self._start,
+            "restore.begin": self._begin,
+            "restore.end": self._end,
+            "restore.open": self._open,
+        }
 
     def report(self) -> list[dict[str, object]]:
         """What is half restored, for a status."""
@@ -70,6 +75,13 @@ class MountRestore:
         volumes = [self._agent.volumes.get(volume) for volume in self._open_volumes()]
         return sorted(volume.path for volume in volumes if volume is not None and is_below(volume.path, place))
 
+    async def _open(self, body: Body) -> Body:
+        """What anybody has open at the place: its last writes may be in the kernel's memory only."""
+        place = body.get("place")
+        if not isinstance(place, str):
+            raise RewindError("what is open, of which place?")
+        return {"open": self._in_use(place)}
+
     async def _begin(self, body: Body) -> Body:
         """The first change is next. Durable."""
         self._claims.require(body.get("id"))
@@ -80,11 +92,13 @@ class MountRestore:
         return {}
 
     async def _end(self, body: Body) -> Body:
-        """Gives the claim back. `done`: all of the place is as it was to be."""
+        """Gives the claim back. `done`: all of the place is as it was to be. The note goes once the source has that on
+        its disk: what an earlier try wrote, this one had no need to write and to sync, and names were never synced."""
         done: Any = body.get("done")
         place = body.get("place")
         if done and isinstance(place, str):
             self._claims.require(body.get("id"))
+            await self._agent.sync()
             await trio.to_thread.run_sync(self._unfinished.ended, place)
         self._claims.end(body.get("id"))
         return {}

@@ -333,7 +333,13 @@ class Passthrough(pyfuse3.Operations, Generic[F]):
         if writable:
             self._check_change(node, pid)
         fd = await self._open_file(node, writable)
-        info = self._register(fd, node, flags, writable)
+        try:
+            if writable:
+                self._check_change(node, pid)  # again: from here on it is seen to be open, and until here it was not
+            info = self._register(fd, node, flags, writable)
+        except BaseException:
+            os.close(fd)
+            raise
         if truncate:
             try:
                 await self._drop_privileges(node, fd)

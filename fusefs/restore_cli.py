@@ -138,7 +138,10 @@ def _to_file(
                 )
                 restored = tree.restore()
     except KeyboardInterrupt:
-        click.echo("rewindfs: warning: the same command goes on where this one was interrupted", err=True)
+        click.echo(
+            f"rewindfs: warning: the same command goes on where this one was interrupted, with --at seq={moment.seq}",
+            err=True,
+        )
         raise
     total = sum(volume.size for volume in volumes.values())
     _tell_restored(restored, moment, place, path, total, as_json)

@@ -141,7 +141,9 @@ class RestoredFile:
     def _require_own(self, fd: int) -> None:
         """RewindError unless what was opened is there under its name, and is this user's alone."""
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink > 1:
+        # One that was ended before the last step, by root, has its owner already: to that one it will belong anyway.
+        owners = {os.geteuid()} if os.geteuid() else {0, self._volume.uid}
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in owners or status.st_nlink > 1:
             raise RewindError(f"{self.temporary} is there and is not this user's own file; remove it")
         if not os.path.lexists(self.temporary) or os.lstat(self.temporary).st_ino != status.st_ino:
             raise RewindError(f"{self._path}: another restore has just written it")
@@ -267,7 +269,8 @@ class RestoredFile:
         missing = max(BLOCK_BYTES, needed - room.f_bavail * room.f_frsize)
         return RewindError(
             f"{self._path}: {error.strerror}: about {size_text(missing)} more are needed on its file system; make room "
-            f"and repeat the command, it goes on where it was (so far it is {self.temporary.name}, beside it)"
+            f"and repeat the command with --at seq={self._moment.seq}, it goes on where it was (so far it is "
+            f"{self.temporary.name}, beside it)"
         )
 
     def _rename(self) -> None:

@@ -3,11 +3,13 @@
 Invariants:
 - the directory has its name only when everything in it is whole, checked and durable: until then it has one of its own;
 - a volume has its name in there only when it is done, so those that have are not restored again;
-- what is gone on with is the same place of the same store at the same moment, or it is begun anew.
+- what is gone on with is the same place of the same store at the same moment, or it is begun anew;
+- one restore at a time writes into it: a moment's volumes do not mix with another's.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -29,6 +31,7 @@ class TreeNote(msgspec.Struct):
     group: str
     place: str
     seq: int
+    time: int
     checked: bool
     damaged: dict[str, list[tuple[int, int]]] = {}
 
@@ -57,25 +60,48 @@ class RestoredTree:
         self._skip_damaged = skip_damaged
         self._progress = progress
         self.temporary, self._note_path = beside(path)
-        self._note = TreeNote(history.store_uuid, history.name, place, moment.seq, check)
+        self._note = TreeNote(history.store_uuid, history.name, place, moment.seq, moment.time, check)
 
     def restore(self) -> list[Restored]:
         """Makes the directory. RewindError and OSError: repeated, it goes on."""
         if self._path.is_dir() and next(self._path.iterdir(), None) is not None:
             raise RewindError(f"{self._path} is not empty; name a directory that is not there yet: it is made")
-        self._resume()
-        done = [self._restore(name, volume) for name, volume in sorted(self._volumes.items())]
-        for directory, _, _ in os.walk(self.temporary, topdown=False):
-            sync_directory(Path(directory))
-        os.chmod(self.temporary, 0o777 & ~_umask())
-        os.rename(self.temporary, self._path)
+        fd = self._claimed()
+        try:
+            self._resume()
+            done = [self._restore(name, volume) for name, volume in sorted(self._volumes.items())]
+            for directory, _, _ in os.walk(self.temporary, topdown=False):
+                sync_directory(Path(directory))
+            os.chmod(self.temporary, 0o777 & ~_umask())
+            os.rename(self.temporary, self._path)
+        finally:
+            os.close(fd)
         sync_directory(self._path.parent)
         self._note_path.unlink(missing_ok=True)
         return done
 
+    def _claimed(self) -> int:
+        """Makes the directory with a name of its own, if it is not there; nobody else writes into it until the
+        descriptor is closed. RewindError when somebody does, or it is another user's."""
+        self.temporary.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if status.st_uid != os.geteuid():
+                raise RewindError(f"{self.temporary} is there and is another user's; remove it")
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RewindError(f"{self._path}: another restore is writing it; wait until it has ended") from None
+            if not os.path.lexists(self.temporary) or os.lstat(self.temporary).st_ino != status.st_ino:
+                raise RewindError(f"{self._path}: another restore has just written it")
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
     def _resume(self) -> None:
-        if os.path.lexists(self.temporary) and os.lstat(self.temporary).st_uid != os.geteuid():
-            raise RewindError(f"{self.temporary} is there and is another user's; remove it")
+        """Begins anew, unless what is there is the beginning of this very restore."""
         try:
             note = msgspec.json.decode(self._note_path.read_bytes(), type=TreeNote)
         except (FileNotFoundError, ValueError, RecursionError):
@@ -83,12 +109,11 @@ class RestoredTree:
         wanted = self._note
         if note is not None and (self._skip_damaged or not note.damaged) and (note.checked or not self._check):
             wanted.checked, wanted.damaged = note.checked, note.damaged
-            if note == wanted and self.temporary.is_dir():
+            if note == wanted:
                 return
             wanted.checked, wanted.damaged = self._check, {}
-        if self.temporary.is_dir():
-            shutil.rmtree(self.temporary)
-        self.temporary.mkdir(mode=0o700)
+        for inside in self.temporary.iterdir():
+            shutil.rmtree(inside) if inside.is_dir() and not inside.is_symlink() else inside.unlink()
         replace_file(self._note_path, msgspec.json.encode(wanted))
 
     def _restore(self, name: str, volume: VolumeState) -> Restored:

@@ -199,6 +199,14 @@ def _utf8(what: str, text: str) -> bytes:
         raise Malformed(f"{what} {text!r} is not valid UTF-8") from error
 
 
+def check_state(state: VolumeState) -> None:
+    """A volume as it can be: whoever restores it makes a file of that path."""
+    check_volume(state.volume)
+    check_path(state.path)
+    check_range("size", state.size, 0, VOLUME_BYTES_MAX)
+    _check_owner(state)
+
+
 def _check_owner(value: Create | Attributes | VolumeState) -> None:
     check_range("mode", value.mode, 0, U16_MAX)
     check_range("uid", value.uid, 0, U32_MAX)
@@ -240,10 +248,7 @@ def _check_uncompared(message: Uncompared) -> None:
 def _check_volume_page(message: VolumePage) -> None:
     check_range("volumes in a page", len(message.volumes), 0, VOLUMES_PER_PAGE_MAX)
     for state in message.volumes:
-        check_volume(state.volume)
-        check_path(state.path)
-        check_range("size", state.size, 0, VOLUME_BYTES_MAX)
-        _check_owner(state)
+        check_state(state)
 
 
 def _check_body(value: object, depth: int = 0) -> None:

@@ -18,6 +18,7 @@ from dedup.history import ByteRange, GroupMoment
 from dedup.types import Moment, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 from replication import history_queries as said
 from replication.block_cache import BlockCache
+from replication.checks import Malformed, check_state
 from replication.errors import LinkDown
 from replication.history_link import HistoryLink, SessionChanged
 from replication.history_queries import GROUPS_PER_QUERY_MAX
@@ -148,12 +149,12 @@ class RemoteHistory:
         page = self._link.ask(said.Groups(tuple(seqs[:GROUPS_PER_QUERY_MAX])), said.GroupsPage, session)
         if not 1 <= len(page.groups) <= len(seqs):
             raise self._link.broken(f"{len(page.groups)} moments for {len(seqs)}")
-        first = _moment_of(page.groups[0].moment, list(page.groups[0].volumes))
+        first = self._moment_of(page.groups[0].moment, list(page.groups[0].volumes))
         if page.next is not None:
             first = self._rest_of_group(seq, page, session)
         self._remember(seq, first)
         for other, group in zip(seqs[1:], page.groups[1:], strict=False):
-            self._remember(other, _moment_of(group.moment, list(group.volumes)))
+            self._remember(other, self._moment_of(group.moment, list(group.volumes)))
         return first
 
     def _listed_after(self, seq: Seq) -> list[Seq]:
@@ -171,7 +172,17 @@ class RemoteHistory:
             if page.groups[0].moment != moment:
                 raise StoreBusy(f"group {self.name}: history was thinned out while seq={seq} was read; try again")
             volumes += page.groups[0].volumes
-        return _moment_of(moment, volumes)
+        return self._moment_of(moment, volumes)
+
+    def _moment_of(self, moment: Moment, volumes: list[VolumeState]) -> GroupMoment:
+        """ProtocolError for a volume that cannot be: a path that leads out of the source would lead out of where it is
+        restored to, too."""
+        for state in volumes:
+            try:
+                check_state(state)
+            except Malformed as error:
+                raise self._link.broken(f"volume {state.volume}: {error}") from error
+        return GroupMoment(moment, {volume.path: volume for volume in volumes})
 
     def _remember(self, seq: Seq, group: GroupMoment) -> None:
         if group.moment.seq != seq or seq in self._groups:
@@ -274,7 +285,3 @@ class RemoteHistory:
 
     def _unsettled(self) -> LinkDown:
         return LinkDown(f"{self._link.address}: {SESSIONS_MAX} sessions in a row ended before they answered")
-
-
-def _moment_of(moment: Moment, volumes: list[VolumeState]) -> GroupMoment:
-    return GroupMoment(moment, {volume.path: volume for volume in volumes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import random
@@ -194,6 +195,21 @@ def test_a_file_that_is_there_is_replaced_only_when_asked(past: Past, tmp_path: 
     assert path.read_bytes() == past.content
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_one_that_has_its_owner_already_is_gone_on_with(past: Past, tmp_path: Path) -> None:
+    path = tmp_path / "out.img"
+    path.write_bytes(b"in the way when it was ready")
+    theirs = dataclasses.replace(past.state, uid=1234)
+    with pytest.raises(FileExistsError):
+        RestoredFile(past.group, past.moment, theirs, path).restore()
+    assert beside(path)[0].stat().st_uid == 1234
+    with pytest.raises(RewindError, match="not this user's own"):
+        RestoredFile(past.group, past.moment, dataclasses.replace(theirs, uid=5678), path, replace=True).restore()
+    done = RestoredFile(past.group, past.moment, theirs, path, replace=True).restore()
+    assert (done.resumed_at, done.bytes) == (SIZE, 0)
+    assert path.read_bytes() == past.content and path.stat().st_uid == 1234
+
+
 def test_two_restores_of_one_file_do_not_mix(past: Past, tmp_path: Path) -> None:
     path = tmp_path / "out.img"
     written = restored_file.write_all
@@ -264,6 +280,28 @@ def test_a_tree_goes_on_and_has_its_name_only_when_it_is_whole(past: Past, tmp_p
     assert sorted(os.listdir(tmp_path)) == ["out", "store"]
     with pytest.raises(RewindError, match="is not empty"):
         tree().restore()
+
+
+def test_two_restores_of_one_tree_do_not_mix(past: Past, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    volumes = dict.fromkeys(("a.img", "b.img"), past.state)
+    first, content = past.moment, past.content
+    original = RestoredFile.restore
+
+    def second_meanwhile(self: RestoredFile) -> restored_file.Restored:
+        if self.temporary == beside(beside(path)[0] / "b.img")[0]:
+            past.at(int(first.seq) - 5)
+            with (
+                patch.object(RestoredFile, "restore", original),
+                pytest.raises(RewindError, match="another restore is"),
+            ):
+                RestoredTree(past.group, past.moment, ".", dict.fromkeys(volumes, past.state), path).restore()
+        return original(self)
+
+    with patch.object(RestoredFile, "restore", second_meanwhile):
+        RestoredTree(past.group, first, ".", volumes, path).restore()
+    assert all((path / name).read_bytes() == content for name in volumes)
+    assert sorted(os.listdir(tmp_path)) == ["out", "store"]
 
 
 def test_a_tree_of_another_moment_is_begun_anew(past: Past, tmp_path: Path) -> None:

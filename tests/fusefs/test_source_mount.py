@@ -19,6 +19,7 @@ import trio.testing
 from pyfuse3 import ROOT_INODE, EntryAttributes, ReaddirToken, RequestContext, SetattrFields
 
 from dedup.errors import RewindError
+from fusefs.inode_map import Node
 from fusefs.mountpoint import CONTROL_XATTR
 from fusefs.source_mount import SourceMount
 from tests.fusefs.plain_agent import PlainAgent
@@ -170,6 +171,28 @@ async def test_open_truncates_through_the_agent(mount: Mount, source: Path) -> N
     with refused_with(errno.EIO):
         await mount.opened("dir/db", os.O_RDONLY | os.O_TRUNC)
     assert len(mount.agent.open_handles) == 1
+
+
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDONLY | os.O_TRUNC])
+async def test_a_claim_taken_while_a_file_is_being_opened_counts(
+    mount: Mount, source: Path, monkeypatch: pytest.MonkeyPatch, flags: int
+) -> None:
+    inode = await mount.inode("disk")
+    open_file = mount._open_file
+
+    async def opened_meanwhile(node: Node, writable: bool) -> int:
+        fd = await open_file(node, writable)
+        mount.claims.take("disk", os.getpid(), exclusive=True)
+        assert mount.open_volumes() == set()
+        return fd
+
+    monkeypatch.setattr(mount, "_open_file", opened_meanwhile)
+    before = os.listdir("/proc/self/fd")
+    with refused_with(errno.EBUSY):
+        await mount.open(inode, flags, CALLER)
+    assert mount.open_volumes() == set() and len(os.listdir("/proc/self/fd")) == len(before) + 1  # the claim's
+    mount.claims.end(1)
+    assert (source / "disk").read_bytes() == b"0123456789"
 
 
 @pytest.mark.parametrize("through", ["path", "handle", "read-only handle"])

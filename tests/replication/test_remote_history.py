@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -401,6 +402,30 @@ def test_what_a_peer_says_wrongly_is_refused_and_never_kept(small: SmallHistory,
         image.read(0, 100 * BLOCK_BYTES)
     remote.link.mangle = honest
     assert image.read(0, image.size) == small.content(seq, "disk.img")
+    remote.close()
+
+
+IMPOSSIBLE: list[dict[str, Any]] = [
+    *({"path": path} for path in ("../out.img", "/etc/out.img", "dir/../../out.img", "dir//x", "", "a\0b")),
+    {"size": -1},
+    {"size": 1 << 60},
+]
+
+
+@pytest.mark.parametrize("wrong", IMPOSSIBLE, ids=str)
+def test_a_volume_that_cannot_be_is_refused(small: SmallHistory, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    remote = remote_of(answers_over(small.store, GROUP, None), tmp_path)
+
+    def mangle(question: Question, answer: Answer) -> Answer:
+        if not isinstance(answer, said.GroupsPage):
+            return answer
+        (first, *others) = answer.groups[0].volumes
+        lie = replace(answer.groups[0], volumes=(dataclasses.replace(first, **wrong), *others))
+        return replace(answer, groups=(lie, *answer.groups[1:]))
+
+    remote.link.mangle = mangle
+    with pytest.raises(ProtocolError):
+        remote.history.group_at(Seq(small.moments["late"]))
     remote.close()
 
 

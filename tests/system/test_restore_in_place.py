@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import random
 import signal
@@ -17,7 +18,10 @@ from typing import Any
 import pytest
 
 from dedup.errors import RewindError
+from fusefs.in_place import InPlaceRestore
+from fusefs.mountpoint import unmount
 from fusefs.restore_cli import restore as restore_command
+from fusefs.restore_plan import VolumeChange
 from tests.system.commands_here import document, invoke, refusal
 from tests.system.harness import World, volumes_in, wait_for_end
 
@@ -154,6 +158,21 @@ def test_who_has_it_open_is_named(volumes: World, dice: random.Random) -> None:
         holder.wait()
 
 
+@pytest.mark.parametrize("option", ["", pytest.param("--writeback", marks=pytest.mark.slow)])
+def test_what_a_mapping_has_not_written_yet_is_restored_too(volumes: World, option: str) -> None:
+    world = volumes
+    world.mount("async", *option.split())
+    world.ask("bookmark", name="then")
+    then = contents(world)["disk.img"]
+    with open(world.mnt / "disk.img", "r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        mapping[7 * BLOCK : 8 * BLOCK] = b"x" * BLOCK
+        report = restore(world, "disk.img", "then", "--force")
+        assert (report["bytes_written"], contents(world)["disk.img"]) == (BLOCK, then)
+    assert contents(world)["disk.img"] == then
+    restore(world, "disk.img", report["bookmark"])
+    assert contents(world)["disk.img"][0][7 * BLOCK : 8 * BLOCK] == b"x" * BLOCK
+
+
 @pytest.mark.slow
 def test_loop_device_is_named(world: World) -> None:
     world.ext4_image("ext4.img", 8)
@@ -274,6 +293,29 @@ def test_killed_command_is_repeated_and_undone(large: World, dice: random.Random
     world.check_equal()
 
 
+def test_mount_cannot_be_left_while_it_is_restored(
+    volumes: World, dice: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = volumes
+    world.mount("async")
+    world.ask("bookmark", name="then")
+    then = contents(world)
+    for path in then:
+        write_blocks(world.mnt / path, dice, 1)
+    original, refusals = InPlaceRestore._restore, []
+
+    def unmounted_between_two(self: InPlaceRestore, change: VolumeChange) -> None:
+        with pytest.raises(RewindError) as refused:
+            unmount(world.mnt)
+        refusals.append(str(refused.value))
+        original(self, change)
+
+    monkeypatch.setattr(InPlaceRestore, "_restore", unmounted_between_two)
+    restore(world, ".", "then")
+    assert contents(world) == then
+    assert len(refusals) == 3 and all("files are still open there" in told for told in refusals)
+
+
 @pytest.mark.slow
 def test_interrupted_command_says_how_it_goes_on(large: World, dice: random.Random) -> None:
     world = large
@@ -345,6 +387,51 @@ write_marker(Storage(), Path({store!r}))
 """
 
 
+def test_copy_of_the_store_is_not_taken_for_it(volumes: World, dice: random.Random) -> None:
+    world = volumes
+    world.mount("async")
+    world.ask("bookmark", name="then")
+    then = contents(world)["disk.img"]
+    copy = world.directory / "copy"
+    world.run("cp", "-r", world.store, copy)
+    write_blocks(world.mnt / "disk.img", dice, 3)
+    now = contents(world)["disk.img"]
+    for option in ("--no-bookmark", "--dry-run"):
+        told = refusal(restore_command, copy, "disk.img", "--at", "then", "--in-place", world.mnt, option)
+        assert f"{copy} ends at seq=" in told and "it is a copy of that store" in told
+    assert contents(world)["disk.img"] == now
+    restore(world, "disk.img", "then", "--no-bookmark")
+    assert contents(world)["disk.img"] == then
+
+
+def test_what_is_in_the_way_is_found_before_anything_is_changed(volumes: World) -> None:
+    world = volumes
+    world.mount("async")
+    world.ask("bookmark", name="then")
+    then = contents(world)
+    for path in ("disk.img", "db/app.db"):
+        os.unlink(world.mnt / path)
+    os.rmdir(world.mnt / "db")
+    (world.mnt / "db").write_bytes(b"a volume")
+    inside = world.mnt / "disk.img/of/the/future"
+    inside.parent.mkdir(parents=True)
+    inside.write_bytes(b"a volume")
+    link = world.mnt / "disk.img/of/link"
+    os.symlink(world.directory, link)
+    now, names = contents(world), world.json("points", world.store)["bookmarks"]
+    told = refusal(restore_command, *words(world, "db/app.db", "then"))
+    assert f"{world.mnt}/db is in the way of {world.mnt}/db/app.db" in told
+    told = refusal(restore_command, *words(world, ".", "then"))
+    assert f"{link} is in the way: {world.mnt}/disk.img was a volume" in told
+    assert contents(world) == now and world.json("points", world.store)["bookmarks"] == names
+    assert world.ask("status")["half_restored"] == []
+    os.unlink(link)
+    report = restore(world, ".", "then")
+    assert contents(world) == then
+    restore(world, ".", report["bookmark"])
+    assert contents(world) == now
+
+
 def test_damage_in_the_store_changes_nothing(volumes: World, dice: random.Random) -> None:
     world = volumes
     world.mount("async")
@@ -366,6 +453,9 @@ def test_damage_in_the_store_changes_nothing(volumes: World, dice: random.Random
     assert ". is half restored" in told
     assert [note["place"] for note in world.ask("status")["half_restored"]] == ["."]
     (undo,) = (note["bookmark"] for note in world.ask("status")["half_restored"])
+    told = refusal(restore_command, *words(world, ".", "then", "--no-check", "--no-bookmark"))
+    assert f"--at {undo} " in told, "the moment before the first try is still the one to go back to"
+    assert [note["bookmark"] for note in world.ask("status")["half_restored"]] == [undo]
     restore(world, ".", undo)
     assert contents(world) == now
 
