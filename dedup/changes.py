@@ -83,7 +83,9 @@ class Changes:
                 return self._counted(txn, old, written)
         self._leaves_of.pop(new.volume, None)
         changed = 0
-        for leaf in sorted(indexed_leaves(self._catalog, txn, None if old is None else old.view, new.view, new.volume)):
+        for leaf in indexed_leaves(
+            self._catalog, txn, None if old is None else old.view, new.view, new.volume
+        ).tolist():
             was = HOLE if old is None else old.leaf(txn, leaf)
             changed += int(np.count_nonzero(new.leaf(txn, leaf) != was))
         return changed

@@ -10,7 +10,7 @@ import numpy as np
 
 from dedup.catalog import Catalog, Index
 from dedup.layout import POINTER_KEY, SLOT_BITS
-from dedup.pointer_map import Addresses, named_by
+from dedup.pointer_map import Addresses, Leaves, distinct_leaves, named_by
 from dedup.reader import GroupReader
 from dedup.synthesis import VolumePointers
 from dedup.types import BLOCK_BYTES, Seq, VolumeId, VolumeState
@@ -114,12 +114,10 @@ def locate(index: Index, group: GroupReader, group_id: int, bad: Addresses) -> I
         view = group.view(Seq(snapshot.seq))
         for volume in view.state.volumes.values():
             if snapshot.volume in (None, volume.volume):
-                leaves = {
-                    *named.get(volume.volume, ()),
-                    *(leaf for leaf, _, _ in view.state.overlay.leaves(volume.volume)),
-                }
+                changed = view.state.overlay.leaf_numbers(volume.volume)
+                leaves = distinct_leaves(named.get(volume.volume, ()), changed)
                 pointers = VolumePointers(view, catalog, volume.volume)
-                yield from _locate(index, pointers, snapshot.name, volume, bad, sorted(leaves))
+                yield from _locate(index, pointers, snapshot.name, volume, bad, leaves)
     yield from locate_head(index, group, catalog, bad)
 
 
@@ -156,11 +154,11 @@ def locate_head(index: Index, group: GroupReader, catalog: Catalog, bad: Address
 
 
 def _locate(
-    index: Index, pointers: VolumePointers, name: str, volume: VolumeState, bad: Addresses, leaves: list[int]
+    index: Index, pointers: VolumePointers, name: str, volume: VolumeState, bad: Addresses, leaves: Leaves
 ) -> Iterator[Located]:
     for at in range(0, len(leaves), _LEAVES_PER_REQUEST):
         with index.read() as txn:
-            decoded = [(leaf, pointers.leaf(txn, leaf)) for leaf in leaves[at : at + _LEAVES_PER_REQUEST]]
+            decoded = [(leaf, pointers.leaf(txn, leaf)) for leaf in leaves[at : at + _LEAVES_PER_REQUEST].tolist()]
         for leaf, addresses in decoded:
             yield from _runs(leaf * len(addresses), addresses, bad, name, volume)
 

@@ -6,8 +6,7 @@ what both overlays change, that is all that can differ. Of two volumes every lea
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from dedup.catalog import Catalog, Index, Txn
 from dedup.history import ByteRange
 from dedup.layout import LEAF_BLOCKS
-from dedup.pointer_map import Addresses
+from dedup.pointer_map import Addresses, Leaves, distinct_leaves
 from dedup.synthesis import View, VolumePointers
 from dedup.types import BLOCK_BYTES, HOLE, Seq, VolumeId
 
@@ -25,18 +24,20 @@ _LEAF_BYTES: Final = LEAF_BLOCKS * BLOCK_BYTES
 _HOLES: Final[Addresses] = np.full(LEAF_BLOCKS, HOLE, dtype=np.uint64)
 
 
-def indexed_leaves(catalog: Catalog, txn: Txn, old: View | None, new: View, volume: VolumeId) -> set[int]:
-    """The leaves of `volume` that may differ between two views, the later last: those with a version between the
-    views' anchors, and those that their overlays may change."""
+def indexed_leaves(catalog: Catalog, txn: Txn, old: View | None, new: View, volume: VolumeId) -> Leaves:
+    """The leaves of `volume` that may differ between two views, the later last, ascending: those with a version between
+    the views' anchors, and those that their overlays may change."""
     pointers = catalog.pointers
-    leaves = set(pointers.changed_leaves(txn, volume, Seq(0) if old is None else old.anchor, new.anchor))
+    leaves: list[Iterable[int]] = [
+        pointers.changed_leaves(txn, volume, Seq(0) if old is None else old.anchor, new.anchor)
+    ]
     for view in (old, new):
         if view is not None:
             overlay = view.state.overlay
-            leaves.update(overlay.leaf_numbers(volume))
+            leaves.append(overlay.leaf_numbers(volume))
             if volume in overlay.cuts:
-                leaves.update(pointers.leaves(txn, volume, overlay.cuts[volume] // LEAF_BLOCKS))
-    return leaves
+                leaves.append(pointers.leaves(txn, volume, overlay.cuts[volume] // LEAF_BLOCKS))
+    return distinct_leaves(*leaves)
 
 
 def differing_ranges(
@@ -47,8 +48,8 @@ def differing_ranges(
     Ascending, adjacent ones joined. A transaction lasts for some hundred leaves. MomentGone, Damaged.
     """
     with index.read() as txn:
-        leaves = sorted(leaf for leaf in _leaves(catalog, txn, old, new) if leaf * _LEAF_BYTES < end)
-    leaves = leaves[bisect_left(leaves, start // _LEAF_BYTES) :]
+        leaves = _leaves(catalog, txn, old, new)
+    leaves = leaves[(leaves >= start // _LEAF_BYTES) & (leaves * _LEAF_BYTES < end)]
     at = stop = 0
     for low in range(0, len(leaves), _LEAVES_PER_REQUEST):
         with index.read() as txn:
@@ -67,20 +68,22 @@ def _cut(at: int, stop: int, start: int, end: int) -> Iterator[ByteRange]:
         yield ByteRange(low, high - low)
 
 
-def _leaves(catalog: Catalog, txn: Txn, old: VolumePointers | None, new: VolumePointers | None) -> set[int]:
+def _leaves(catalog: Catalog, txn: Txn, old: VolumePointers | None, new: VolumePointers | None) -> Leaves:
     if old is not None and new is not None and old.volume == new.volume:
         earlier, later = sorted((old.view, new.view), key=lambda view: view.state.held)
         return indexed_leaves(catalog, txn, earlier, later, old.volume)
-    return {leaf for pointers in (old, new) if pointers is not None for leaf in pointers.written_leaves(txn)}
+    return distinct_leaves(*(side.written_leaves(txn) for side in (old, new) if side is not None))
 
 
 def _differing_blocks(
-    txn: Txn, old: VolumePointers | None, new: VolumePointers | None, leaves: Sequence[int]
+    txn: Txn, old: VolumePointers | None, new: VolumePointers | None, leaves: Leaves
 ) -> npt.NDArray[np.int64]:
     """The blocks of the leaves whose pointers differ, ascending."""
-    was, now = (np.stack([_HOLES if side is None else side.leaf(txn, leaf) for leaf in leaves]) for side in (old, new))
+    was, now = (
+        np.stack([_HOLES if side is None else side.leaf(txn, leaf) for leaf in leaves.tolist()]) for side in (old, new)
+    )
     rows, places = np.nonzero(was != now)
-    found: npt.NDArray[np.int64] = np.array(leaves, dtype=np.int64)[rows] * LEAF_BLOCKS + places
+    found: npt.NDArray[np.int64] = leaves[rows] * LEAF_BLOCKS + places
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
+
 from dedup.catalog import Index
 from dedup.container import ContainerPool
 from dedup.errors import Damaged, WouldBlock
@@ -98,7 +100,7 @@ class Image:
         """
         with self._lock, self._index.read() as txn:
             leaves = self._pointers.written_leaves(txn)
-        return sum(max(0, min(_LEAF_BYTES, self.size - leaf * _LEAF_BYTES)) for leaf in leaves)
+        return int(np.clip(self.size - leaves * _LEAF_BYTES, 0, _LEAF_BYTES).sum())
 
 
 _SCAN_BLOCKS = 1 << 16

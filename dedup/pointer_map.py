@@ -14,7 +14,8 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     import lmdb
 
 Addresses = npt.NDArray[np.uint64]
+Leaves = npt.NDArray[np.int64]
+"""Numbers of leaves: eight bytes each, 4 MiB for a volume of 1 TiB."""
 LeafKey = tuple[VolumeId, int]
 FIRST_LEAF: Final[LeafKey] = (VolumeId(0), 0)
 
@@ -126,6 +129,11 @@ def named_by(value: bytes, key: bytes | None = None) -> Addresses:
     elif (len(value) - 2) % _POINTER_BYTES == CHECKSUM_BYTES:
         value = value[:-CHECKSUM_BYTES]
     return decode_whole(value) if _is_whole(value) else _decode_delta(value)[1]
+
+
+def distinct_leaves(*leaves: Iterable[int]) -> Leaves:
+    """Each leaf once, ascending."""
+    return np.unique(np.fromiter(itertools.chain(*leaves), dtype=np.int64))
 
 
 def split_key(key: bytes) -> tuple[int, VolumeId, int, Seq]:

@@ -100,11 +100,13 @@ def _pieces(
     """The same, but cut at the borders of leaves; stretches without any leaf are one hole."""
     pointers = group.pointers(volume.volume, seq)
     with store.index.read() as txn:
-        leaves = [leaf for leaf in pointers.written_leaves(txn) if leaf * LEAF_BLOCKS < end]
+        leaves = pointers.written_leaves(txn)
+    leaves = leaves[leaves * LEAF_BLOCKS < end]
     done = 0
     for at in range(0, len(leaves), _LEAVES_PER_REQUEST):
         with store.index.read() as txn:
-            decoded = [(leaf * LEAF_BLOCKS, pointers.leaf(txn, leaf)) for leaf in leaves[at : at + _LEAVES_PER_REQUEST]]
+            some = leaves[at : at + _LEAVES_PER_REQUEST].tolist()
+            decoded = [(leaf * LEAF_BLOCKS, pointers.leaf(txn, leaf)) for leaf in some]
         for first, addresses in decoded:
             if first > done:
                 yield done, first - done, HOLE

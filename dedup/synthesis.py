@@ -18,7 +18,7 @@ from dedup.catalog import Catalog, Txn
 from dedup.group_state import Checkpoint, GroupState
 from dedup.layout import LEAF_BLOCKS
 from dedup.metadata_journal import JournalPosition, Logged, SegmentFile, chain, first_position, read
-from dedup.pointer_map import Addresses
+from dedup.pointer_map import Addresses, Leaves, distinct_leaves
 from dedup.storage import Storage
 from dedup.types import Seq, VolumeId, VolumeState
 
@@ -136,10 +136,9 @@ class VolumePointers:
         whole = np.concatenate([self.leaf(txn, leaf) for leaf in range(first_leaf, last_leaf + 1)])
         return whole[start : start + count]
 
-    def written_leaves(self, txn: Txn) -> list[int]:
+    def written_leaves(self, txn: Txn) -> Leaves:
         """Every leaf that may hold a pointer which is not a hole, ascending."""
         if self._check is not None:
             self._check(txn)
-        leaves = set(self._catalog.pointers.leaves(txn, self.volume))
-        leaves.update(leaf for leaf, _, _ in self.view.state.overlay.leaves(self.volume))
-        return sorted(leaves)
+        indexed = self._catalog.pointers.leaves(txn, self.volume)
+        return distinct_leaves(indexed, self.view.state.overlay.leaf_numbers(self.volume))
