@@ -79,6 +79,10 @@ async def _answer(request: Request, handlers: Handlers) -> Reply:
         return Reply(request.id, await handler(request.body))
     except (RewindError, OSError) as error:
         return Reply(request.id, {}, explain(error))
+    except (TypeError, ValueError, OverflowError) as error:
+        # A body that is none of this version's must not end the mount under its applications.
+        log.exception("the command %s could not be carried out", request.command)
+        return Reply(request.id, {}, f"this mount could not make sense of {request.command}: {error}")
 
 
 async def _receive(connection: Connection) -> Message:
