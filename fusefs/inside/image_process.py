@@ -11,7 +11,6 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -44,7 +43,7 @@ from fusefs.inside.messages import (
     Xattrs,
     encode,
 )
-from replication.supervisor import child_environment
+from replication.supervisor import child_environment, python_module
 
 LIBRARIES: Final = ("extfs", "xfs", "btrfs", "ntfs", "fat", "volume")
 QUESTION_SECONDS: Final = 20.0
@@ -203,7 +202,7 @@ class ImageProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fusefs.inside.worker", str(theirs.fileno()), str(self._question_seconds)],
+                [*python_module("fusefs.inside.worker"), str(theirs.fileno()), str(self._question_seconds)],
                 env=child_environment(),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
