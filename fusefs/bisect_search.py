@@ -23,7 +23,7 @@ from dedup.types import Moment, Seq
 from fusefs.bisection import Bisection, Verdict
 from fusefs.clone_mount import CloneMount
 from fusefs.daemon import leave_when_free, serve
-from fusefs.mountpoint import mount_options
+from fusefs.mountpoint import MountBusy, mount_options
 from fusefs.opened_history import opened_history
 from fusefs.overlay_directory import OverlayDirectory, clear_dead, make_directory
 from fusefs.overlay_room import OverlayRoom
@@ -126,11 +126,11 @@ async def _mounted(settings: BisectSettings, trial: Trial, search: Callable[[], 
     """Runs `search` while the clones' mount is there. KeyboardInterrupt after SIGINT or SIGTERM, everything undone."""
     make_directory(trial.mountpoint)
     options = mount_options(settings.store, allow_other=settings.allow_other)
-    leaving = trio.Event()
+    leaving, stop = trio.Event(), trio.Event()
     result: Found | None = None
 
     async def serving(task_status: trio.TaskStatus[None]) -> None:
-        await serve(trial.operations, trial.mountpoint, options, signals=(), task_status=task_status)
+        await serve(trial.operations, trial.mountpoint, options, signals=(), stop=stop, task_status=task_status)
         if not leaving.is_set():
             raise BisectFailed(f"{trial.mountpoint} was unmounted by somebody else")
 
@@ -145,7 +145,10 @@ async def _mounted(settings: BisectSettings, trial: Trial, search: Callable[[], 
             finally:
                 with trio.CancelScope(shield=True):
                     leaving.set()
-                    await leave_when_free(trial.mountpoint)
+                    try:
+                        await leave_when_free(trial.mountpoint)
+                    except MountBusy:
+                        stop.set()  # What the command left behind must not cost the result: it gets errors from now on.
     if result is None:
         raise KeyboardInterrupt
     return result

@@ -3,7 +3,8 @@
 Invariants:
 - the past counts below `_past_end` only, and there only in blocks that are not in `_written`; everything else is in the
   overlay's file, which has the size of the clone's file and reads as zeros where nothing was written;
-- `_past_end` is never above the file's size and never rises: what was truncated away reads as zeros afterwards;
+- `_past_end` is never above the file's size and never rises: what was truncated away reads as zeros afterwards. It is
+  lowered before `_written` is cut, and read after it by who reads meanwhile: what was overwritten never comes back;
 - a block is in `_written` only when all of its bytes below `_past_end` are in the overlay's file. Until then it reads
   as it was, also after a write that failed in the middle;
 - what is in `_written` has been taken from the overlay's room, and nothing else of the file has.
@@ -67,7 +68,14 @@ class CloneFile:
         past_end = min(end, self._past_end)
         if offset < past_end:
             for first, stop, written in self._written.runs(offset // BLOCK_BYTES, -(-past_end // BLOCK_BYTES)):
-                yield max(offset, first * BLOCK_BYTES), min(past_end, stop * BLOCK_BYTES), not written
+                start, until = max(offset, first * BLOCK_BYTES), min(past_end, stop * BLOCK_BYTES)
+                if not written and until > self._past_end:
+                    # Truncated since: these blocks may have been written, and are not in the map any more.
+                    past_end = max(start, self._past_end)
+                    if start < past_end:
+                        yield start, past_end, True
+                    break
+                yield start, until, not written
         if max(offset, past_end) < end:
             yield max(offset, past_end), end, False
 
@@ -150,6 +158,7 @@ class CloneFile:
         """Sets the size; what it gains reads as zeros. May wait."""
         with self._turn:
             os.ftruncate(fd, size)
+            # Before the map forgets them: a block below `_past_end` that is not in it is taken for one of the past.
             self._past_end = min(self._past_end, size)
             self._room.give_back(self._written.cut(-(-size // BLOCK_BYTES)))
 

@@ -4,7 +4,8 @@ Invariants:
 - `immutable`: as the image, what is inside it never changes;
 - bounded: PROCESSES_MAX of them beside those in use, each with its own limits (`inside.worker`); WAITING_MAX requests
   wait for them, so that the mount has others left for the rest of its tree;
-- an image that holds nothing is an empty directory that says why; one whose bytes cannot be had is an error.
+- an image that holds no file system is an empty directory that says why; one that is not read or whose bytes cannot be
+  had is an error: who copies it must not take it for empty.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class InsideFiles:
         self._waiting = 0
 
     async def open(self, image: ImageDirectory) -> Opened:
-        """What an image holds. ImageUnreadable where it holds nothing that is read."""
+        """What an image holds. NothingInside where that is no file system."""
         running = self._running.get(image.key)
         if running is not None and running.process.opened is not None:
             return running.process.opened
@@ -77,7 +78,7 @@ class InsideFiles:
             return None
         node = self._node(directory, entries.entries[0])
         if node is None:
-            raise _unreadable(await self.label(directory), _path(directory, name), "its inode is damaged")
+            raise _unreadable(await self.label(directory), _path(directory, name), entries.entries[0].why)
         return node
 
     async def entries(self, directory: Inside, start: int) -> list[tuple[bytes, InsideNode | None]]:
@@ -96,7 +97,7 @@ class InsideFiles:
         """The error that says which names of a directory could not be listed."""
         shown = ", ".join(os.fsdecode(name) for name in sorted(names)[:NAMES_SAID_MAX])
         more = f" and {len(names) - NAMES_SAID_MAX} more" if len(names) > NAMES_SAID_MAX else ""
-        what = f"not listed, because their inodes are damaged: {shown}{more}"
+        what = f"not listed, because they cannot be read: {shown}{more}"
         return _unreadable(await self.label(directory), _path(directory), what)
 
     async def read(self, node: InsideNode, offset: int, length: int) -> bytes:
@@ -151,7 +152,7 @@ class InsideFiles:
             try:
                 return await trio.to_thread.run_sync(question, process, *args, limiter=self._threads)
             except ImageUnreadable as error:
-                raise _unreadable(process.label, path, str(error)) from error
+                raise _unreadable(process.label, path, str(error), type(error)) from error
 
     @asynccontextmanager
     async def _process(self, image: ImageDirectory) -> AsyncIterator[ImageProcess]:
@@ -224,6 +225,6 @@ def _path(directory: Inside, name: bytes = b"") -> str:
     return "/".join(filter(None, [above, os.fsdecode(name)]))
 
 
-def _unreadable(label: str, path: str, what: str) -> ImageUnreadable:
+def _unreadable(label: str, path: str, what: str, kind: type[ImageUnreadable] = ImageUnreadable) -> ImageUnreadable:
     where = f"{label}: /{path}" if path else label
-    return ImageUnreadable(f"{where}: {what}".encode(errors="backslashreplace").decode())
+    return kind(f"{where}: {what}".encode(errors="backslashreplace").decode())

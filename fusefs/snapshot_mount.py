@@ -21,6 +21,7 @@ import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
@@ -33,7 +34,7 @@ from dedup.errors import BadTime, Damaged, MomentRefused, UnknownName
 from dedup.history import History, PastImage
 from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq
 from fusefs.errors import fuse_error, handler
-from fusefs.inside.image_process import ImageUnreadable
+from fusefs.inside.image_process import ImageUnreadable, NothingInside
 from fusefs.inside_files import InsideFiles, fill
 from fusefs.known_names import KnownNames
 from fusefs.moment_xattrs import XATTR_PREFIX, moment_xattrs
@@ -64,9 +65,9 @@ DIRECTORY_SECONDS: Final = 1.0
 TURN_SECONDS: Final = 0.02
 """For how long a listing uses the reader before it lets others do so; a single step may take longer."""
 REFUSED_XATTR: Final = b"user.rewindfs.refused"
-"""Of a directory: why the last TIME looked up there was refused, or why nothing of an image is shown."""
+"""Of a directory: why the last TIME looked up there was refused, or why not all of an image is shown."""
 DIRTY_XATTR: Final = b"user.rewindfs.dirty"
-"""Of an image: why some of what was written to its file system may be missing."""
+"""Of an image: why its file system may lack some of what was written to it, or want a check."""
 
 _T = TypeVar("_T")
 
@@ -241,18 +242,24 @@ class SnapshotMount(ReadOnlyOperations):
         return self._referred(Found(node, ALWAYS_SECONDS))
 
     async def _holds_files(self, directory: Inside) -> bool:
-        """Whether there is anything to show below; if not, or not all of it, it is said where a person finds it."""
+        """Whether there is a file system below; if not, or not all is shown, it is said where a person finds it.
+
+        ImageUnreadable where there is one that is not read: that is no empty directory.
+        """
         if isinstance(directory, InsideNode):
             return True
         try:
             opened = await self.inside.open(directory)
-        except ImageUnreadable as refusal:
+        except NothingInside as refusal:
             self._refused(directory, "no files are shown", str(refusal))
             return False
+        except ImageUnreadable as refusal:
+            self._keep_refusal(directory, str(refusal))
+            raise
         label = await self.inside.label(directory)
         if opened.unclean and self._unclean.get(directory) != opened.unclean:
             log.warning(
-                "%s: %s; what was written last may be missing: clone it and mount the clone", label, opened.unclean
+                "%s: %s; what was written last may be missing: clone it and repair the clone", label, opened.unclean
             )
             self._unclean[directory] = opened.unclean
             if len(self._unclean) > REFUSALS_MAX:
@@ -265,6 +272,9 @@ class SnapshotMount(ReadOnlyOperations):
         """Keeps the reason where a person finds it. A program that asks again and again is one line in the log."""
         if self._refusals.get(directory) != reason:
             log.warning("%s: %s", what, reason)
+        self._keep_refusal(directory, reason)
+
+    def _keep_refusal(self, directory: Directory | ImageDirectory, reason: str) -> None:
         self._refusals[directory] = reason
         self._refusals.move_to_end(directory)
         if len(self._refusals) > REFUSALS_MAX:
@@ -401,7 +411,8 @@ class SnapshotMount(ReadOnlyOperations):
             value = (await self.inside.xattrs(node)).get(name) if name.startswith(b"user.") else None
         else:
             if isinstance(node, ImageDirectory) and name in (REFUSED_XATTR, DIRTY_XATTR):
-                await self._holds_files(node)
+                with suppress(ImageUnreadable):  # the answer says so
+                    await self._holds_files(node)
             # `ls -l` asks for two of other names of each file.
             value = self._attributes(node).get(name) if name.startswith(XATTR_PREFIX) else None
         if value is None:

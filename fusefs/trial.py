@@ -29,6 +29,7 @@ from fusefs.clone_tree import chosen, lay_out
 from fusefs.overlay_directory import OverlayDirectory, make_directory, remove_tree
 from fusefs.overlay_room import OverlayRoom
 from fusefs.past_images import PastImages
+from fusefs.process_tree import end_tree
 
 log = logging.getLogger("rewindfs.bisect")
 
@@ -140,7 +141,8 @@ class Trial:
 
     async def _command(self, place: Path, moment: Moment) -> Outcome:
         words = [word.replace(PLACEHOLDER, str(place)) for word in self.command]
-        done = await trio.run_process(words, stdin=None, stdout=sys.stderr.fileno(), check=False)
+        stdout = sys.stderr.fileno()
+        done = await trio.run_process(words, stdin=None, stdout=stdout, check=False, deliver_cancel=end_tree)
         status = done.returncode
         if status == 0:
             return Outcome(Verdict.GOOD, status)

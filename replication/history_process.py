@@ -38,7 +38,7 @@ from replication.history_queries import answer_bytes, question_of
 from replication.identity import Peer
 from replication.messages import ErrorCode, Failure, Query, Result
 from replication.refused import Refused
-from replication.supervisor import child_environment
+from replication.supervisor import child_environment, python_module
 from replication.transport import RECEIVE_BYTES_MAX, SocketConnection
 from replication.wire import Decoder, encode
 
@@ -122,7 +122,7 @@ class HistoryProcesses:
             with theirs:
                 # A session of its own: Ctrl-C on the terminal is for the appliance, at whose end the child ends too.
                 process: trio.Process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", "replication.history_process", str(self._store), group]
+                    [*python_module("replication.history_process"), str(self._store), group]
                     + (["plain"] if local else []),
                     env=child_environment(),
                     stdin=theirs.fileno(),

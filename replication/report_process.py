@@ -21,7 +21,7 @@ import trio
 from dedup.errors import RewindError, StoreError
 from replication.background import explain
 from replication.reports import Subject, make_page
-from replication.supervisor import child_environment
+from replication.supervisor import child_environment, python_module
 
 CHILDREN_MAX: Final = 2
 NICE: Final = 5
@@ -57,7 +57,7 @@ class ReportProcesses:
         async with self._limit:
             with trio.move_on_after(PAGE_SECONDS):
                 ended = await trio.run_process(
-                    [sys.executable, "-m", "replication.report_process"],
+                    python_module("replication.report_process"),
                     env=child_environment(),
                     stdin=question,
                     capture_stdout=True,

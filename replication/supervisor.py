@@ -98,7 +98,7 @@ class Supervisor:
         log_file: Path | None = None,
         foreground: bool = False,
         debug: bool = False,
-        command: Sequence[str] = (sys.executable, "-m", "fusefs"),
+        command: Sequence[str] | None = None,
     ) -> None:
         """`listen` is a socket besides the one in the store. The child logs to `log_file`; without one to stderr when
         `foreground`, else nowhere: no terminal is kept open by it."""
@@ -106,7 +106,8 @@ class Supervisor:
         """Where the child listens, for `connect_unix`."""
         self.process: trio.Process | None = None
         self.starts = 0
-        arguments = [*command, *(["--debug"] if debug else []), "appliance", "second", "-f", "--store", str(store)]
+        arguments = [*(command or python_module("fusefs")), *(["--debug"] if debug else [])]
+        arguments += ["appliance", "second", "-f", "--store", str(store)]
         arguments += ["--listen", f"{UNIX_PREFIX}{self.socket}"]
         arguments += ["--log-file", str(log_file)] if log_file else []
         self._arguments = arguments
@@ -198,6 +199,12 @@ class Supervisor:
                 log.error("the second appliance does not leave within %g s: killing it", LEAVE_SECONDS)
                 process.kill()
                 await process.wait()
+
+
+def python_module(name: str) -> list[str]:
+    """The beginning of the command that runs a module of ours; the rest are its arguments."""
+    # -P: what lies in the working directory is somebody else's, and never one of our modules.
+    return [sys.executable, "-P", "-m", name]
 
 
 def child_environment() -> dict[str, str]:

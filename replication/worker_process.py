@@ -8,7 +8,6 @@ Invariants:
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import trio
 
 from dedup.worker import Refused, Reply, ReplyStream, Request, Work, error_of, frame
 from replication.errors import ReplicationError
-from replication.supervisor import child_environment
+from replication.supervisor import child_environment, python_module
 
 LEAVE_SECONDS: Final = 5.0
 """How long the child may take to notice that its input has ended, before it is killed; both are as safe."""
@@ -88,7 +87,7 @@ async def working(store: Path) -> AsyncIterator[WorkerProcess]:
     """A child for the store at `store`, while the block runs."""
     # A session of its own: Ctrl-C on the terminal is for the appliance, at whose end the child ends too.
     process: trio.Process = await trio.lowlevel.open_process(
-        [sys.executable, "-m", "dedup.worker", str(store)],
+        [*python_module("dedup.worker"), str(store)],
         env=child_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -30,6 +30,16 @@ class Unsupported(ImageError):
     """It may be sound, but this does not read it."""
 
 
+class NotReplayed(Unsupported):
+    """Its log is not replayed here, and without that its inodes may lead to what is another file's by now."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(
+            f"this {kind} was in use, and its log is not replayed here: without it a file may show another one's "
+            "bytes; clone this moment (rewindfs clone) and mount the clone, which replays it"
+        )
+
+
 class NoFilesystem(ImageError):
     """There is none, or none that is known."""
 
@@ -58,7 +68,7 @@ class Filesystem(Protocol):
 
     @property
     def unclean(self) -> str:
-        """Why what is shown may be older than what was written; empty if it is not."""
+        """Why what is shown may be older than what was written; empty if it is not. A mount would show the same."""
 
     @property
     def root(self) -> Node:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -44,7 +43,7 @@ from fusefs.inside.messages import (
     Xattrs,
     encode,
 )
-from replication.supervisor import child_environment
+from replication.supervisor import child_environment, python_module
 
 LIBRARIES: Final = ("extfs", "xfs", "btrfs", "ntfs", "fat", "volume")
 QUESTION_SECONDS: Final = 20.0
@@ -60,7 +59,11 @@ class FilesUnavailable(RewindError):
 
 
 class ImageUnreadable(RewindError):
-    """An image holds nothing that is read here, or what it holds is damaged; `inside_files` adds of what."""
+    """What an image holds is damaged, or is not read here; `inside_files` adds of what."""
+
+
+class NothingInside(ImageUnreadable):
+    """An image holds no file system."""
 
 
 def check_libraries() -> None:
@@ -90,7 +93,7 @@ class ImageProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._closed = False
-        self._broken = ""
+        self._broken: ImageUnreadable | None = None
         self._broken_until = 0.0
         self.opened: Opened | None = None
         """What the image holds, once it was looked at."""
@@ -139,14 +142,15 @@ class ImageProcess:
         if self._closed:
             raise ImageUnreadable("it was closed")
         if self._broken and time.monotonic() < self._broken_until:
-            raise ImageUnreadable(self._broken)
+            raise type(self._broken)(str(self._broken))
         if self._connection is None:
             self._start()
             try:
                 opened = self._put(Open(self._image.size), Opened)
             except ImageUnreadable as error:
                 self._end()
-                raise self._break(str(error)) from error
+                self._remember(error)
+                raise
             self.opened = opened
         assert self.opened is not None
         return self.opened
@@ -162,7 +166,7 @@ class ImageProcess:
                 raise
             answer = self._exchange(encode(Bytes(data)))
         if isinstance(answer, Failed):
-            raise ImageUnreadable(answer.what)
+            raise (NothingInside if answer.nothing else ImageUnreadable)(answer.what)
         if not isinstance(answer, kind):
             self._end()
             raise self._break("the process that read it answered something else")
@@ -187,14 +191,18 @@ class ImageProcess:
 
     def _break(self, what: str) -> ImageUnreadable:
         """The error to raise, now and for a while."""
-        self._broken, self._broken_until = what, time.monotonic() + BROKEN_SECONDS
-        return ImageUnreadable(what)
+        error = ImageUnreadable(what)
+        self._remember(error)
+        return error
+
+    def _remember(self, error: ImageUnreadable) -> None:
+        self._broken, self._broken_until = error, time.monotonic() + BROKEN_SECONDS
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fusefs.inside.worker", str(theirs.fileno()), str(self._question_seconds)],
+                [*python_module("fusefs.inside.worker"), str(theirs.fileno()), str(self._question_seconds)],
                 env=child_environment(),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

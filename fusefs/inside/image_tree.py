@@ -38,6 +38,7 @@ LISTINGS_MAX: Final = 8
 """Directories whose names are kept."""
 LISTED_NAMES_MAX: Final = 1_500_000
 """Names kept of all of them."""
+ERROR_CHARACTERS_MAX: Final = 500
 _SECTOR: Final = 512
 _U32: Final = 0xFFFFFFFF
 _FIRST_LOGICAL: Final = 5
@@ -61,8 +62,10 @@ class ImageTree:
         whole = ImageStream(image)
         opener = _opener(whole)
         self._partitions: dict[int, Filesystem] = {}
+        self._unreadable: dict[int, Exception] = {}
+        """Partitions that hold something: their names are shown, and each use of them is this error."""
         self.refused: dict[bytes, str] = {}
-        """Partitions that hold nothing that is read here, and why."""
+        """Partitions of which nothing is shown, and why."""
         if opener is not None:
             self._partitions[0] = opener(whole)
             self.root: Node = _plain(0, self._partitions[0].root)
@@ -79,8 +82,10 @@ class ImageTree:
                     raise NoFilesystem("no file system that is known")
                 self._partitions[number] = opener(stream)
             except Exception as error:  # noqa: BLE001 - one partition's damage is not another's
-                self.refused[b"p%d" % number] = _said(error)
-        if not self._partitions:
+                self.refused[b"p%d" % number] = said(error)
+                if not isinstance(error, NoFilesystem):
+                    self._unreadable[number] = error
+        if not self._partitions and not self._unreadable:
             raise NoFilesystem("; ".join(f"{name.decode()}: {why}" for name, why in self.refused.items()))
 
     @property
@@ -135,6 +140,8 @@ class ImageTree:
         return self._system(node).xattrs(node[1:]) if node else {}
 
     def _system(self, node: Node) -> Filesystem:
+        if node[0] in self._unreadable:
+            raise self._unreadable[node[0]]
         return self._partitions[node[0]]
 
     def _listing(self, node: Node) -> _Listing:
@@ -154,6 +161,7 @@ class ImageTree:
         if not node:
             for number, system in self._partitions.items():
                 listing.names[b"p%d" % number] = _plain(number, system.root)
+            listing.names.update((b"p%d" % number, (number,)) for number in self._unreadable)
             return listing
         for name, inner in self._system(node).entries(node[1:]):
             if (
@@ -176,10 +184,10 @@ def _plain(partition: int, inner: Node) -> Node:
     return (partition, *(int(number) for number in inner))
 
 
-def _said(error: Exception) -> str:
-    """In one line."""
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, ImageError) else f"{type(error).__name__}: {text}"
+def said(error: Exception) -> str:
+    """In one line; with its type where that may say more than the text."""
+    text = " ".join(str(error).split())[:ERROR_CHARACTERS_MAX]
+    return text if isinstance(error, ImageError) and text else f"{type(error).__name__} {text}".strip()
 
 
 def _opener(stream: ImageStream) -> Callable[[ImageStream], Filesystem] | None:

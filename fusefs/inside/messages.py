@@ -63,11 +63,12 @@ Question = Open | Lookup | List | Read | Readlink | Xattrs
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """A name; `status` is missing where the inode cannot be read."""
+    """A name; `status` is missing where the inode cannot be read, for the reason `why`."""
 
     name: bytes
     node: Node
     status: Status | None
+    why: str = ""
 
 
 class Opened(msgspec.Struct, frozen=True, tag=True):
@@ -98,9 +99,10 @@ class Attributes(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Instead of an answer: what is wrong with the image, in one line."""
+    """Instead of an answer: what is wrong with the image, in one line. `nothing`: it holds no file system."""
 
     what: str
+    nothing: bool = False
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):

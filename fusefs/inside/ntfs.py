@@ -19,7 +19,7 @@ from dissect.ntfs.mft import MftRecord
 from dissect.ntfs.ntfs import NTFS
 from dissect.ntfs.util import segment_reference
 
-from fusefs.inside.filesystem import LINK_BYTES_MAX, Corrupt, Node, Status, Unsupported
+from fusefs.inside.filesystem import LINK_BYTES_MAX, Corrupt, Node, NotReplayed, Status, Unsupported
 from fusefs.inside.image_stream import ImageStream
 
 _ROOT: Final = 5
@@ -50,8 +50,9 @@ class Ntfs:
         self._library = NTFS(stream)
         information = self._library.mft.get(_VOLUME).attributes[ATTRIBUTE_TYPE_CODE.VOLUME_INFORMATION]
         flags = int.from_bytes(information[0].data()[10:12], "little")
-        clean = not flags & 1 and log_is_clean(self._library.mft.get(_LOG).open().read(_LOG_BYTES))
-        self.unclean = "" if clean else "this ntfs was not cleanly unmounted, and its log is not replayed"
+        if not log_is_clean(self._library.mft.get(_LOG).open().read(_LOG_BYTES)):
+            raise NotReplayed(self.kind)
+        self.unclean = "this ntfs is marked as one that has to be checked" if flags & 1 else ""
         self._record = lru_cache(1024)(self._find_record)
         self._open = lru_cache(16)(self._open_file)
 

@@ -16,9 +16,9 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Final
 
-from fusefs.inside.filesystem import ImageError
+from fusefs.inside.filesystem import NoFilesystem
 from fusefs.inside.image_stream import ImageBytes
-from fusefs.inside.image_tree import ImageTree
+from fusefs.inside.image_tree import ImageTree, said
 from fusefs.inside.messages import (
     ENTRIES_PER_ANSWER,
     MEMORY_STATUS,
@@ -46,7 +46,6 @@ OPEN_FACTOR: Final = 3
 """Opening may have the checksums of a whole journal to count."""
 MEMORY_BYTES: Final = 1 << 30
 """Of address space, most of which is never touched."""
-_ERROR_CHARACTERS_MAX: Final = 500
 
 
 class _ConnectionLost(BaseException):
@@ -70,7 +69,7 @@ class _Worker:
             except MemoryError:
                 os._exit(MEMORY_STATUS)
             except Exception as error:  # noqa: BLE001 - what an image may cause is anything
-                answer = encode(Failed(_said(error)))
+                answer = encode(Failed(said(error), isinstance(error, NoFilesystem)))
             signal.setitimer(signal.ITIMER_PROF, 0)
             self._send(answer)
 
@@ -123,13 +122,8 @@ def _answer(tree: ImageTree, question: Question | Bytes) -> Answer:
 def _entry(tree: ImageTree, name: bytes, node: tuple[int, ...]) -> Entry:
     try:
         return Entry(name, node, tree.status(node))
-    except Exception:  # noqa: BLE001 - one damaged inode is not the whole directory
-        return Entry(name, node, None)
-
-
-def _said(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:_ERROR_CHARACTERS_MAX]
-    return text if isinstance(error, ImageError) and text else f"{type(error).__name__} {text}".strip()
+    except Exception as error:  # noqa: BLE001 - one damaged inode is not the whole directory
+        return Entry(name, node, None, said(error))
 
 
 def main() -> None:

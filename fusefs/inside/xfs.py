@@ -1,7 +1,8 @@
 """XFS. The library reads superblock, inodes and trees; directories and the place of a file's bytes are read here: it
 shows what a preallocated extent held before, and knows directory blocks of one block only.
 
-Its log is not replayed; whether it would have to be is found out.
+Its log is not replayed; where it would have to be, nothing is shown: the kernel writes to the place of a removed file
+long before the inode says that it is gone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fusefs.inside.filesystem import (
     LINK_BYTES_MAX,
     Corrupt,
     Node,
+    NotReplayed,
     Status,
     Unsupported,
     signed32,
@@ -56,7 +58,9 @@ class Xfs:
         self._directory_block = self._block_bytes << superblock.sb_dirblklog
         if self._directory_block > 1 << 16:
             raise Corrupt("a superblock with impossible sizes")
-        self.unclean = "" if self._log_is_clean() else "the log of this xfs was not replayed: it was mounted then"
+        self.unclean = ""
+        if not self._log_is_clean():
+            raise NotReplayed(self.kind)
         self._inode = lru_cache(1024)(self._read_inode)
         self._runs = lru_cache(64)(self._read_runs)
 

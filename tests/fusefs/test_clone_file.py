@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -216,3 +216,34 @@ def test_the_quota_counts_blocks_once_and_gives_them_back() -> None:
         clone.file.resize(clone.fd, 4 * BLOCK_BYTES)
         assert clone.room.used_bytes == 2 * BLOCK_BYTES
         clone.file.write(clone.fd, 3 * BLOCK_BYTES, b"c")
+
+
+class CutMeanwhile(WrittenMap):
+    """Somebody else truncates the file just before a reader looks at the map, and perhaps makes it longer again."""
+
+    def __init__(self, cut: Callable[[], None]) -> None:
+        super().__init__()
+        self._cut = cut
+
+    def runs(self, first: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        self._cut()
+        return super().runs(first, stop)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (0, 5 * BLOCK_BYTES), (BLOCK_BYTES + 7, 5 * BLOCK_BYTES)])
+def test_what_was_overwritten_does_not_come_back_while_it_is_truncated(sizes: tuple[int, ...]) -> None:
+    past = content_of(5 * BLOCK_BYTES)
+    with cloned(past) as clone:
+
+        def cut() -> None:
+            for size in sizes:
+                clone.file.resize(clone.fd, size)
+
+        clone.file._written = CutMeanwhile(cut)
+        clone.file.write(clone.fd, BLOCK_BYTES, b"\xff" * (3 * BLOCK_BYTES))
+        found = clone.read(0, 5 * BLOCK_BYTES)
+        # A byte is what it was before or what it is afterwards, and the end may be in either place.
+        before = past[:BLOCK_BYTES] + b"\xff" * (3 * BLOCK_BYTES) + past[4 * BLOCK_BYTES :]
+        after = before[: sizes[0]] + bytes(max(0, sizes[-1] - sizes[0]))
+        assert len(found) in (len(before), len(after))
+        assert all(byte in (before[at], after[at] if at < len(after) else 0) for at, byte in enumerate(found))

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from dedup.errors import Damaged, MomentGone
 from fusefs import known_names
 from fusefs.inside.filesystem import Corrupt
-from fusefs.inside.image_process import ImageProcess, ImageUnreadable
+from fusefs.inside.image_process import ImageProcess, ImageUnreadable, NothingInside
 from fusefs.inside.image_stream import CACHE_BLOCK_BYTES, ImageBytes, ImageStream
-from fusefs.inside.messages import Open, Read, encode
+from fusefs.inside.messages import Entries, Open, Read, encode
 from fusefs.inside.runs import Run, Runs
 from tests.system.harness import SEARCH_PATH, missing_tools
 
@@ -256,6 +256,40 @@ def test_ntfs_logs(start: bytes, clean: bool) -> None:
     from fusefs.inside.ntfs import log_is_clean
 
     assert log_is_clean(start) == clean
+
+
+@pytest.mark.skipif(bool(missing_tools(["mkfs.ntfs"])), reason="mkfs.ntfs is not installed")
+@pytest.mark.parametrize("clean", [True, False])
+def test_an_ntfs_whose_log_was_not_replayed_is_not_shown(tmp_path: Path, clean: bool) -> None:
+    image = tmp_path / "disk.img"
+    with open(image, "xb") as file:
+        file.truncate(8 << 20)
+    subprocess.run(["mkfs.ntfs", "-q", "-F", str(image)], check=True, env={**os.environ, "PATH": SEARCH_PATH})
+    data = bytearray(image.read_bytes())
+    at = data.index(b"\xff" * (1 << 17))  # as it is emptied
+    at += -at % 4096
+    start = log_file([(5, 0xFFFF if clean else 0, 0)])
+    data[at : at + len(start)] = start
+    process = ImageProcess(Bytes(bytes(data)))
+    try:
+        if clean:
+            assert process.list(process.open().root, 0) == Entries([])
+            return
+        for _ in range(2):
+            with pytest.raises(ImageUnreadable, match="its log is not replayed here.*rewindfs clone"):
+                process.open()
+    finally:
+        process.close()
+
+
+def test_what_is_no_file_system_is_told_from_what_is_not_read() -> None:
+    for data, kind in ((bytes(100_000), NothingInside), (b"XFSB" + bytes(99_996), ImageUnreadable)):
+        process = ImageProcess(Bytes(data))
+        for _ in range(2):  # found, and remembered
+            with pytest.raises(ImageUnreadable) as raised:
+                process.open()
+            assert type(raised.value) is kind
+        process.close()
 
 
 def test_names_that_the_kernel_is_told_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:

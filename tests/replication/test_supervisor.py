@@ -33,7 +33,7 @@ from replication.control import NoAppliance, request
 from replication.errors import LinkDown
 from replication.messages import PROTOCOL_VERSION, Ack, Hello, Role, SyncRequest, VolumePage, Welcome
 from replication.session import Session, Side
-from replication.supervisor import Guardian, Supervisor
+from replication.supervisor import Guardian, Supervisor, child_environment, python_module
 from replication.transport import Connection, connect_unix
 
 PATIENCE_SECONDS = 60
@@ -308,6 +308,21 @@ async def test_a_killed_parent_leaves_no_orphan(store: Path) -> None:
             await end_of(child)
     assert not (store / "socket").exists(), "it left in order"
     assert open_again(store) == 2
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["fusefs", "fusefs.inside.worker", "dedup.worker", "replication.report_process", "replication.history_process"],
+)
+def test_children_take_no_module_from_the_working_directory(tmp_path: Path, module: str) -> None:
+    for name in ("msgspec", "numpy", "click", "fusefs", "struct"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not ours')")
+    # None of them can do anything with these arguments: they have come as far as their own code all the same.
+    done = subprocess.run(
+        [*python_module(module), "x"], cwd=tmp_path, env=child_environment(), stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS,
+    )  # fmt: skip
+    assert "not ours" not in done.stderr and "No module named" not in done.stderr
 
 
 async def test_without_a_parent_the_guardian_does_nothing() -> None:

@@ -37,6 +37,8 @@ def world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path)
     yield world
     left = world.close()
+    # Shown with a test that failed, and with no other: what a reader got as EIO is explained in a log only.
+    print(world.logs())
     assert not left, "left behind: " + "; ".join(left) + "\n" + world.logs()
 
 

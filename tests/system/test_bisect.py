@@ -203,7 +203,8 @@ def test_interrupted_it_leaves_nothing(history: Versions, stop: signal.Signals) 
     world = history.world
     ends = ("--good", f"seq={min(history.versions)}", "--bad", "latest")
     command = ("bisect", world.store, "disk", *ends, "--overlay", history.place)
-    words = ("--", "sh", "-c", 'echo "$1"; exec sleep 600', "x", "{}")
+    # The shell has a child, which holds the file open.
+    words = ("--", "sh", "-c", '(echo "$1"; exec sleep 600) < "$1"; exit 1', "x", "{}")
     with subprocess.Popen(
         [sys.executable, "-m", "fusefs", *command, *words],
         env=world.environment,
@@ -223,6 +224,22 @@ def test_interrupted_it_leaves_nothing(history: Versions, stop: signal.Signals) 
         assert "rewindfs: error: interrupted" in list(lines)[-1]
     assert history.left() == []
     assert world.processes() == []
+
+
+@pytest.mark.slow
+def test_what_the_command_leaves_behind_costs_no_result(history: Versions) -> None:
+    """A process that goes on in each clone keeps the mount busy, and is cut off at the end."""
+    tokens = history.world.directory / "left"
+    leave = f'sleep 600 < "$1" > /dev/null 2>&1 & echo $! >> {tokens}; head -c 3 "$1" | grep -q "^00"'
+    try:
+        done = history.bisect("--", "sh", "-c", leave, "x", "{}")
+        assert done.returncode == 0, done.stderr
+        assert "first bad recovery point" in done.stdout.splitlines()[-1]
+        assert "they get errors from now on" in done.stderr
+        assert history.left() == []
+    finally:
+        for pid in tokens.read_text().split():
+            os.kill(int(pid), signal.SIGTERM)
 
 
 @pytest.mark.slow
