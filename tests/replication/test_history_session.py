@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -191,6 +194,27 @@ async def test_groups_that_are_not_there_and_too_many_readers(
             assert isinstance(await one.hear(), Result)
             (child,) = children()
             os.kill(child, signal.SIGSTOP)  # one that cannot leave is killed
+        await none_left(path)
+
+
+async def test_no_room_for_a_process(store_path: tuple[Path, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that session's end, and not the appliance's."""
+    path, _ = store_path
+    query = Query(1, said.question_bytes(said.Refresh()))
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with served(path, f"unix:{path}/s") as (address,):
+        for place, name, fault in ((sys, "executable", str(path / "none")), (socket, "socketpair", full)):
+            async with reader(address) as one:
+                with monkeypatch.context() as patched:
+                    patched.setattr(place, name, fault)
+                    await one.say(query)
+                    failure = await one.failure()
+                assert failure.code is ErrorCode.UNAVAILABLE and "cannot start a process" in failure.text
+        async with reader(address) as one:
+            assert isinstance(await one.answer(1, said.Refresh()), said.Refreshed)
         await none_left(path)
 
 
