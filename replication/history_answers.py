@@ -88,7 +88,7 @@ class HistoryAnswers:
                 case said.Hold(seq):
                     return self._hold(Seq(seq))
                 case said.Allocated(volume, seq):
-                    return said.AllocatedFound(self._opened(volume, seq).image.allocated())
+                    return self._through(volume, seq, lambda opened: said.AllocatedFound(opened.image.allocated()))
                 case said.NextData(volume, seq, offset):
                     return self._through(volume, seq, lambda opened: _next_data(opened.image, offset))
                 case _:
@@ -122,6 +122,8 @@ class HistoryAnswers:
             case said.Release(seq):
                 if self._holds[seq]:
                     self._holds[seq] -= 1
+                    if not self._holds[seq]:
+                        del self._holds[seq]
                     group.release(Seq(seq))
                 return said.Done()
             case said.Require(seq):
@@ -171,6 +173,9 @@ class HistoryAnswers:
         walk = self._walk
         if walk is None or walk.sides != (old, new) or walk.at != start or not start:
             sides = [None if side is None else (VolumeId(side[0]), Seq(side[1])) for side in (old, new)]
+            for side in sides:
+                if side is not None:
+                    self._group.require(side[1])
             walk = _Walk((old, new), self._group.differing(sides[0], sides[1], start), start)
         self._walk = None
         page = [(found.offset, found.length) for found in islice(walk.ranges, RANGES_PER_PAGE)]

@@ -13,15 +13,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Final
 
-from dedup.errors import StoreBusy
+from dedup.errors import BadTime, StoreBusy
 from dedup.history import ByteRange, GroupMoment
 from dedup.types import Moment, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 from replication import history_queries as said
 from replication.block_cache import BlockCache
-from replication.errors import LinkDown
-from replication.history_link import HistoryLink, SessionChanged
+from replication.history_link import SESSIONS_MAX, HistoryLink, SessionChanged
 from replication.history_queries import GROUPS_PER_QUERY_MAX
-from replication.remote_image import SESSIONS_MAX, RemoteBlocks, RemoteImage
+from replication.remote_image import RemoteBlocks, RemoteImage
 
 GROUPS_VOLUMES_MAX: Final = 20_000
 """Volume states kept of moments that were listed, some 200 bytes each."""
@@ -85,7 +84,7 @@ class RemoteHistory:
                 continue
             self._listed = [snapshot.seq for snapshot in found]
             return found
-        raise self._unsettled()
+        raise self._link.unsettled()
 
     def _snapshots(self, session: int) -> list[Snapshot]:
         found: list[Snapshot] = []
@@ -97,6 +96,8 @@ class RemoteHistory:
         return found
 
     def snapshot(self, name: str) -> Snapshot | None:
+        if not said.can_be_said(name):
+            return None
         found = self._link.ask(said.Name(name), said.NamesPage).snapshots
         return found[0] if found else None
 
@@ -106,7 +107,7 @@ class RemoteHistory:
                 return self._all_paths(self._link.generation)
             except SessionChanged:
                 continue
-        raise self._unsettled()
+        raise self._link.unsettled()
 
     def _all_paths(self, session: int) -> frozenset[str]:
         of_session, version, paths = self._paths
@@ -124,6 +125,8 @@ class RemoteHistory:
         return paths
 
     def resolve(self, text: str, *, now: TimeNs | None = None) -> Moment:
+        if not said.can_be_said(text):
+            raise BadTime(f"{text[:40]!r} is no TIME: it is too long, or no text")
         moment = self._link.ask(said.Resolve(text, now), said.Resolved).moment
         self.refresh()
         return moment
@@ -141,7 +144,7 @@ class RemoteHistory:
                 return self._ask_for_group(seq, self._link.generation)
             except SessionChanged:
                 continue
-        raise self._unsettled()
+        raise self._link.unsettled()
 
     def _ask_for_group(self, seq: Seq, session: int) -> GroupMoment:
         seqs = [seq, *(other for other in self._listed_after(seq) if other not in self._groups)]
@@ -192,23 +195,18 @@ class RemoteHistory:
             except SessionChanged:
                 continue
             return RemoteImage(self._blocks, volume, found, session)
-        raise self._unsettled()
+        raise self._link.unsettled()
 
     def differing(
         self, old: tuple[VolumeId, Seq] | None, new: tuple[VolumeId, Seq] | None, start: int = 0
     ) -> Iterator[ByteRange]:
         images = [None if side is None else self.image(*side) for side in (old, new)]
-        first = self._ranges(old, new, images, start)
-        return self._all_ranges(first, lambda following: self._ranges(old, new, images, following))
+        first = self._ranges(images, start)
+        return self._all_ranges(first, lambda following: self._ranges(images, following))
 
-    def _ranges(
-        self,
-        old: tuple[VolumeId, Seq] | None,
-        new: tuple[VolumeId, Seq] | None,
-        images: list[RemoteImage | None],
-        start: int,
-    ) -> said.Ranges:
+    def _ranges(self, images: list[RemoteImage | None], start: int) -> said.Ranges:
         """A page, of the very images that the comparison began with."""
+        old, new = (None if image is None else image.side for image in images)
         for _ in range(SESSIONS_MAX):
             session = self._link.generation
             try:
@@ -218,7 +216,7 @@ class RemoteHistory:
                 return self._link.ask(said.Differing(old, new, start), said.Ranges, session)
             except SessionChanged:
                 continue
-        raise self._unsettled()
+        raise self._link.unsettled()
 
     def _all_ranges(self, page: said.Ranges, page_from: Callable[[int], said.Ranges]) -> Iterator[ByteRange]:
         at, length = 0, 0
@@ -253,7 +251,7 @@ class RemoteHistory:
                 self._link.tell(said.Release(seq))
             if first is not None:
                 return
-        raise self._unsettled()
+        raise self._link.unsettled()
 
     def hold_again(self, seq: Seq) -> bool:
         return self._link.held.again(seq)
@@ -271,9 +269,6 @@ class RemoteHistory:
 
     def leave(self) -> None:
         """Nothing."""
-
-    def _unsettled(self) -> LinkDown:
-        return LinkDown(f"{self._link.address}: {SESSIONS_MAX} sessions in a row ended before they answered")
 
 
 def _moment_of(moment: Moment, volumes: list[VolumeState]) -> GroupMoment:

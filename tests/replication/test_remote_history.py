@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from dedup.errors import Damaged, MomentGone, RewindError, UnknownName, WouldBlock
+from dedup.errors import BadTime, Damaged, MomentGone, RewindError, UnknownName, WouldBlock
 from dedup.history import ByteRange, History
 from dedup.layout import RAW_SLOTS_OFFSET, container_path
 from dedup.pins import ReaderPins
@@ -258,6 +258,52 @@ def test_a_moment_that_goes_while_nobody_holds_it(tmp_path: Path, monkeypatch: p
     remote.close()
     pins.close()
     world.close()
+
+
+def test_pages_are_of_the_moments_that_were_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of what is told from others at that seq by the time the next page is asked for."""
+    monkeypatch.setattr(model, "STEP_NS", STEP_NS)
+    monkeypatch.setattr(history_answers, "RANGES_PER_PAGE", 1)
+    world = World(tmp_path / "store")
+    pins = ReaderPins.open(world.path, world.store.storage)
+    world.history(12)
+    world.store.checkpoint()
+    remote = remote_of(answers_over(world.store, "g", pins), tmp_path)
+    far = remote.history
+    kept, gone = (Seq(seq) for seq in kept_and_gone(world))
+    last = Seq(world.model.seq)
+    ranges = far.differing((world.volume, gone), (world.volume, last))  # the first page
+    assert list(far.differing(None, (world.volume, kept)))  # what is paged through there is another comparison
+    world.thin(POLICY)
+    assert gone not in world.kept()
+    far.refresh()
+    with pytest.raises(MomentGone):
+        list(ranges)
+    remote.close()
+    pins.close()
+    world.close()
+
+
+def test_a_text_that_cannot_be_said_is_no_name_of_anything(small: SmallHistory, tmp_path: Path) -> None:
+    remote = remote_of(answers_over(small.store, GROUP, None), tmp_path)
+    asked = len(remote.link.asked)
+    for text in ("\udcff", "bookmark=\udcff", "x" * (said.TEXT_CHARACTERS_MAX + 1)):
+        with pytest.raises(BadTime, match="is no TIME"):
+            remote.history.resolve(text)
+        assert remote.history.snapshot(text) is None
+    assert len(remote.link.asked) == asked
+    remote.close()
+
+
+def test_what_is_held_no_more_takes_no_room(small: SmallHistory) -> None:
+    pins = ReaderPins.open(small.path, small.store.storage)
+    answers = answers_over(small.store, GROUP, pins)
+    seqs = sorted(set(small.moments.values()))
+    for question in (said.Hold, said.Hold, said.Release, said.Release, said.Release):
+        for seq in seqs:
+            assert not isinstance(answers.answer(question(seq)), said.Refused)
+    assert not answers._holds
+    pins.close()
 
 
 def test_blocks_that_were_swept_are_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
