@@ -27,6 +27,7 @@ from dedup.reader import GroupReader, StoreReader
 from dedup.types import BLOCK_BYTES, HOLE, Address, Seq, Snapshot, TimeNs, VolumeId
 from replication import history_queries as said
 from replication.history_queries import PAGE_BYTES, Answer, Question
+from replication.hold_pace import HoldPace
 from replication.messages import FINGERPRINT_BYTES
 
 IMAGES_MAX: Final = 16
@@ -71,6 +72,7 @@ class HistoryAnswers:
         """For the group's reader, which is not for two threads at once."""
         self._images: OrderedDict[tuple[int, int], _Opened] = OrderedDict()
         self._holds: Counter[int] = Counter()
+        self._pace = HoldPace()
         self._names: list[Snapshot] = []
         self._paths: tuple[frozenset[str], int, list[str]] = (frozenset(), 0, [])
         self._walk: _Walk | None = None
@@ -186,19 +188,15 @@ class HistoryAnswers:
 
     def _hold(self, seq: Seq) -> Answer:
         # Whoever waits for the writer, which is changing history, has no turn meanwhile.
-        self._group.enter()
-        try:
-            with self._turn:
-                if sum(self._holds.values()) >= HOLDS_MAX:
-                    return said.Refused("StoreBusy", f"{HOLDS_MAX} moments are held already; close some files")
-                self._group.hold(seq)
-                self._holds[seq] += 1
-                # Made before it was held, an image would end with the next thinning.
-                for key in [key for key in self._images if key[1] == seq]:
-                    del self._images[key]
-                return said.Held(self._group.view(seq).state.time)
-        finally:
-            self._group.leave()
+        with self._pace.inside(self._group.enter, self._group.leave), self._turn:
+            if sum(self._holds.values()) >= HOLDS_MAX:
+                return said.Refused("StoreBusy", f"{HOLDS_MAX} moments are held already; close some files")
+            self._group.hold(seq)
+            self._holds[seq] += 1
+            # Made before it was held, an image would end with the next thinning.
+            for key in [key for key in self._images if key[1] == seq]:
+                del self._images[key]
+            return said.Held(self._group.view(seq).state.time)
 
     # -- images ------------------------------------------------------------------------------------------------------
 

@@ -500,7 +500,7 @@ async def test_a_peer_that_lies_is_left_and_tried_again(tmp_path: Path) -> None:
 async def test_a_moment_that_cannot_be_held_anew_just_now_is_not_given_up(tmp_path: Path) -> None:
     """The next session holds it, or there is none: a store that is busy has not thinned it out."""
     link = HistoryLink("there", partial(connect_unix, tmp_path / "s"), None)
-    busy = [said.Refused("StoreBusy", "later"), said.Refused("Damaged", "a file"), said.Done()]
+    busy: list[said.Answer] = [said.Refused("StoreBusy", "later"), said.Refused("Damaged", "a file"), said.Done()]
 
     def answer(session: int, asked: int, question: said.Question) -> said.Answer | bytes:
         if isinstance(question, said.Hold):
