@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Final
 
-from dedup.errors import BadTime, StoreBusy
+from dedup.errors import BadTime, MomentGone, StoreBusy
 from dedup.history import ByteRange, GroupMoment
 from dedup.types import Moment, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 from replication import history_queries as said
@@ -92,7 +92,7 @@ class RemoteHistory:
         while start is not None:
             page = self._link.ask(said.Names(start), said.NamesPage, session)
             found += page.snapshots
-            start = page.next
+            start = self._following(start, page.next)
         return found
 
     def snapshot(self, name: str) -> Snapshot | None:
@@ -116,9 +116,11 @@ class RemoteHistory:
         if page.version == known:
             return paths
         found, version = set(page.paths), page.version
-        while page.next is not None:
-            page = self._link.ask(said.Paths(0, page.next), said.PathsPage, session)
+        start = self._following(0, page.next)
+        while start is not None:
+            page = self._link.ask(said.Paths(0, start), said.PathsPage, session)
             found.update(page.paths)
+            start = self._following(start, page.next)
         if found != paths:
             paths = frozenset(found)
         self._paths = session, version, paths
@@ -169,8 +171,12 @@ class RemoteHistory:
     def _rest_of_group(self, seq: Seq, page: said.GroupsPage, session: int) -> GroupMoment:
         """All pages of a group with many volumes."""
         moment, volumes = page.groups[0].moment, list(page.groups[0].volumes)
-        while page.next is not None:
-            page = self._link.ask(said.Groups((seq,), page.next), said.GroupsPage, session)
+        start = self._following(0, page.next)
+        while start is not None:
+            page = self._link.ask(said.Groups((seq,), start), said.GroupsPage, session)
+            if len(page.groups) != 1:
+                raise self._link.broken(f"{len(page.groups)} moments for one")
+            start = self._following(start, page.next)
             if page.groups[0].moment != moment:
                 raise StoreBusy(f"group {self.name}: history was thinned out while seq={seq} was read; try again")
             volumes += page.groups[0].volumes
@@ -194,7 +200,11 @@ class RemoteHistory:
                 found = self._link.ask(said.ImageAt(volume, seq), said.ImageFound, session)
             except SessionChanged:
                 continue
-            return RemoteImage(self._blocks, volume, found, session)
+            image = RemoteImage(self._blocks, volume, found, session)
+            held = self._link.held.time_of(seq)
+            if held is not None and image.time != held:
+                raise MomentGone(f"{image.label} is another moment now than the one that is held; look it up again")
+            return image
         raise self._link.unsettled()
 
     def differing(
@@ -213,9 +223,11 @@ class RemoteHistory:
                 for image in images:
                     if image is not None:
                         image.look_up_again(session)
-                return self._link.ask(said.Differing(old, new, start), said.Ranges, session)
+                page = self._link.ask(said.Differing(old, new, start), said.Ranges, session)
             except SessionChanged:
                 continue
+            self._following(start, page.next)
+            return page
         raise self._link.unsettled()
 
     def _all_ranges(self, page: said.Ranges, page_from: Callable[[int], said.Ranges]) -> Iterator[ByteRange]:
@@ -233,6 +245,12 @@ class RemoteHistory:
             page = page_from(page.next)
         if length:
             yield ByteRange(at, length)
+
+    def _following(self, start: int, following: int | None) -> int | None:
+        """Where the page behind the one from `start` on begins. ProtocolError unless that is farther on."""
+        if following is not None and following <= start:
+            raise self._link.broken(f"a page from {start} on is followed by one from {following} on")
+        return following
 
     # -- moments that stay -------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from dedup.errors import Damaged, MomentGone, RewindError, WouldBlock
 from dedup.image import room_for
 from dedup.layout import LEAF_BLOCKS
 from dedup.pointer_map import Addresses
-from dedup.types import BLOCK_BYTES
+from dedup.types import BLOCK_BYTES, TimeNs
 from replication import history_queries as said
 from replication.block_cache import BlockCache, Mask
 from replication.errors import LinkDown
@@ -116,6 +116,7 @@ class RemoteImage:
     def __init__(self, blocks: RemoteBlocks, volume: int, found: said.ImageFound, generation: int) -> None:
         """`found` in the session of that number."""
         self.size = found.size
+        self.time = TimeNs(found.time)
         self.label = found.label
         self._blocks = blocks
         self._link = blocks.link
@@ -161,6 +162,8 @@ class RemoteImage:
         while not found.final:
             question = said.NextData(self._volume, self._found.seq, found.offset)
             found = self._in_one_session(lambda session: self._link.ask(question, said.At, session))  # noqa: B023
+            if not found.final and found.offset <= question.offset:
+                raise self._link.broken(f"no data between {question.offset} and {found.offset}")
         return found.offset
 
     def allocated(self) -> int:

@@ -22,6 +22,8 @@ from dedup.pins import ReaderPins
 from dedup.reader import GroupReader, StoreReader
 from dedup.store import Store
 from dedup.types import BLOCK_BYTES, ContainerId, Extent, Resize, Seq, VolumeId, Write
+from fusefs.snapshot_mount import _image_of
+from fusefs.snapshot_tree import SnapshotFile
 from replication import history_answers
 from replication import history_queries as said
 from replication.block_cache import CACHE_BYTES_MIN, BlockCache
@@ -378,6 +380,9 @@ def test_a_store_put_back_to_an_older_copy(tmp_path: Path, monkeypatch: pytest.M
     image = remote.history.image(world.volume, seen)
     first = image.read(0, image.size)
     assert first == world.content(seen)
+    node = SnapshotFile(remote.history.group_at(seen).volume("a.img"), remote.history.resolve(f"seq={seen}"))
+    assert _image_of(remote.history, node).read(0, image.size) == first
+    remote.history.hold(seen)
     store.close()
 
     store = go_on(tmp_path / "copy", 2, 1_000_000)
@@ -387,6 +392,11 @@ def test_a_store_put_back_to_an_older_copy(tmp_path: Path, monkeypatch: pytest.M
         image.read(0, 4096, wait=False)
     with pytest.raises(MomentGone):
         image.read(0, 4096)
+    with pytest.raises(MomentGone, match="another moment now than the one that is held"):
+        remote.history.image(world.volume, seen)
+    remote.history.release(seen)
+    with pytest.raises(MomentGone, match="another moment now, in another copy"):
+        _image_of(remote.history, node)  # a file that the kernel has in mind is not another one's bytes from now on
     again = remote.history.image(world.volume, seen)
     assert again.read(0, again.size) == world.content(seen)
     remote.close()
@@ -431,6 +441,42 @@ LIES: dict[str, Callable[[Any], Any]] = {
     "a hole": lambda found: replace(found, marks=bytes(16) + found.marks[16:], data=found.data[4096:]),
     "damage": lambda found: replace(found, damage=((0, "gone"),)),
 }
+
+
+def test_pages_that_lead_nowhere_are_refused(
+    small: SmallHistory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = remote_of(answers_over(small.store, GROUP, None), tmp_path)
+    far, seq = remote.history, Seq(small.moments["late"])
+
+    def again(_question: Question, answer: Answer) -> Answer:
+        if isinstance(answer, said.At):
+            return replace(answer, offset=0, final=False)
+        if isinstance(answer, said.NamesPage | said.PathsPage | said.GroupsPage | said.Ranges):
+            return replace(answer, next=0)
+        return answer
+
+    def nothing(question: Question, answer: Answer) -> Answer:
+        if isinstance(question, said.Groups):
+            return replace(answer, groups=() if question.start else answer.groups, next=1)  # type: ignore[call-arg]
+        return answer
+
+    image = far.image(small.disk, seq)
+    remote.link.mangle = again
+    for call in (
+        far.snapshots,
+        far.paths,
+        lambda: far.group_at(seq),
+        lambda: far.differing(None, (small.disk, seq)),
+        lambda: image.next_data(0),
+    ):
+        with pytest.raises(ProtocolError):
+            call()
+    remote.link.mangle = nothing
+    with pytest.raises(ProtocolError, match="0 moments for one"):
+        far.group_at(seq)
+    assert remote.link.breaks == 6
+    remote.close()
 
 
 @pytest.mark.parametrize("lie", LIES)
