@@ -65,11 +65,11 @@ def forget_names(group: GroupWriter, now: TimeNs) -> None:
             group.delete_snapshot(name)
 
 
-def commit_piece(group: GroupWriter, folded: Folded) -> bool:
+def commit_piece(group: GroupWriter, folded: Folded) -> bool | None:
     """Puts a folded piece in the place of what it was made of; durable when it returns.
 
-    False, and nothing changed, when a reader needs a moment in it, or one got a name after it was folded. Damaged,
-    StoreFull: nothing changed either.
+    False, and nothing changed, when a reader needs a moment in it, or one got a name after it was folded; None when a
+    reader is just pinning: try the same again soon, or `discard_pieces`. Damaged, StoreFull: nothing changed either.
     StoreFailed: the store has to be opened anew, which finishes it or finds nothing of it.
     """
     store, directory = group.store, group.directory
@@ -86,6 +86,7 @@ def commit_piece(group: GroupWriter, folded: Folded) -> bool:
         barrier = PinBarrier(store.storage, store.path)
         try:
             with barrier.shut() as pinned:
+                unknown = pinned is None
                 if pinned is None or _named_since(group, folded) or _in_use(group, folded.piece, pinned):
                     manifest = before
                 else:
@@ -98,8 +99,16 @@ def commit_piece(group: GroupWriter, folded: Folded) -> bool:
     except (Damaged, StoreFull):
         remove_dead(store.storage, directory, before)
         raise
+    if unknown:
+        return None
     remove_dead(store.storage, directory, manifest)
     return manifest is not before
+
+
+def discard_pieces(group: GroupWriter) -> None:
+    """Removes what was folded and not committed. StoreFailed."""
+    store, directory = group.store, group.directory
+    remove_dead(store.storage, directory, read_manifest(store.storage, directory))
 
 
 def _commit(group: GroupWriter, folded: Folded, manifest: Manifest) -> None:
@@ -159,6 +168,7 @@ def consolidate(group: GroupWriter, policy: Policy, now: TimeNs) -> Outcome:
         if commit_piece(group, folded):
             outcome += Outcome(1, folded.freed_bytes)
         else:
+            discard_pieces(group)
             postponed.add(folded.piece.stretch.last)
 
 

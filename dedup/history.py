@@ -47,6 +47,10 @@ class PastImage(Protocol):
         """In bytes."""
 
     @property
+    def time(self) -> TimeNs:
+        """Of its moment: tells it from another one of that seq, in an older copy of the store that was put back."""
+
+    @property
     def label(self) -> str:
         """Volume and moment, for messages."""
 

@@ -12,7 +12,7 @@ from dedup.errors import Damaged, WouldBlock
 from dedup.layout import LEAF_BLOCKS
 from dedup.pointer_map import Addresses
 from dedup.synthesis import VolumePointers
-from dedup.types import BLOCK_BYTES, HOLE
+from dedup.types import BLOCK_BYTES, HOLE, TimeNs
 
 
 def room_for(length: int) -> int:
@@ -27,13 +27,21 @@ class Image:
     """
 
     def __init__(
-        self, index: Index, pool: ContainerPool, lock: threading.Lock, pointers: VolumePointers, size: int, label: str
+        self,
+        index: Index,
+        pool: ContainerPool,
+        lock: threading.Lock,
+        pointers: VolumePointers,
+        size: int,
+        time: TimeNs,
+        label: str,
     ) -> None:
         self._index = index
         self._pool = pool
         self._lock = lock
         self._pointers = pointers
         self.size = size
+        self.time = time
         self.label = label
 
     def read(self, offset: int, length: int, *, wait: bool = True) -> bytes:

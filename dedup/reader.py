@@ -342,8 +342,9 @@ class GroupReader:
         if state is None:
             raise UnknownName(f"group {self.name} had no volume {volume} at seq={seq}")
         pointers = self._pointers(dated, volume)
-        label = f"{state.path} at seq={dated.view.state.held}"
-        return Image(self._store.index, self._store.pool, self._store.lock, pointers, state.size, label)
+        then = dated.view.state
+        label = f"{state.path} at seq={then.held}"
+        return Image(self._store.index, self._store.pool, self._store.lock, pointers, state.size, then.time, label)
 
     def pointers(self, volume: VolumeId, seq: Seq) -> VolumePointers:
         """The volume's pointers at `seq`, for which the same holds as for `image`."""

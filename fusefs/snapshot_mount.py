@@ -30,7 +30,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
-from dedup.errors import BadTime, Damaged, MomentRefused, UnknownName
+from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, UnknownName
 from dedup.history import History, PastImage
 from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq
 from fusefs.errors import fuse_error, handler
@@ -463,6 +463,8 @@ def _image_of(reader: History, node: SnapshotFile | ImageDirectory) -> PastImage
     """MomentGone where history has nothing of exactly that moment."""
     image = reader.image(node.state.volume, node.moment.seq)
     reader.require(node.moment.seq)
+    if image.time != node.moment.time:
+        raise MomentGone(f"{image.label} is another moment now, in another copy of the store; look it up again")
     return image
 
 

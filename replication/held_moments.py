@@ -51,6 +51,12 @@ class HeldMoments:
             moment.uses += 1
             return True
 
+    def time_of(self, seq: Seq) -> TimeNs | None:
+        """Of the moment of that seq that is held, gone or not; None when there is none."""
+        with self._lock:
+            moment = self._moments.get(seq)
+            return None if moment is None else moment.time
+
     def began(self, seq: Seq, time: TimeNs, generation: int) -> bool | None:
         """The session of that number holds it now: True when it is the first to. False: it was held already, and this
         hold is one too many there. None: that session is not the one in use; nothing is held."""

@@ -27,6 +27,7 @@ from dedup.reader import GroupReader, StoreReader
 from dedup.types import BLOCK_BYTES, HOLE, Address, Seq, Snapshot, TimeNs, VolumeId
 from replication import history_queries as said
 from replication.history_queries import PAGE_BYTES, Answer, Question
+from replication.hold_pace import HoldPace
 from replication.messages import FINGERPRINT_BYTES
 
 IMAGES_MAX: Final = 16
@@ -71,6 +72,7 @@ class HistoryAnswers:
         """For the group's reader, which is not for two threads at once."""
         self._images: OrderedDict[tuple[int, int], _Opened] = OrderedDict()
         self._holds: Counter[int] = Counter()
+        self._pace = HoldPace()
         self._names: list[Snapshot] = []
         self._paths: tuple[frozenset[str], int, list[str]] = (frozenset(), 0, [])
         self._walk: _Walk | None = None
@@ -88,7 +90,7 @@ class HistoryAnswers:
                 case said.Hold(seq):
                     return self._hold(Seq(seq))
                 case said.Allocated(volume, seq):
-                    return said.AllocatedFound(self._opened(volume, seq).image.allocated())
+                    return self._through(volume, seq, lambda opened: said.AllocatedFound(opened.image.allocated()))
                 case said.NextData(volume, seq, offset):
                     return self._through(volume, seq, lambda opened: _next_data(opened.image, offset))
                 case _:
@@ -122,6 +124,8 @@ class HistoryAnswers:
             case said.Release(seq):
                 if self._holds[seq]:
                     self._holds[seq] -= 1
+                    if not self._holds[seq]:
+                        del self._holds[seq]
                     group.release(Seq(seq))
                 return said.Done()
             case said.Require(seq):
@@ -171,6 +175,9 @@ class HistoryAnswers:
         walk = self._walk
         if walk is None or walk.sides != (old, new) or walk.at != start or not start:
             sides = [None if side is None else (VolumeId(side[0]), Seq(side[1])) for side in (old, new)]
+            for side in sides:
+                if side is not None:
+                    self._group.require(side[1])
             walk = _Walk((old, new), self._group.differing(sides[0], sides[1], start), start)
         self._walk = None
         page = [(found.offset, found.length) for found in islice(walk.ranges, RANGES_PER_PAGE)]
@@ -181,19 +188,15 @@ class HistoryAnswers:
 
     def _hold(self, seq: Seq) -> Answer:
         # Whoever waits for the writer, which is changing history, has no turn meanwhile.
-        self._group.enter()
-        try:
-            with self._turn:
-                if sum(self._holds.values()) >= HOLDS_MAX:
-                    return said.Refused("StoreBusy", f"{HOLDS_MAX} moments are held already; close some files")
-                self._group.hold(seq)
-                self._holds[seq] += 1
-                # Made before it was held, an image would end with the next thinning.
-                for key in [key for key in self._images if key[1] == seq]:
-                    del self._images[key]
-                return said.Held(self._group.view(seq).state.time)
-        finally:
-            self._group.leave()
+        with self._pace.inside(self._group.enter, self._group.leave), self._turn:
+            if sum(self._holds.values()) >= HOLDS_MAX:
+                return said.Refused("StoreBusy", f"{HOLDS_MAX} moments are held already; close some files")
+            self._group.hold(seq)
+            self._holds[seq] += 1
+            # Made before it was held, an image would end with the next thinning.
+            for key in [key for key in self._images if key[1] == seq]:
+                del self._images[key]
+            return said.Held(self._group.view(seq).state.time)
 
     # -- images ------------------------------------------------------------------------------------------------------
 

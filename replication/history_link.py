@@ -3,7 +3,7 @@
 Invariants:
 - one thread with its own trio loop has the connection; any other thread asks, and waits for its own answer;
 - a question goes out as soon as it is asked, QUERIES_OPEN_MAX of them side by side; when a session ends before they are
-  answered, those bound to it fail with SessionChanged, the others are asked again in the next one;
+  answered, those bound to it fail with SessionChanged, the others are asked again in the next one, SESSIONS_MAX times;
 - a new session is used once it holds what is held (`held_moments`), and only of the same store;
 - bounded: nobody waits longer than `patience` and one attempt to connect while there is no link, nor than
   ANSWER_SECONDS in all.
@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from dedup.errors import RewindError, StoreError
+from dedup.errors import MomentGone, RewindError, StoreError
 from dedup.types import Epoch, Seq, TimeNs
 from replication.errors import HandshakeRefused, LinkDown, ProtocolError
 from replication.held_moments import HeldMoments
@@ -49,6 +49,8 @@ PATIENCE_SECONDS: Final = 30.0
 """How long a question waits for a link that is down."""
 ANSWER_SECONDS: Final = 120.0
 """How long a question may take in all: a hold waits up to a minute for the writer."""
+SESSIONS_MAX: Final = 8
+"""How often a question is asked anew because its session ended."""
 RETRY_SECONDS_MIN: Final = 0.05
 RETRY_SECONDS_MAX: Final = 2.0
 STEADY_SECONDS: Final = 5.0
@@ -73,12 +75,14 @@ class OtherStore(StoreError):
 class _Asked:
     """A question that somebody waits for."""
 
-    __slots__ = ("body", "forgotten", "future", "generation")
+    __slots__ = ("body", "forgotten", "future", "generation", "sessions")
 
     def __init__(self, question: Question, generation: int | None) -> None:
         self.body = question_bytes(question)
         self.generation = generation
         self.future: Future[bytes | memoryview] = Future()
+        self.sessions = 0
+        """That ended before they answered it."""
         self.forgotten = False
         """Nobody waits any more."""
 
@@ -160,11 +164,15 @@ class HistoryLink:
             if isinstance(answer, Refused):
                 raise error_of(answer)
             if not isinstance(answer, kind):
-                raise ProtocolError(f"{type(answer).__name__} instead of {kind.__name__}")
+                raise _other_kind(answer, kind)
         except ProtocolError as error:
             self._call(self._break, str(error))
             raise ProtocolError(f"{self.address}: {error}") from error
         return answer
+
+    def unsettled(self) -> LinkDown:
+        """SESSIONS_MAX sessions ended before they answered a question. The error to be raised."""
+        return LinkDown(f"{self.address}: {SESSIONS_MAX} sessions in a row ended before they answered")
 
     def broken(self, error: str) -> ProtocolError:
         """What the peer said cannot be: the session ends. The error to be raised."""
@@ -316,10 +324,14 @@ class HistoryLink:
         seqs = self.held.missing(held)
         answers = await self._exchange(connection, session, [Hold(seq) for seq in seqs])
         for seq, answer in zip(seqs, answers, strict=True):
-            time = TimeNs(answer.time) if isinstance(answer, Held) else None
-            if time is not None:
+            if isinstance(answer, Held):
                 held.add(seq)
-            self.held.settle(seq, time)
+                self.held.settle(seq, TimeNs(answer.time))
+            elif isinstance(answer, Refused) and isinstance(error := error_of(answer), MomentGone):
+                log.warning("%s: %s", self.address, error)
+                self.held.settle(seq, None)
+            else:  # not held, and not gone either
+                raise error_of(answer) if isinstance(answer, Refused) else _other_kind(answer, Held)
 
     async def _exchange(self, connection: Connection, session: Session, questions: list[Question]) -> list[Answer]:
         """The answers to a few questions, before anybody else's are asked in the session."""
@@ -391,16 +403,23 @@ class HistoryLink:
         for asked in sent.values():
             if asked.forgotten:
                 continue
-            if asked.generation is None:
-                again.append(asked)
-            else:
+            asked.sessions += 1
+            if asked.generation is not None:
                 asked.future.set_exception(SessionChanged())
+            elif asked.sessions < SESSIONS_MAX:
+                again.append(asked)
+            else:  # it may be what ends them
+                asked.future.set_exception(self.unsettled())
         self._waiting.extendleft(reversed(again))
 
     def _fail_all(self, error: RewindError) -> None:
         waiting, self._waiting = self._waiting, deque()
         for asked in waiting:
             asked.future.set_exception(error)
+
+
+def _other_kind(answer: Answer, kind: type) -> ProtocolError:
+    return ProtocolError(f"{type(answer).__name__} instead of {kind.__name__}")
 
 
 async def _next(connection: Connection, session: Session) -> Message:

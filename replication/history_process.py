@@ -20,9 +20,9 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -101,7 +101,7 @@ class HistoryProcesses:
     @asynccontextmanager
     async def reading(self, group: str, peer: Peer | None, *, local: bool) -> AsyncIterator[HistoryReader]:
         """A child that reads that group, while the block runs. `local`: answers are not worth compressing. Refused when
-        there are too many."""
+        there are too many, or the system has no room for one more."""
         who = "" if peer is None else str(peer.fingerprint)
         if self._running.total() >= CHILDREN_MAX or (who and self._running[who] >= PEER_CHILDREN_MAX):
             raise Refused(
@@ -116,10 +116,11 @@ class HistoryProcesses:
 
     @asynccontextmanager
     async def _child(self, group: str, *, local: bool) -> AsyncIterator[HistoryReader]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with _within_limits():
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         connection = SocketConnection(ours)
         async with connection:
-            with theirs:
+            with theirs, _within_limits():
                 # A session of its own: Ctrl-C on the terminal is for the appliance, at whose end the child ends too.
                 process: trio.Process = await trio.lowlevel.open_process(
                     [*python_module("replication.history_process"), str(self._store), group]
@@ -139,6 +140,16 @@ class HistoryProcesses:
                     if process.returncode is None:
                         process.kill()
                         await process.wait()
+
+
+@contextmanager
+def _within_limits() -> Iterator[None]:
+    """Refused where the system gives no process or descriptor more: the writer goes on without this reader."""
+    try:
+        yield
+    except OSError as error:
+        log.error("no process can be started for a reader: %s", error)
+        raise Refused(f"the appliance cannot start a process for a reader: {error}", ErrorCode.UNAVAILABLE) from error
 
 
 class _Child:

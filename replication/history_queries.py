@@ -111,7 +111,7 @@ class NextData(_Body, frozen=True, tag="next-data"):
 
 
 class Differing(_Body, frozen=True, tag="differing"):
-    """Where two images differ, from offset `start` on. Answer: Ranges."""
+    """Where two images, at exactly their seqs, differ, from offset `start` on. Answer: Ranges."""
 
     old: Side | None
     new: Side | None
@@ -296,6 +296,15 @@ _KINDS: Final[dict[str, type[RewindError]]] = {
         errors.UnknownName,
     )
 }
+
+
+def can_be_said(text: str) -> bool:
+    """Whether a question may have this text; no TIME and no name in a store is one that may not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return len(text) <= TEXT_CHARACTERS_MAX
 
 
 def question_bytes(question: Question) -> bytes:

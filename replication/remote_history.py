@@ -13,16 +13,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Final
 
-from dedup.errors import StoreBusy
+from dedup.errors import BadTime, MomentGone, StoreBusy
 from dedup.history import ByteRange, GroupMoment
 from dedup.types import Moment, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 from replication import history_queries as said
 from replication.block_cache import BlockCache
 from replication.checks import Malformed, check_state
-from replication.errors import LinkDown
-from replication.history_link import HistoryLink, SessionChanged
+from replication.history_link import SESSIONS_MAX, HistoryLink, SessionChanged
 from replication.history_queries import GROUPS_PER_QUERY_MAX
-from replication.remote_image import SESSIONS_MAX, RemoteBlocks, RemoteImage
+from replication.remote_image import RemoteBlocks, RemoteImage
 
 GROUPS_VOLUMES_MAX: Final = 20_000
 """Volume states kept of moments that were listed, some 200 bytes each."""
@@ -86,7 +85,7 @@ class RemoteHistory:
                 continue
             self._listed = [snapshot.seq for snapshot in found]
             return found
-        raise self._unsettled()
+        raise self._link.unsettled()
 
     def _snapshots(self, session: int) -> list[Snapshot]:
         found: list[Snapshot] = []
@@ -94,10 +93,12 @@ class RemoteHistory:
         while start is not None:
             page = self._link.ask(said.Names(start), said.NamesPage, session)
             found += page.snapshots
-            start = page.next
+            start = self._following(start, page.next)
         return found
 
     def snapshot(self, name: str) -> Snapshot | None:
+        if not said.can_be_said(name):
+            return None
         found = self._link.ask(said.Name(name), said.NamesPage).snapshots
         return found[0] if found else None
 
@@ -107,7 +108,7 @@ class RemoteHistory:
                 return self._all_paths(self._link.generation)
             except SessionChanged:
                 continue
-        raise self._unsettled()
+        raise self._link.unsettled()
 
     def _all_paths(self, session: int) -> frozenset[str]:
         of_session, version, paths = self._paths
@@ -116,15 +117,19 @@ class RemoteHistory:
         if page.version == known:
             return paths
         found, version = set(page.paths), page.version
-        while page.next is not None:
-            page = self._link.ask(said.Paths(0, page.next), said.PathsPage, session)
+        start = self._following(0, page.next)
+        while start is not None:
+            page = self._link.ask(said.Paths(0, start), said.PathsPage, session)
             found.update(page.paths)
+            start = self._following(start, page.next)
         if found != paths:
             paths = frozenset(found)
         self._paths = session, version, paths
         return paths
 
     def resolve(self, text: str, *, now: TimeNs | None = None) -> Moment:
+        if not said.can_be_said(text):
+            raise BadTime(f"{text[:40]!r} is no TIME: it is too long, or no text")
         moment = self._link.ask(said.Resolve(text, now), said.Resolved).moment
         self.refresh()
         return moment
@@ -142,7 +147,7 @@ class RemoteHistory:
                 return self._ask_for_group(seq, self._link.generation)
             except SessionChanged:
                 continue
-        raise self._unsettled()
+        raise self._link.unsettled()
 
     def _ask_for_group(self, seq: Seq, session: int) -> GroupMoment:
         seqs = [seq, *(other for other in self._listed_after(seq) if other not in self._groups)]
@@ -167,8 +172,12 @@ class RemoteHistory:
     def _rest_of_group(self, seq: Seq, page: said.GroupsPage, session: int) -> GroupMoment:
         """All pages of a group with many volumes."""
         moment, volumes = page.groups[0].moment, list(page.groups[0].volumes)
-        while page.next is not None:
-            page = self._link.ask(said.Groups((seq,), page.next), said.GroupsPage, session)
+        start = self._following(0, page.next)
+        while start is not None:
+            page = self._link.ask(said.Groups((seq,), start), said.GroupsPage, session)
+            if len(page.groups) != 1:
+                raise self._link.broken(f"{len(page.groups)} moments for one")
+            start = self._following(start, page.next)
             if page.groups[0].moment != moment:
                 raise StoreBusy(f"group {self.name}: history was thinned out while seq={seq} was read; try again")
             volumes += page.groups[0].volumes
@@ -202,34 +211,35 @@ class RemoteHistory:
                 found = self._link.ask(said.ImageAt(volume, seq), said.ImageFound, session)
             except SessionChanged:
                 continue
-            return RemoteImage(self._blocks, volume, found, session)
-        raise self._unsettled()
+            image = RemoteImage(self._blocks, volume, found, session)
+            held = self._link.held.time_of(seq)
+            if held is not None and image.time != held:
+                raise MomentGone(f"{image.label} is another moment now than the one that is held; look it up again")
+            return image
+        raise self._link.unsettled()
 
     def differing(
         self, old: tuple[VolumeId, Seq] | None, new: tuple[VolumeId, Seq] | None, start: int = 0
     ) -> Iterator[ByteRange]:
         images = [None if side is None else self.image(*side) for side in (old, new)]
-        first = self._ranges(old, new, images, start)
-        return self._all_ranges(first, lambda following: self._ranges(old, new, images, following))
+        first = self._ranges(images, start)
+        return self._all_ranges(first, lambda following: self._ranges(images, following))
 
-    def _ranges(
-        self,
-        old: tuple[VolumeId, Seq] | None,
-        new: tuple[VolumeId, Seq] | None,
-        images: list[RemoteImage | None],
-        start: int,
-    ) -> said.Ranges:
+    def _ranges(self, images: list[RemoteImage | None], start: int) -> said.Ranges:
         """A page, of the very images that the comparison began with."""
+        old, new = (None if image is None else image.side for image in images)
         for _ in range(SESSIONS_MAX):
             session = self._link.generation
             try:
                 for image in images:
                     if image is not None:
                         image.look_up_again(session)
-                return self._link.ask(said.Differing(old, new, start), said.Ranges, session)
+                page = self._link.ask(said.Differing(old, new, start), said.Ranges, session)
             except SessionChanged:
                 continue
-        raise self._unsettled()
+            self._following(start, page.next)
+            return page
+        raise self._link.unsettled()
 
     def _all_ranges(self, page: said.Ranges, page_from: Callable[[int], said.Ranges]) -> Iterator[ByteRange]:
         at, length = 0, 0
@@ -246,6 +256,12 @@ class RemoteHistory:
             page = page_from(page.next)
         if length:
             yield ByteRange(at, length)
+
+    def _following(self, start: int, following: int | None) -> int | None:
+        """Where the page behind the one from `start` on begins. ProtocolError unless that is farther on."""
+        if following is not None and following <= start:
+            raise self._link.broken(f"a page from {start} on is followed by one from {following} on")
+        return following
 
     # -- moments that stay -------------------------------------------------------------------------------------------
 
@@ -264,7 +280,7 @@ class RemoteHistory:
                 self._link.tell(said.Release(seq))
             if first is not None:
                 return
-        raise self._unsettled()
+        raise self._link.unsettled()
 
     def hold_again(self, seq: Seq) -> bool:
         return self._link.held.again(seq)
@@ -282,6 +298,3 @@ class RemoteHistory:
 
     def leave(self) -> None:
         """Nothing."""
-
-    def _unsettled(self) -> LinkDown:
-        return LinkDown(f"{self._link.address}: {SESSIONS_MAX} sessions in a row ended before they answered")

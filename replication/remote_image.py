@@ -23,11 +23,11 @@ from dedup.errors import Damaged, MomentGone, RewindError, WouldBlock
 from dedup.image import room_for
 from dedup.layout import LEAF_BLOCKS
 from dedup.pointer_map import Addresses
-from dedup.types import BLOCK_BYTES
+from dedup.types import BLOCK_BYTES, TimeNs
 from replication import history_queries as said
 from replication.block_cache import BlockCache, Mask
 from replication.errors import LinkDown
-from replication.history_link import HistoryLink, SessionChanged
+from replication.history_link import SESSIONS_MAX, HistoryLink, SessionChanged
 from replication.history_queries import FETCH_BLOCKS_MAX, addresses_of, marks_array
 from replication.read_ahead import ReadAhead
 
@@ -41,8 +41,6 @@ AHEAD_CHUNKS_MAX: Final = 24
 """Chunks of FETCH_BLOCKS_MAX blocks that are fetched ahead at a time, or wait for it."""
 FETCHERS: Final = 8
 """Of them, on their way at a time: what a link of 80 MB/s and 0.1 s holds."""
-SESSIONS_MAX: Final = 8
-"""How often one read begins anew because its session ended."""
 
 _T = TypeVar("_T")
 _Leaf = tuple[int, int, int, int]
@@ -118,6 +116,7 @@ class RemoteImage:
     def __init__(self, blocks: RemoteBlocks, volume: int, found: said.ImageFound, generation: int) -> None:
         """`found` in the session of that number."""
         self.size = found.size
+        self.time = TimeNs(found.time)
         self.label = found.label
         self._blocks = blocks
         self._link = blocks.link
@@ -127,6 +126,11 @@ class RemoteImage:
         self._one_asks = threading.Lock()
         """For pointers: who needs the same ones waits for them."""
         self._reading = ReadAhead()
+
+    @property
+    def side(self) -> said.Side:
+        """What a comparison is asked for by."""
+        return self._volume, self._found.seq
 
     def read(self, offset: int, length: int, *, wait: bool = True) -> bytes:
         length = min(length, self.size - offset)
@@ -158,6 +162,8 @@ class RemoteImage:
         while not found.final:
             question = said.NextData(self._volume, self._found.seq, found.offset)
             found = self._in_one_session(lambda session: self._link.ask(question, said.At, session))  # noqa: B023
+            if not found.final and found.offset <= question.offset:
+                raise self._link.broken(f"no data between {question.offset} and {found.offset}")
         return found.offset
 
     def allocated(self) -> int:

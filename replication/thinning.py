@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import random
 import time
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from dedup.consolidation import SegmentAges, plan
-from dedup.consolidator import Outcome, commit_piece, forget_names, history_of
+from dedup.consolidation import Folded, SegmentAges, plan
+from dedup.consolidator import Outcome, commit_piece, discard_pieces, forget_names, history_of
 from dedup.journal_reader import SegmentFile, chain
 from dedup.retention import Policy
 from dedup.types import Seq, TimeNs
@@ -35,6 +36,8 @@ SEGMENT_SECONDS: Final = 600.0
 """For how long a segment is appended to before it is completed: history is thinned so much later than it may be."""
 WINDOWED_SECONDS_MIN: Final = 30.0
 """The same at least where IOs go to a windowed data journal: for as long as its window."""
+COMMIT_TRIES: Final = 64
+COMMIT_PAUSE_SECONDS_MAX: Final = 0.03
 _SECOND_NS: Final = 1_000_000_000
 
 
@@ -112,7 +115,7 @@ class Thinning:
                 folded = reply.folded
                 if folded is None:
                     break
-                if await self._writer.run(commit_piece, group, folded):
+                if await self._commit(group, folded):
                     outcome += Outcome(1, folded.freed_bytes)
                 else:
                     postponed = (*postponed, folded.piece.stretch.last)
@@ -120,6 +123,18 @@ class Thinning:
             done = "group %s: %d pieces of history thinned, %d bytes less"
             log.info(done, group.name, outcome.pieces, outcome.freed_bytes)
         return replace(outcome, postponed=len(postponed))
+
+    async def _commit(self, group: GroupWriter, folded: Folded) -> bool:
+        """Whether the piece took its place. It cannot while a reader is just pinning, which may be nearly always: so it
+        is tried often, and at no regular times."""
+        for _ in range(COMMIT_TRIES):
+            done = await self._writer.run(commit_piece, group, folded)
+            if done is not None:
+                return done
+            await trio.sleep(random.uniform(0.0, COMMIT_PAUSE_SECONDS_MAX))
+        log.warning("group %s: readers look moments up all the time, and keep history from being thinned", group.name)
+        await self._writer.run(discard_pieces, group)
+        return False
 
 
 def _is_due(group: GroupWriter, policy: Policy, now: TimeNs, watched: _Watched) -> bool:

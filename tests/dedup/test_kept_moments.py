@@ -11,7 +11,7 @@ import pytest
 
 from dedup import group_writer
 from dedup.consolidation import Folded, fold_next
-from dedup.consolidator import commit_piece, history_of
+from dedup.consolidator import commit_piece, discard_pieces, history_of
 from dedup.errors import Damaged, StoreFailed
 from dedup.journal_reader import first_position
 from dedup.layout import RAW_SLOTS_OFFSET, container_of, container_path, slot_of
@@ -52,6 +52,27 @@ def test_a_moment_that_is_named_after_the_fold_stays(world: World) -> None:
     folded = fold_first(world)
     assert commit_piece(world.group, folded)
     assert {*seqs[5:14]} <= {*world.kept()}
+    world.check()
+
+
+def test_a_piece_that_a_reader_keeps_out_can_be_tried_again(world: World) -> None:
+    world.write(70, 7 * SECOND)
+    world.passes(3 * HOUR_NS)
+    pins = ReaderPins.open(world.path, Storage())
+    for takes_place in (False, True):
+        folded = fold_first(world)
+        before = sorted(world.group.directory.iterdir())
+        with pins.inside():
+            assert commit_piece(world.group, folded) is None
+        assert sorted(world.group.directory.iterdir()) == before
+        if takes_place:
+            assert commit_piece(world.group, folded)
+        else:
+            discard_pieces(world.group)
+            assert len(list(world.group.directory.iterdir())) < len(before)
+    with pins.inside():
+        assert not world.consolidate().pieces
+    pins.close()
     world.check()
 
 

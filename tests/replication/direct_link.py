@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from dedup.types import Seq, TimeNs
-from replication.errors import ProtocolError
+from replication.errors import LinkDown, ProtocolError
 from replication.held_moments import HeldMoments
 from replication.history_answers import HistoryAnswers
 from replication.history_link import SessionChanged
@@ -78,6 +78,9 @@ class DirectLink:
     def tell(self, question: Question) -> None:
         assert isinstance(question, Release)
         self._answers.answer(question)
+
+    def unsettled(self) -> LinkDown:
+        return LinkDown("unsettled")
 
     def broken(self, error: str) -> ProtocolError:
         self.breaks += 1

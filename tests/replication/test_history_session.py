@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
-from collections.abc import AsyncIterator
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -191,6 +194,27 @@ async def test_groups_that_are_not_there_and_too_many_readers(
             assert isinstance(await one.hear(), Result)
             (child,) = children()
             os.kill(child, signal.SIGSTOP)  # one that cannot leave is killed
+        await none_left(path)
+
+
+async def test_no_room_for_a_process(store_path: tuple[Path, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that session's end, and not the appliance's."""
+    path, _ = store_path
+    query = Query(1, said.question_bytes(said.Refresh()))
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with served(path, f"unix:{path}/s") as (address,):
+        for place, name, fault in ((sys, "executable", str(path / "none")), (socket, "socketpair", full)):
+            async with reader(address) as one:
+                with monkeypatch.context() as patched:
+                    patched.setattr(place, name, fault)
+                    await one.say(query)
+                    failure = await one.failure()
+                assert failure.code is ErrorCode.UNAVAILABLE and "cannot start a process" in failure.text
+        async with reader(address) as one:
+            assert isinstance(await one.answer(1, said.Refresh()), said.Refreshed)
         await none_left(path)
 
 
@@ -402,12 +426,12 @@ async def test_nobody_there_and_an_older_appliance(tmp_path: Path) -> None:
     await listener.aclose()
 
 
-async def test_a_peer_that_lies_is_left_and_tried_again(tmp_path: Path) -> None:
-    """What it said is not used: who asked is told, the session ends, and the next one is as good as any."""
-    listener = await listen(f"unix:{tmp_path}/s")
-    fine = said.answer_bytes(said.Refreshed("g", 7, (1, 1)), compress=False)
-    lies: list[bytes] = [b"x" * 40, bytes(fine[:-1]), bytes(said.answer_bytes(said.Done(), compress=False))]
-    link = HistoryLink("there", partial(connect_unix, tmp_path / "s"), None)
+@asynccontextmanager
+async def scripted(
+    socket: Path, answer: Callable[[int, int, said.Question], said.Answer | bytes]
+) -> AsyncIterator[None]:
+    """Answers Queries there with what is made of the session's number, the question's number in it, and the question;
+    no bytes end the session."""
 
     async def received(connection: Connection) -> bytes:
         try:
@@ -415,28 +439,55 @@ async def test_a_peer_that_lies_is_left_and_tried_again(tmp_path: Path) -> None:
         except LinkDown:
             return b""
 
+    async def converse(connection: Connection, number: int) -> None:
+        session = Session(Side.SERVER)
+        asked = 0
+        while data := await received(connection):
+            session.receive_data(data)
+            while (message := session.next_event()) is not None:
+                if isinstance(message, Hello):
+                    await connection.send(session.send(WELCOME))
+                elif isinstance(message, Query):
+                    asked += 1
+                    found = answer(number, asked, said.question_of(message.body))
+                    body = found if isinstance(found, bytes) else said.answer_bytes(found, compress=False)
+                    if not body:
+                        return
+                    await connection.send(session.send(Result(message.id, body)))
+
     async def serve() -> None:
-        welcome = Welcome(
-            PROTOCOL_VERSION, "s", Epoch(0), Seq(0), Seq(0), TimeNs(0), ClockRun(0), False, False, VolumeId(0), b""
-        )
+        number = 0
         while True:
             async with await listener.accept() as connection:
-                session = Session(Side.SERVER)
-                asked = 0
-                while data := await received(connection):
-                    session.receive_data(data)
-                    while (message := session.next_event()) is not None:
-                        if isinstance(message, Hello):
-                            await connection.send(session.send(welcome))
-                        elif isinstance(message, Query):
-                            asked += 1
-                            # The first one of a session is the link's own.
-                            body = lies.pop() if asked > 1 and lies else fine
-                            await connection.send(session.send(Result(message.id, body)))
+                number += 1
+                await converse(connection, number)
 
-    in_thread = trio.to_thread.run_sync
+    listener = await listen(f"unix:{socket}")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve)
+        yield
+        nursery.cancel_scope.cancel()
+    await listener.aclose()
+
+
+WELCOME = Welcome(
+    PROTOCOL_VERSION, "s", Epoch(0), Seq(0), Seq(0), TimeNs(0), ClockRun(0), False, False, VolumeId(0), b""
+)
+REFRESHED = said.Refreshed("g", 7, (1, 1))
+
+
+async def test_a_peer_that_lies_is_left_and_tried_again(tmp_path: Path) -> None:
+    """What it said is not used: who asked is told, the session ends, and the next one is as good as any."""
+    fine = said.answer_bytes(REFRESHED, compress=False)
+    lies: list[bytes] = [b"x" * 40, bytes(fine[:-1]), bytes(said.answer_bytes(said.Done(), compress=False))]
+    link = HistoryLink("there", partial(connect_unix, tmp_path / "s"), None)
+
+    def answer(_session: int, asked: int, _question: said.Question) -> said.Answer | bytes:
+        # The first one of a session is the link's own.
+        return lies.pop() if asked > 1 and lies else REFRESHED
+
+    in_thread = trio.to_thread.run_sync
+    async with scripted(tmp_path / "s", answer):
         await in_thread(link.open)
         for _ in range(3):
             with pytest.raises(ProtocolError, match="there: "):
@@ -444,5 +495,45 @@ async def test_a_peer_that_lies_is_left_and_tried_again(tmp_path: Path) -> None:
         assert (await in_thread(link.ask, said.Refresh(), said.Refreshed)).covered_until == 7
         assert link.generation == 4
         await in_thread(link.close)
-        nursery.cancel_scope.cancel()
-    await listener.aclose()
+
+
+async def test_a_moment_that_cannot_be_held_anew_just_now_is_not_given_up(tmp_path: Path) -> None:
+    """The next session holds it, or there is none: a store that is busy has not thinned it out."""
+    link = HistoryLink("there", partial(connect_unix, tmp_path / "s"), None)
+    busy: list[said.Answer] = [said.Refused("StoreBusy", "later"), said.Refused("Damaged", "a file"), said.Done()]
+
+    def answer(session: int, asked: int, question: said.Question) -> said.Answer | bytes:
+        if isinstance(question, said.Hold):
+            return busy.pop() if session > 1 and busy else said.Held(70)
+        return b"" if session == 1 and asked > 2 else REFRESHED
+
+    in_thread = trio.to_thread.run_sync
+    async with scripted(tmp_path / "s", answer):
+        await in_thread(link.open)
+        assert (await in_thread(link.ask, said.Hold(5), said.Held)).time == 70
+        assert link.held.began(Seq(5), TimeNs(70), 1)
+        assert await in_thread(link.ask, said.Refresh(), said.Refreshed) == REFRESHED
+        assert not busy and link.generation == 2
+        assert link.held.again(Seq(5))
+        await in_thread(link.close)
+
+
+async def test_a_question_that_ends_each_session_is_not_asked_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_link, "RETRY_SECONDS_MAX", 0.0)
+    link = HistoryLink("there", partial(connect_unix, tmp_path / "s"), None)
+    asked: list[said.Question] = []
+
+    def answer(_session: int, _asked: int, question: said.Question) -> said.Answer | bytes:
+        asked.append(question)
+        return b"" if isinstance(question, said.Names) else REFRESHED
+
+    in_thread = trio.to_thread.run_sync
+    async with scripted(tmp_path / "s", answer):
+        await in_thread(link.open)
+        with pytest.raises(LinkDown, match="there: 8 sessions in a row ended before they answered"):
+            await in_thread(link.ask, said.Names(0), said.NamesPage)
+        assert asked.count(said.Names(0)) == 8
+        assert await in_thread(link.ask, said.Refresh(), said.Refreshed) == REFRESHED
+        await in_thread(link.close)

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from dedup.errors import Damaged, MomentGone, RewindError, UnknownName, WouldBlock
+from dedup.errors import BadTime, Damaged, MomentGone, RewindError, UnknownName, WouldBlock
 from dedup.history import ByteRange, History
 from dedup.layout import RAW_SLOTS_OFFSET, container_path
 from dedup.pins import ReaderPins
 from dedup.reader import GroupReader, StoreReader
 from dedup.store import Store
 from dedup.types import BLOCK_BYTES, ContainerId, Extent, Resize, Seq, VolumeId, Write
+from fusefs.snapshot_mount import _image_of
+from fusefs.snapshot_tree import SnapshotFile
 from replication import history_answers
 from replication import history_queries as said
 from replication.block_cache import CACHE_BYTES_MIN, BlockCache
@@ -261,6 +263,52 @@ def test_a_moment_that_goes_while_nobody_holds_it(tmp_path: Path, monkeypatch: p
     world.close()
 
 
+def test_pages_are_of_the_moments_that_were_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of what is told from others at that seq by the time the next page is asked for."""
+    monkeypatch.setattr(model, "STEP_NS", STEP_NS)
+    monkeypatch.setattr(history_answers, "RANGES_PER_PAGE", 1)
+    world = World(tmp_path / "store")
+    pins = ReaderPins.open(world.path, world.store.storage)
+    world.history(12)
+    world.store.checkpoint()
+    remote = remote_of(answers_over(world.store, "g", pins), tmp_path)
+    far = remote.history
+    kept, gone = (Seq(seq) for seq in kept_and_gone(world))
+    last = Seq(world.model.seq)
+    ranges = far.differing((world.volume, gone), (world.volume, last))  # the first page
+    assert list(far.differing(None, (world.volume, kept)))  # what is paged through there is another comparison
+    world.thin(POLICY)
+    assert gone not in world.kept()
+    far.refresh()
+    with pytest.raises(MomentGone):
+        list(ranges)
+    remote.close()
+    pins.close()
+    world.close()
+
+
+def test_a_text_that_cannot_be_said_is_no_name_of_anything(small: SmallHistory, tmp_path: Path) -> None:
+    remote = remote_of(answers_over(small.store, GROUP, None), tmp_path)
+    asked = len(remote.link.asked)
+    for text in ("\udcff", "bookmark=\udcff", "x" * (said.TEXT_CHARACTERS_MAX + 1)):
+        with pytest.raises(BadTime, match="is no TIME"):
+            remote.history.resolve(text)
+        assert remote.history.snapshot(text) is None
+    assert len(remote.link.asked) == asked
+    remote.close()
+
+
+def test_what_is_held_no_more_takes_no_room(small: SmallHistory) -> None:
+    pins = ReaderPins.open(small.path, small.store.storage)
+    answers = answers_over(small.store, GROUP, pins)
+    seqs = sorted(set(small.moments.values()))
+    for question in (said.Hold, said.Hold, said.Release, said.Release, said.Release):
+        for seq in seqs:
+            assert not isinstance(answers.answer(question(seq)), said.Refused)
+    assert not answers._holds
+    pins.close()
+
+
 def test_blocks_that_were_swept_are_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "STEP_NS", STEP_NS)
     world = World(tmp_path / "store")
@@ -333,6 +381,9 @@ def test_a_store_put_back_to_an_older_copy(tmp_path: Path, monkeypatch: pytest.M
     image = remote.history.image(world.volume, seen)
     first = image.read(0, image.size)
     assert first == world.content(seen)
+    node = SnapshotFile(remote.history.group_at(seen).volume("a.img"), remote.history.resolve(f"seq={seen}"))
+    assert _image_of(remote.history, node).read(0, image.size) == first
+    remote.history.hold(seen)
     store.close()
 
     store = go_on(tmp_path / "copy", 2, 1_000_000)
@@ -342,6 +393,11 @@ def test_a_store_put_back_to_an_older_copy(tmp_path: Path, monkeypatch: pytest.M
         image.read(0, 4096, wait=False)
     with pytest.raises(MomentGone):
         image.read(0, 4096)
+    with pytest.raises(MomentGone, match="another moment now than the one that is held"):
+        remote.history.image(world.volume, seen)
+    remote.history.release(seen)
+    with pytest.raises(MomentGone, match="another moment now, in another copy"):
+        _image_of(remote.history, node)  # a file that the kernel has in mind is not another one's bytes from now on
     again = remote.history.image(world.volume, seen)
     assert again.read(0, again.size) == world.content(seen)
     remote.close()
@@ -386,6 +442,42 @@ LIES: dict[str, Callable[[Any], Any]] = {
     "a hole": lambda found: replace(found, marks=bytes(16) + found.marks[16:], data=found.data[4096:]),
     "damage": lambda found: replace(found, damage=((0, "gone"),)),
 }
+
+
+def test_pages_that_lead_nowhere_are_refused(
+    small: SmallHistory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = remote_of(answers_over(small.store, GROUP, None), tmp_path)
+    far, seq = remote.history, Seq(small.moments["late"])
+
+    def again(_question: Question, answer: Answer) -> Answer:
+        if isinstance(answer, said.At):
+            return replace(answer, offset=0, final=False)
+        if isinstance(answer, said.NamesPage | said.PathsPage | said.GroupsPage | said.Ranges):
+            return replace(answer, next=0)
+        return answer
+
+    def nothing(question: Question, answer: Answer) -> Answer:
+        if isinstance(question, said.Groups):
+            return replace(answer, groups=() if question.start else answer.groups, next=1)  # type: ignore[call-arg]
+        return answer
+
+    image = far.image(small.disk, seq)
+    remote.link.mangle = again
+    for call in (
+        far.snapshots,
+        far.paths,
+        lambda: far.group_at(seq),
+        lambda: far.differing(None, (small.disk, seq)),
+        lambda: image.next_data(0),
+    ):
+        with pytest.raises(ProtocolError):
+            call()
+    remote.link.mangle = nothing
+    with pytest.raises(ProtocolError, match="0 moments for one"):
+        far.group_at(seq)
+    assert remote.link.breaks == 6
+    remote.close()
 
 
 @pytest.mark.parametrize("lie", LIES)

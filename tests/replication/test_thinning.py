@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
+from dedup.consolidator import commit_piece
 from dedup.manifest import read_manifest
 from dedup.pins import ReaderPins
 from dedup.retention import HOUR_NS, Policy, save_policy
@@ -128,6 +130,28 @@ async def test_a_reader_postpones_and_is_not_waited_for(aged: Aged) -> None:
     pins.close()
     done = await appliance.commands.run(Caller(Role.ADMIN, ""), "consolidate", {})
     assert done["postponed"] == 0
+    assert len(aged.kept()) < 40
+
+
+async def test_a_reader_that_is_just_pinning_postpones_for_that_moment_only(
+    aged: Aged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    appliance = SecondAppliance(aged.store)
+    caller = Caller(Role.ADMIN, "")
+    aged.write(3, 1000)
+    pins = ReaderPins.open(aged.path, Storage())
+    stays = [True] * 5
+
+    def inside_for_some_time(*arguments: Any) -> bool | None:
+        with pins.inside() if stays and stays.pop() else nullcontext():
+            return commit_piece(*arguments)
+
+    monkeypatch.setattr(thinning, "commit_piece", inside_for_some_time)
+    monkeypatch.setattr(thinning, "COMMIT_TRIES", 3)
+    for postponed, left in ((1, 2), (0, 0)):
+        done = await appliance.commands.run(caller, "consolidate", {})
+        assert (done["postponed"], len(stays)) == (postponed, left)
+    pins.close()
     assert len(aged.kept()) < 40
 
 
