@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -177,13 +178,26 @@ def _report(settings: BisectSettings, volume: str, found: Found, steps: Steps, *
             f"only skipped moments are left: any of {len(moments)} may be the first bad one, from "
             f"{place_text(moments[0])}, to {first_bad}; the last good one is {last_good}"
         )
-    seq = bisection.last_good.seq
-    say(f"to look at it:   rewindfs browse {shown(settings.store)} DIR, then DIR/points/@seq={seq}/{shown(volume)}")
+    seq, options = bisection.last_good.seq, _options(settings)
+    say(
+        f"to look at it:   rewindfs browse {shown(settings.store)} DIR{options}, then "
+        f"DIR/points/@seq={seq}/{shown(volume)}"
+    )
     if found.is_volume:
-        say(f"to have it back: rewindfs restore {shown(settings.store)} {shown(volume)} --at seq={seq} --to FILE")
+        say(
+            f"to have it back: rewindfs restore {shown(settings.store)} {shown(volume)} --at seq={seq} --to FILE"
+            f"{options}"
+        )
     say(
         f"first bad recovery point: {place_text(bisection.first_bad)}; last good one: {place_text(bisection.last_good)}"
     )
+
+
+def _options(settings: BisectSettings) -> str:
+    """By which another command finds the same history."""
+    group = [] if settings.group is None else ["--group", settings.group]
+    words = [*group, *settings.route.words]
+    return f" {shlex.join(words)}" if words else ""
 
 
 def _document(moment: Moment) -> dict[str, Any]:

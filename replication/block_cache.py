@@ -68,7 +68,8 @@ class BlockCache:
             self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - closed by `close`
         except OSError as error:
             raise CacheFailed(
-                f"no cache can be made in {directory}: {error.strerror}; choose another directory with --cache"
+                f"no cache can be made in {directory}: {error.strerror}; choose another directory with TMPDIR, or with "
+                "--cache where the command has it"
             ) from error
         self._directory = directory
         self._slots = bytes_max // BLOCK_BYTES

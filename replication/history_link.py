@@ -111,6 +111,8 @@ class HistoryLink:
         self._thread = threading.Thread(target=self._run, name="history link", daemon=True)
         self._opened: Future[None] = Future()
         self._token: trio.lowlevel.TrioToken | None = None
+        self._closed = False
+        """For a loop that has not begun when it is closed."""
         self._scope = trio.CancelScope()
         self._session_scope = trio.CancelScope()
         self._waiting: deque[_Asked] = deque()
@@ -140,6 +142,7 @@ class HistoryLink:
 
     def close(self) -> None:
         """Ends the link; who still waits gets LinkDown."""
+        self._closed = True
         if self._token is not None:
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._scope.cancel)
@@ -211,7 +214,8 @@ class HistoryLink:
         self._token = trio.lowlevel.current_trio_token()
         try:
             with self._scope:
-                await self._serve()
+                if not self._closed:
+                    await self._serve()
         finally:
             # Whoever asks from here on, too: until the loop has ended, questions still come in.
             self._dead = self._dead or LinkDown(f"{self.address}: the link was closed")

@@ -7,10 +7,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -396,6 +398,31 @@ async def test_who_asks_as_the_link_is_closed_is_told(
             late.future.result(0)
         with pytest.raises(LinkDown, match="there: the link was closed"):
             await in_thread(link.ask, said.Refresh(), said.Refreshed)
+
+
+async def test_a_link_that_is_closed_before_it_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ctrl-C may: `close` has nobody to tell yet, and waits for the thread."""
+    begin = threading.Event()
+    run = trio.run
+
+    def run_later(*arguments: Any) -> None:
+        begin.wait(SECONDS)
+        run(*arguments)
+
+    async def connect() -> Connection:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr(trio, "run", run_later)
+    link = HistoryLink("there", connect, GROUP)
+    link._thread.start()
+    with trio.fail_after(SECONDS):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, link.close)
+            while not link._closed:  # noqa: ASYNC110 - nobody says so
+                await trio.sleep(0.001)
+            begin.set()
+    assert not link._thread.is_alive()
 
 
 async def test_nobody_there_and_an_older_appliance(tmp_path: Path) -> None:
