@@ -34,6 +34,7 @@ from fusefs.restore_plan import RestorePlan, make_plan, volumes_at
 from replication.background import explain, is_expected
 from replication.history import held_moments, open_history
 from replication.route import Route
+from replication.status import LinkState
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +222,11 @@ def in_place_session(request: InPlaceRequest) -> Iterator[InPlaceSession]:
         raise RewindError(
             f"{mountpoint} is {status['state']}, so that now is no recovery point and the restore could not be undone; "
             "try again once `rewindfs status` says protected"
+        )
+    if status["link"] != LinkState.CONNECTED.value:
+        raise RewindError(
+            f"{mountpoint}: its link to {status['target']} is {status['link']}, so that nothing can be made durable; "
+            "try again once `rewindfs status` says connected"
         )
     with _history_of(request, group, status) as history, held_moments(history, request.at) as (then,):
         volumes_at(history.group_at(Seq(then.seq)), request.place)

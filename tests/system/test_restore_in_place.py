@@ -379,6 +379,30 @@ def test_what_is_refused_before_anything_is_claimed(volumes: World) -> None:
     ]
 
 
+@pytest.mark.slow
+def test_a_mount_without_its_link_is_left_alone(volumes: World) -> None:
+    world = volumes
+    address = f"unix:{world.directory}/second.sock"
+    words = ("appliance", "second", "--store", world.store, "--listen", address)
+    world.rewindfs(*words, "--log-file", world.directory / "second.log")
+    world.target = ("--store", address)
+    world.mount("async", "--outage-after", "60s")
+    (second,) = (
+        pid for pid in world.processes() if b"second" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    )
+    os.kill(second, signal.SIGKILL)
+    world.wait_for_status(lambda status: status["link"] == "down", "a link that is down")
+    told = refusal(restore_command, world.store, "disk.img", "--at", "latest", "--in-place", world.mnt)
+    assert f"its link to {address} is down" in told
+    world.rewindfs(*words, "--log-file", world.directory / "second.log")
+    world.wait_for_status(lambda status: status["link"] == "connected", "a link")
+    world.unmount()
+    (second,) = (
+        pid for pid in world.processes() if b"second" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    )
+    os.kill(second, signal.SIGTERM)
+
+
 NEW_UUID = """
 from pathlib import Path
 from dedup.marker import write_marker
