@@ -379,6 +379,13 @@ def test_what_is_refused_before_anything_is_claimed(volumes: World) -> None:
     ]
 
 
+def service_of(world: World) -> int:
+    """The one second appliance that runs."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in world.processes()}
+    (service,) = (pid for pid, words in commands.items() if b"second" in words)
+    return service
+
+
 @pytest.mark.slow
 def test_a_mount_without_its_link_is_left_alone(volumes: World) -> None:
     world = volumes
@@ -387,20 +394,14 @@ def test_a_mount_without_its_link_is_left_alone(volumes: World) -> None:
     world.rewindfs(*words, "--log-file", world.directory / "second.log")
     world.target = ("--store", address)
     world.mount("async", "--outage-after", "60s")
-    (second,) = (
-        pid for pid in world.processes() if b"second" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    )
-    os.kill(second, signal.SIGKILL)
+    os.kill(service_of(world), signal.SIGKILL)
     world.wait_for_status(lambda status: status["link"] == "down", "a link that is down")
     told = refusal(restore_command, world.store, "disk.img", "--at", "latest", "--in-place", world.mnt)
     assert f"its link to {address} is down" in told
     world.rewindfs(*words, "--log-file", world.directory / "second.log")
     world.wait_for_status(lambda status: status["link"] == "connected", "a link")
     world.unmount()
-    (second,) = (
-        pid for pid in world.processes() if b"second" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    )
-    os.kill(second, signal.SIGTERM)
+    os.kill(service_of(world), signal.SIGTERM)
 
 
 NEW_UUID = """
