@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Final
@@ -204,14 +205,17 @@ def background(log_file: Path | None) -> Ready:
     read_fd, write_fd = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    # Ctrl-C waits until the command knows whom to pass it on to.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     first = os.fork()
     if first:
         os.close(write_fd)
         os.waitpid(first, 0)
-        _await_ready(read_fd, log_file)
+        _await_ready(read_fd, log_file, mask)
     os.setsid()
     if os.fork():
         os._exit(0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.close(read_fd)
     os.write(write_fd, b"pid %d\n" % os.getpid())
     os.chdir("/")
@@ -229,15 +233,20 @@ def background(log_file: Path | None) -> Ready:
     return Ready(write_fd, log_file)
 
 
-def _await_ready(status_fd: int, log_file: Path | None) -> None:
-    """The waiting command's side of `background`. Never returns."""
+def _await_ready(status_fd: int, log_file: Path | None, mask: set[int | signal.Signals]) -> None:
+    """The waiting command's side of `background`, with SIGINT blocked; `mask` is what was before. Never returns."""
     said = b""
+    while b"\n" not in said and (some := os.read(status_fd, STATUS_BYTES_MAX)):
+        said += some
+    words = said.split()
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while len(said) < STATUS_BYTES_MAX and (some := os.read(status_fd, STATUS_BYTES_MAX)):
             said += some
     except KeyboardInterrupt:
-        if (words := said.split()) and words[0] == b"pid":
-            os.kill(int(words[1]), signal.SIGTERM)
+        if words[:1] == [b"pid"]:
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(int(words[1]), signal.SIGTERM)
             while os.read(status_fd, STATUS_BYTES_MAX):
                 pass
         raise
