@@ -337,10 +337,7 @@ class GroupReader:
 
         Reading it raises MomentGone once the moment is thinned out; while it is held, it is not.
         """
-        dated = self._views.at(seq)
-        state = dated.view.volume(volume)
-        if state is None:
-            raise UnknownName(f"group {self.name} had no volume {volume} at seq={seq}")
+        dated, state = self._volume_at(volume, seq)
         pointers = self._pointers(dated, volume)
         then = dated.view.state
         label = f"{state.path} at seq={then.held}"
@@ -360,17 +357,23 @@ class GroupReader:
         self, old: tuple[VolumeId, Seq] | None, new: tuple[VolumeId, Seq] | None, start: int = 0
     ) -> Iterator[ByteRange]:
         """As `History.differing`."""
-        sides = [None if one is None else self._volume_at(*one) for one in (old, new)]
-        (before, before_size), (after, after_size) = [(None, 0) if side is None else side for side in sides]
+        (before, before_size), (after, after_size) = self._side(old), self._side(new)
         return differing_ranges(self._store.index, self._catalog, before, after, start, max(before_size, after_size))
 
-    def _volume_at(self, volume: VolumeId, seq: Seq) -> tuple[VolumePointers, int]:
-        """Its pointers and its size. UnknownName."""
+    def _side(self, one: tuple[VolumeId, Seq] | None) -> tuple[VolumePointers | None, int]:
+        """The pointers and the size of one side of a comparison. UnknownName."""
+        if one is None:
+            return None, 0
+        dated, state = self._volume_at(*one)
+        return self._pointers(dated, state.volume), state.size
+
+    def _volume_at(self, volume: VolumeId, seq: Seq) -> tuple[DatedView, VolumeState]:
+        """The volume as it was, and the view that says so. UnknownName if it did not exist then."""
         dated = self._views.at(seq)
         state = dated.view.volume(volume)
         if state is None:
             raise UnknownName(f"group {self.name} had no volume {volume} at seq={seq}")
-        return self._pointers(dated, volume), state.size
+        return dated, state
 
     def changed_bytes(self, volume: VolumeId, old: Seq | None, new: Seq) -> int:
         """Bytes of blocks whose pointers differ between two moments (None: compared with nothing)."""

@@ -210,11 +210,7 @@ def whole_snapshots(report: Report) -> Iterator[dict[str, Any]]:
 def _map(store: StoreReader, subject: Subject) -> Report:
     group = store.group(subject.group)
     moment = group.resolve(subject.at)
-    volumes = group.volumes_at(moment.seq)
-    volume = volumes.get(subject.volume or "")
-    if volume is None:
-        known = ", ".join(sorted(volumes)) or "none"
-        raise UnknownName(f"group {group.name} had no volume {subject.volume!r} at seq={moment.seq}; it had: {known}")
+    volume = group.group_at(moment.seq).volume(subject.volume or "")
     head = {"volume": volume.path, "seq": moment.seq, "time": rfc3339(moment.time), "size": volume.size}
     return Report(head, (("ranges", asdict(one)) for one in snapshot_map(store, group, volume, moment.seq)))
 
