@@ -11,6 +11,9 @@ PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv
             fio e2fsprogs xfsprogs btrfs-progs ntfs-3g dosfstools mtools fdisk sqlite3 strace attr mount util-linux \
             iproute2 openssl rsync qemu-utils postgresql
 
+# What `make bench` measures beside rewindfs.
+PEERS := qemu-utils qemu-system-common borgbackup python3-llfuse restic btrfs-progs
+
 .PHONY: help demo two-hosts examples chaos test test-slow lint bench bench-quick fuzz clean packages
 
 help:
@@ -50,11 +53,13 @@ lint: packages $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench bench-quick: PACKAGES += $(PEERS)
+
 bench: packages $(STAMP)
-	$(BIN)/python tests/benchmarks/run.py
+	$(BIN)/python -m tests.benchmarks.run $(BENCH)
 
 bench-quick: packages $(STAMP)
-	$(BIN)/python tests/benchmarks/run.py --quick
+	$(BIN)/python -m tests.benchmarks.run --quick $(BENCH)
 
 fuzz: packages $(STAMP)
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz --hypothesis-show-statistics $(FUZZ)
