@@ -22,6 +22,7 @@ import trio
 
 from dedup.errors import RewindError
 from fusefs.mountpoint import MountBusy, mount_at, unmount
+from fusefs.request_wait import lingering_for_requests
 
 log = logging.getLogger("rewindfs.daemon")
 
@@ -74,7 +75,8 @@ async def serve(
         async with trio.open_nursery() as nursery:
 
             async def main_loop() -> None:
-                await pyfuse3.main(max_tasks=max_tasks)
+                with lingering_for_requests():
+                    await pyfuse3.main(min_tasks=max_tasks, max_tasks=max_tasks)
                 ended.set()
                 stop.set()
 

@@ -25,6 +25,7 @@ from typing import Final
 import trio
 
 from dedup.errors import RewindError
+from replication.heap import keep_freed_memory
 from replication.notify import ServiceManager
 
 log = logging.getLogger("rewindfs.background")
@@ -142,6 +143,7 @@ def run(
     """
     log_file = log_file.absolute() if log_file else None
     gc.set_threshold(*GC_THRESHOLDS)
+    keep_freed_memory()
     if foreground:
         configure_logging(foreground=True, log_file=log_file, debug=debug)
         trio.run(main, Ready(None, log_file, ServiceManager.from_environment()))

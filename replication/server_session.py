@@ -226,6 +226,7 @@ class ServerSession:
         try:
             await self._welcome(group)
             log.info("%s: feeds from record %d", self._name, group.held + 1)
+            self._connection.linger()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._tell_durable, group)
                 async with trio.open_nursery() as answers:
@@ -292,12 +293,10 @@ class ServerSession:
                 patience = FRAME_IDLE_SECONDS if self._session.incomplete else idle
                 if patience != FOR_EVER:
                     self._hearing.scope.deadline = trio.current_time() + patience
-                data = await self._hearing.receive()
-                if not data:
+                if not await self._hearing.hear():
                     return
                 if patience != FOR_EVER:
                     self._hearing.scope.deadline = FOR_EVER
-                self._session.receive_data(data)
         if not self._hearing.stopped:
             raise fell_silent(self._session, patience)
 
@@ -340,7 +339,6 @@ class ServerSession:
             elif isinstance(message, Failure):
                 log.warning("%s: the peer gave up: %s", self._name, message.text)
                 self.drain(0)
-        self._hearing.lone = taken == 1 and bool(batch)
         if batch:
             await self._ingest(group, batch, batch_bytes)
 

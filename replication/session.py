@@ -199,6 +199,15 @@ class Session:
         """Takes what arrived; read the events after each call. `data` must not change afterwards."""
         self._decoder.receive_data(data)
 
+    @property
+    def unfilled(self) -> memoryview | None:
+        """As `Decoder.unfilled`: where to receive what comes next, if anywhere."""
+        return self._decoder.unfilled
+
+    def filled(self, count: int) -> None:
+        """As `Decoder.filled`."""
+        self._decoder.filled(count)
+
     def next_event(self) -> Message | None:
         """The next message of the peer, or None until more arrives. Raises ProtocolError; then CLOSED."""
         try:

@@ -1,5 +1,4 @@
-"""How one connection is listened to: not for ever within a frame, until it is told to stop, and soon where a lone
-writer answers at once.
+"""How one connection is listened to: not for ever within a frame, and until it is told to stop.
 
 Invariants:
 - Only the wait for the peer is ever cancelled, never the work on what has arrived.
@@ -31,12 +30,6 @@ ANSWERS_MAX: Final = 4
 """Commands of one session that run, or whose reply waits for the peer to read, at a time."""
 MESSAGES_ROW: Final = 1024
 """After so many messages in a row other sessions have their turn."""
-SOON_MILLISECONDS: Final = 1
-"""How long the thread sleeps for the next record of a lone writer: the least that poll(2) can wait."""
-SOON_ROW: Final = 16
-"""After so many of those one is left to the loop, so that other sessions have their turn."""
-SOON_REST: Final = 64
-"""Records that are left to the loop once none came so soon."""
 
 
 class Hearing:
@@ -46,17 +39,13 @@ class Hearing:
         self.scope = trio.CancelScope()
         """What the caller waits in: one scope for the whole loop, and not one for each call, for it costs a tenth of a
         small write."""
-        self.lone = False
-        """Whether what came last was one record and nothing else."""
         self._connection = connection
         self._session = session
         self.stopped = False
         self._waiting = False
-        self._row = self._rest = 0
-        """Records that came soon in a row; receives that are left to the loop."""
 
     def stop(self) -> None:
-        """Nothing more is received. Who waits for the peer gets b"" or is cancelled, with `scope`."""
+        """Nothing more is received. Who waits for the peer gets nothing or is cancelled, with `scope`."""
         self.stopped = True
         if self._waiting:
             self.scope.cancel()
@@ -64,37 +53,39 @@ class Hearing:
     async def receive(self) -> bytes:
         """What arrived; b"" at the end and once stopped. To be called within `scope`. Raises LinkDown, ProtocolError
         when the end cut a frame."""
-        if self._leaving():
-            return b""
-        if self.lone and (data := self._hear_soon()):
-            return data
-        self._waiting = True
-        try:
-            data = await self._connection.receive()
-        finally:
-            self._waiting = False
-        if self._leaving():
-            return b""
-        if not data:
+        data = b""
+        if not self.stopped:
+            self._waiting = True
+            try:
+                data = await self._connection.receive()
+            finally:
+                self._waiting = False
+        return data if self._goes_on(len(data)) else b""
+
+    async def hear(self) -> bool:
+        """Has the session know of what arrived. False at the end and once stopped; otherwise as `receive`."""
+        unfilled = self._session.unfilled if self._connection.fills else None
+        if unfilled is None:
+            data = await self.receive()
+            if data:
+                self._session.receive_data(data)
+            return bool(data)
+        count = 0
+        if not self.stopped:
+            self._waiting = True
+            try:
+                count = await self._connection.receive_into(unfilled)
+            finally:
+                self._waiting = False
+        self._session.filled(count)
+        return self._goes_on(count)
+
+    def _goes_on(self, count: int) -> bool:
+        if self.stopped:
+            return False
+        if not count:
             self._session.receive_eof()
-        return data
-
-    def _leaving(self) -> bool:
-        return self.stopped
-
-    def _hear_soon(self) -> bytes:
-        """What a lone writer sends right after its last answer; b"" to wait for it in the ordinary way.
-
-        Sleeps in the kernel for SOON_MILLISECONDS at most, and the loop with it; saves a turn of the loop.
-        """
-        if self._rest:
-            self._rest -= 1
-            return b""
-        data = self._connection.receive_soon(SOON_MILLISECONDS)
-        self._row += 1
-        if not data or self._row >= SOON_ROW:
-            self._row, self._rest = 0, 1 if data else SOON_REST
-        return data
+        return count > 0
 
 
 async def hear_hello(session: Session, receive: Callable[[], Awaitable[bytes]]) -> Hello | None:

@@ -29,7 +29,7 @@ SYNC_SECONDS: Final = 1.0
 """Longest that received records wait for a sync that nobody asked for."""
 SYNC_BYTES: Final = 64 << 20
 """Payload received after which a sync begins at once."""
-THREAD_BYTES: Final = 256 << 10
+THREAD_BYTES: Final = 2 << 20
 """Batches from this size on are ingested in a thread: a smaller one costs less than the way there and back."""
 CHECKPOINT_RETRY_SECONDS: Final = 5.0
 

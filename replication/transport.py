@@ -10,30 +10,38 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
 from replication.address import Address, UnixAddress
 from replication.errors import LinkDown, ReplicationError
 from replication.identity import Peer
+from replication.linger import Linger
+from replication.patient_poll import PatientPoll
 from replication.wire import Buffer
 
 RECEIVE_BYTES_MAX: Final = 1 << 20
 RECEIVE_BYTES_MIN: Final = 64 << 10
-SOCKET_BUFFER_BYTES: Final = 1 << 20
+SOCKET_BUFFER_BYTES: Final = 2 << 20
+"""Takes a record of the largest size at once, with what the kernel adds."""
+_SO_SNDBUFFORCE: Final = 32
+_SO_RCVBUFFORCE: Final = 33
+"""Of asm-generic/socket.h: past the system's limit, for CAP_NET_ADMIN. Python does not name them."""
 GATHER_BUFFERS_MAX: Final = 1024
 """IOV_MAX of Linux."""
 BACKLOG: Final = 16
 SOCKET_PATH_BYTES_MAX: Final = 107
 """sun_path holds 108 bytes with its NUL."""
+
+
+T = TypeVar("T")
 
 
 class Connection(ABC):
@@ -42,6 +50,9 @@ class Connection(ABC):
     peer: Peer | None = None
     """Whose key the other end has proved to hold: set before `receive` returns its first byte, and for a connection
     that `connect` gave, at once. None where nobody proves anything: Unix sockets, plain TCP, memory."""
+
+    fills = False
+    """Whether there is `receive_into`."""
 
     is_local = False
     """Whether it ends on this host for certain, so that bytes cost little more than a copy."""
@@ -67,6 +78,15 @@ class Connection(ABC):
         what comes after. Never more than RECEIVE_BYTES_MAX. Raises LinkDown."""
         return b""
 
+    async def receive_into(self, buffer: memoryview) -> int:
+        """As `receive`, into `buffer`, which is not empty; how many bytes came. Only where `fills` says so."""
+        raise NotImplementedError
+
+    def linger(self) -> bool:
+        """Has `receive` wait on the spot for a moment (`Linger`), where that is possible, and says whether it is: for a
+        peer that goes on as soon as it has its answer. `receive` may return without a checkpoint from now on."""
+        return False
+
     @abstractmethod
     async def aclose(self) -> None:
         """Closes both directions at once; waiting calls raise LinkDown. Harmless when closed. Does not wait."""
@@ -81,18 +101,23 @@ class Connection(ABC):
 class SocketConnection(Connection):
     """A connected stream socket."""
 
+    fills = True
+
     def __init__(self, sock: socket.socket, receive_bytes_max: int = RECEIVE_BYTES_MAX) -> None:
         sock.setblocking(False)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        for option, forced in ((socket.SO_SNDBUF, _SO_SNDBUFFORCE), (socket.SO_RCVBUF, _SO_RCVBUFFORCE)):
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, forced, SOCKET_BUFFER_BYTES)
+            except PermissionError:
+                sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)  # as far as the system's limit
         self._sock = sock
+        self._linger: Linger | None = None
         self.is_local = sock.family == socket.AF_UNIX
         self._sending = False
         self._receiving = False
         self._receive_bytes = RECEIVE_BYTES_MIN
         self._receive_bytes_max = receive_bytes_max
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
+        self._poll = PatientPoll(sock.fileno())
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         if self._sending:
@@ -127,12 +152,24 @@ class SocketConnection(Connection):
         except OSError as error:
             raise LinkDown(f"the link to the peer broke: {error}") from error
 
+    def linger(self) -> bool:
+        self._linger = Linger(spins=True)
+        return True
+
     async def receive(self) -> bytes:
+        return await self._receive(self._take_some)
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        count = await self._receive(lambda: self._open_socket().recv_into(buffer))
+        self._receive_bytes = RECEIVE_BYTES_MIN  # of the next large frame, too, only the beginning is to be copied
+        return count
+
+    async def _receive(self, take: Callable[[], T]) -> T:
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving on this connection")
         self._receiving = True
         try:
-            return await self._receive_some()
+            return await self._when_readable(take)
         except OSError as error:
             raise LinkDown(f"the link to the peer broke: {error}") from error
         except trio.ClosedResourceError as error:
@@ -143,20 +180,23 @@ class SocketConnection(Connection):
     def receive_soon(self, milliseconds: int) -> bytes:
         self._open_socket()
         try:
-            # Sleeping in the kernel, and not asking again and again.
             return self._take_some() if self._poll.poll(milliseconds) else b""
         except BlockingIOError:
             return b""
         except OSError as error:
             raise LinkDown(f"the link to the peer broke: {error}") from error
 
-    async def _receive_some(self) -> bytes:
+    async def _when_readable(self, take: Callable[[], T]) -> T:
         while True:
-            # A checkpoint before the bytes are taken: a peer that never pauses must not starve the other tasks, and
-            # a cancelled receive must lose nothing.
-            await trio.lowlevel.wait_readable(self._open_socket())
+            # A wait before the bytes are taken: a peer that never pauses must not starve the other tasks, and a
+            # cancelled receive must lose nothing.
+            descriptor = self._open_socket().fileno()
+            if self._linger is None:
+                await trio.lowlevel.wait_readable(descriptor)
+            else:
+                await self._linger.readable(descriptor)
             try:
-                return self._take_some()
+                return take()
             except BlockingIOError:
                 continue
 

@@ -329,6 +329,10 @@ _DECODERS: Final[dict[int, Callable[[Buffer, int, int], Message]]] = {
 }
 
 
+FILL_BYTES_MIN: Final = 64 << 10
+"""A frame that lacks less is completed with what is received for the frames behind it."""
+
+
 class Decoder:
     """Bytes in, messages out: `receive_data` what arrived, then `next_message` until it gives None.
 
@@ -360,6 +364,19 @@ class Decoder:
         else:
             self._chunk = b"".join((memoryview(self._chunk)[self._at :], data))
         self._at = 0
+
+    @property
+    def unfilled(self) -> memoryview | None:
+        """Where the rest of a large frame belongs that has begun: received there, and told by `filled`, it is not
+        copied. None where `receive_data` takes what comes next."""
+        frame = self._frame
+        if frame is None or len(frame) - self._filled < FILL_BYTES_MIN or self._at < len(self._chunk):
+            return None
+        return memoryview(frame)[self._filled :]
+
+    def filled(self, count: int) -> None:
+        """So many bytes were received at the beginning of `unfilled`."""
+        self._filled += count
 
     def next_message(self) -> Message | None:
         """The next complete message, or None until more data comes. Raises ProtocolError, then always again."""

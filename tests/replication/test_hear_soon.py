@@ -1,4 +1,4 @@
-"""Answers and records that are awaited on the spot: a lone writer gains, nobody else loses."""
+"""Answers that are awaited on the spot: a lone writer gains, nobody else loses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from dedup.types import ClockRun, Epoch, Extent, Seq, TimeNs, VolumeId, Write
-from replication import link, session_hearing
+from replication import link
 from replication.first_appliance import FirstAppliance
 from replication.link import ANSWER_REST, ANSWER_ROW
 from replication.messages import PROTOCOL_VERSION, Ack, ErrorCode, Failure, Message, VolumePage, Welcome
@@ -19,8 +19,6 @@ from replication.session import Session, Side
 from replication.status import LinkState
 from replication.transport import SocketConnection, socket_pair
 from replication.wire import encode
-from tests.replication.fake_store import FakeStore
-from tests.replication.test_second_appliance import Peer, beat, running
 
 
 def write(seq: int) -> Write:
@@ -187,36 +185,5 @@ async def test_nothing_is_awaited_while_a_frame_is_cut(monkeypatch: pytest.Monke
         assert await made.first.acknowledged(Seq(1))
 
 
-async def test_the_second_appliance_awaits_only_a_lone_record_on_the_spot() -> None:
-    near, far = socket_pair()
-    counted = Counted(far._sock)
-    async with running(FakeStore()) as world, trio.open_nursery() as nursery:
-        nursery.start_soon(world.appliance.serve_connection, counted)
-        async with near:
-            peer = Peer(near)
-            await peer.greet()
-            await trio.testing.wait_all_tasks_blocked()
-            assert counted.asked == 0  # neither for Hello nor for the first record
-            await peer.say(beat(1), beat(2))
-            await peer.hear_ack(2)
-            await trio.testing.wait_all_tasks_blocked()
-            assert counted.asked == 0
-            await peer.say(beat(3))
-            await peer.hear_ack(3)
-            await trio.testing.wait_all_tasks_blocked()
-            assert counted.asked == 1
-            for seq in range(4, 4 + session_hearing.SOON_REST):  # in vain once: the next ones are left to the loop
-                await peer.say(beat(seq))
-                await peer.hear_ack(seq)
-            assert counted.asked == 1
-            last = 4 + session_hearing.SOON_REST
-            await peer.say(beat(last))
-            await peer.hear_ack(last)
-            await trio.testing.wait_all_tasks_blocked()
-            assert counted.asked == 2
-        await trio.testing.wait_all_tasks_blocked(0.01)
-
-
 def test_the_limits_fit() -> None:
     assert 0 < link.ANSWER_ROW < link.ANSWER_REST
-    assert 0 < session_hearing.SOON_ROW < session_hearing.SOON_REST

@@ -53,6 +53,12 @@ RUN = ClockRun(0)
 ONE = VolumeId(1)
 
 
+@pytest.fixture(autouse=True)
+def in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch as large as those that are held up here is ingested in a thread."""
+    monkeypatch.setattr(store_writer, "THREAD_BYTES", 256 << 10)
+
+
 def write(seq: int, data: bytes = b"x" * BLOCK_BYTES, offset: int = 0) -> Write:
     return Write(Seq(seq), TimeNs(seq), RUN, Extent(ONE, offset, data))
 

@@ -19,7 +19,7 @@ from dedup.errors import StoreFailed, StoreFull
 from dedup.retention import HOUR_NS, AtLimit, Policy, load_policy, save_policy
 from dedup.storage import Storage
 from dedup.types import Epoch
-from replication import space_gate
+from replication import space_gate, store_writer
 from replication.messages import ErrorCode, Failure, Role, Welcome
 from replication.space_gate import SpaceGate
 from tests.replication.fake_store import FakeStore
@@ -27,6 +27,12 @@ from tests.replication.test_second_appliance import Peer, World, beat, running, 
 
 MIB = 1 << 20
 HARD = 64 * MIB
+
+
+@pytest.fixture(autouse=True)
+def in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch as large as those that are held up here is ingested in a thread."""
+    monkeypatch.setattr(store_writer, "THREAD_BYTES", 256 << 10)
 
 
 class Disk:

@@ -1,0 +1,58 @@
+"""How a mount waits for the kernel's next request: it lingers for it (`replication.linger`) instead of taking a turn of
+the loop, or two, between any two requests.
+
+pyfuse3 takes what it needs of trio from its attribute `trio`, so that its asyncio mode can put another module there.
+Here trio itself is put there but for two names: how one waits for /dev/fuse, and the lock that lets one task do so at a
+time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pyfuse3
+import trio
+
+from replication.linger import Linger
+
+
+class ReadLock:
+    """Held by the one task that waits for requests.
+
+    Invariants:
+    - While it is free and tasks wait, one of them has been woken and has not run yet.
+    - It goes to whoever asks first, and costs no checkpoint then. trio's lock is handed on from task to task, a turn of
+      the loop each time; here the task that served a request without waiting takes the next one, too, and who was woken
+      in vain waits on.
+    """
+
+    def __init__(self, linger: Linger) -> None:
+        self._linger = linger
+        self._held = False
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def __aenter__(self) -> None:
+        while self._held:
+            await self._waiting.park()
+            self._linger.ignored = 0
+        self._held = True
+
+    async def __aexit__(self, *_: object) -> None:
+        self._held = False
+        if self._waiting and not self._linger.ignored:
+            self._linger.ignored = len(self._waiting.unpark())
+
+
+@contextmanager
+def lingering_for_requests() -> Iterator[None]:
+    """Within it pyfuse3's main loop lingers. To be entered within trio, for one mount of the process at a time."""
+    linger = Linger()
+    lowlevel = SimpleNamespace(**(vars(trio.lowlevel) | {"wait_readable": linger.readable}))
+    instead = vars(trio) | {"lowlevel": lowlevel, "Lock": lambda: ReadLock(linger)}
+    pyfuse3.trio = SimpleNamespace(**instead)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        pyfuse3.trio = trio  # type: ignore[attr-defined]

@@ -1,0 +1,95 @@
+"""Waiting on the spot: a task that has just answered looks for what comes next before it goes back to trio's loop.
+
+A turn of the loop costs as much as all the rest of a small request: the descriptor is registered anew, deadlines and
+tasks are looked through, and often another task is switched to. Where requests follow one another within microseconds,
+asking the kernel directly halves what each of them takes.
+
+Invariants:
+- Nobody is kept waiting who could go on: a task lingers only while no other is ready to run, and it watches the loop's
+  own epoll descriptor as well, which becomes ready with anything that the loop waits for.
+- The loop has its turn every TURN_SECONDS, so a deadline is late by no more than that and one linger; there a task is
+  cancelled, too, and not while it lingers.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Final
+
+import trio
+
+from replication.patient_poll import PatientPoll
+
+LINGER_MILLISECONDS: Final = 1
+"""Longest sleep on the spot, and the least that poll(2) can wait. An answered writer is back after 10 to 30 µs."""
+TURN_SECONDS: Final = 0.002
+"""Longest that the loop goes without a turn."""
+
+
+class _Ready(trio.abc.Instrument):
+    """The tasks of this loop that could run and have not yet."""
+
+    def __init__(self) -> None:
+        self.tasks: set[trio.lowlevel.Task] = set()
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        self.tasks.add(task)
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.tasks.discard(task)
+
+
+_of_this_loop: trio.lowlevel.RunVar[tuple[_Ready, int | None]] = trio.lowlevel.RunVar("rewindfs.linger")
+
+
+class Linger:
+    """Waits for descriptors, one at a time. Made and used by tasks of one loop."""
+
+    def __init__(self, *, spins: bool = False) -> None:
+        """`spins`: as PatientPoll."""
+        self.ignored = 0
+        """Of the tasks that are ready, so many have nothing to do. Whoever makes them ready keeps it true."""
+        try:
+            found = _of_this_loop.get()
+        except LookupError:
+            found = _Ready(), _loop_descriptor()
+            if found[1] is not None:
+                trio.lowlevel.add_instrument(found[0])
+            _of_this_loop.set(found)
+        self._ready, self._loop_fd = found
+        self._spins = spins
+        self._polled = -1
+        self._poll = PatientPoll()
+        self._turned = 0.0
+
+    async def readable(self, fd: int) -> None:
+        """Returns when the descriptor is readable, perhaps without a checkpoint. Raises as trio's `wait_readable`."""
+        if self._loop_fd is None or len(self._ready.tasks) > self.ignored or not self._is_readable_soon(fd):
+            await trio.lowlevel.wait_readable(fd)
+            self._turned = time.monotonic()
+
+    def _is_readable_soon(self, fd: int) -> bool:
+        if time.monotonic() - self._turned > TURN_SECONDS:
+            return False
+        if fd != self._polled:
+            self._watch(fd)
+        found = self._poll.poll(LINGER_MILLISECONDS)
+        return len(found) == 1 and found[0][0] == fd
+
+    def _watch(self, fd: int) -> None:
+        assert self._loop_fd is not None
+        self._poll = PatientPoll(self._loop_fd, fd, spins=self._spins)
+        self._polled = fd
+
+
+def _loop_descriptor() -> int | None:
+    """By what the running loop waits. None where that cannot be told for certain: nobody lingers then."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                found.append(int(name))
+        except FileNotFoundError:
+            continue  # the descriptor of the listing itself
+    return found[0] if len(found) == 1 else None

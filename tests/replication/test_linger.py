@@ -1,0 +1,255 @@
+"""Waiting on the spot: the loop is spared its turns, and nobody who could go on waits for that."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Iterator
+
+import pytest
+import trio
+import trio.testing
+
+from replication import linger, patient_poll
+from replication.linger import Linger
+from replication.patient_poll import REST_MAX, REST_MIN, PatientPoll
+
+
+class Turns(trio.abc.Instrument):
+    """Counts how often the loop waited. As a fixture, pytest-trio puts it into the loop."""
+
+    count = 0
+
+    def before_io_wait(self, timeout: float) -> None:
+        self.count += 1
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """To read from, and to write to."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    yield reading, writing
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.fixture
+def turns() -> Turns:
+    return Turns()
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's regular turn does not come within a test."""
+    monkeypatch.setattr(linger, "TURN_SECONDS", 1e9)
+
+
+async def test_what_is_there_is_taken_without_a_turn_of_the_loop(
+    pipe: tuple[int, int], turns: Turns, unhurried: None
+) -> None:
+    reading, writing = pipe
+    lingers = Linger()
+    os.write(writing, b"1")
+    await trio.testing.wait_all_tasks_blocked()
+    before = turns.count
+    for _ in range(50):
+        await lingers.readable(reading)
+    assert turns.count == before
+
+
+async def test_the_loop_has_its_turns(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    os.write(writing, b"1")
+    lingers = Linger()
+    async with trio.open_nursery() as nursery:
+        ended = trio.Event()
+
+        async def deadline() -> None:
+            await trio.sleep(0.005)
+            ended.set()
+
+        nursery.start_soon(deadline)
+        while not ended.is_set():
+            await lingers.readable(reading)
+
+
+async def test_who_could_run_runs_first(pipe: tuple[int, int], unhurried: None) -> None:
+    reading, writing = pipe
+    os.write(writing, b"1")
+    lingers = Linger()
+    await lingers.readable(reading)
+    event = trio.Event()
+    ran = []
+
+    async def other() -> None:
+        await event.wait()
+        ran.append(True)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        await trio.testing.wait_all_tasks_blocked()
+        event.set()
+        await lingers.readable(reading)  # in one turn of the loop with the other, who may come second
+        await lingers.readable(reading)
+        assert ran
+
+
+async def test_who_is_ignored_is_not_waited_for(pipe: tuple[int, int], turns: Turns, unhurried: None) -> None:
+    reading, writing = pipe
+    os.write(writing, b"1")
+    lingers = Linger()
+    await lingers.readable(reading)
+    event = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(event.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        before = turns.count
+        event.set()
+        lingers.ignored = 1
+        await lingers.readable(reading)
+        assert turns.count == before
+
+
+async def test_another_descriptor_ends_the_lingering(pipe: tuple[int, int], unhurried: None) -> None:
+    """Two ends of one connection, each of which lingers for the other: neither may keep the other from running."""
+    reading, writing = pipe
+    there, back = os.pipe()
+    os.set_blocking(there, False)
+
+    async def answer() -> None:
+        lingers = Linger()
+        for _ in range(200):
+            await lingers.readable(there)
+            os.write(writing, os.read(there, 1))
+
+    try:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(answer)
+                lingers = Linger()
+                for number in range(200):
+                    os.write(back, bytes([number]))
+                    await lingers.readable(reading)
+                    assert os.read(reading, 1) == bytes([number])
+    finally:
+        os.close(there)
+        os.close(back)
+
+
+async def test_what_a_thread_writes_is_read(pipe: tuple[int, int], unhurried: None) -> None:
+    reading, writing = pipe
+    lingers = Linger()
+    thread = threading.Thread(target=lambda: [os.write(writing, b"x") for _ in range(100)])
+    thread.start()
+    got = b""
+    with trio.fail_after(30):
+        while len(got) < 100:
+            await lingers.readable(reading)
+            got += os.read(reading, 7)
+    await trio.to_thread.run_sync(thread.join)
+
+
+async def test_it_is_cancelled_in_the_loop(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    os.write(writing, b"1")
+    lingers = Linger()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        while True:
+            await lingers.readable(reading)
+    assert scope.cancelled_caught
+
+
+async def test_a_closed_descriptor_is_told_as_trio_does(pipe: tuple[int, int], unhurried: None) -> None:
+    reading, _writing = pipe
+    lingers = Linger()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.testing.wait_all_tasks_blocked)
+
+        async def close() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            trio.lowlevel.notify_closing(reading)
+
+        nursery.start_soon(close)
+        with pytest.raises(trio.ClosedResourceError):
+            await lingers.readable(reading)
+
+
+def test_where_the_loop_cannot_be_told_nobody_lingers(pipe: tuple[int, int], turns: Turns) -> None:
+    reading, writing = pipe
+    os.write(writing, b"1")
+
+    async def main() -> None:
+        lingers = Linger()
+        trio.lowlevel.add_instrument(turns)
+        for _ in range(5):
+            await lingers.readable(reading)
+
+    with select.epoll():
+        trio.run(main)
+    assert turns.count >= 5
+
+
+class Asked:
+    """A poll object that is never ready, or at the asks given, and counts those that would not sleep."""
+
+    def __init__(self) -> None:
+        self.at_once = 0
+        self.slept = 0
+        self.ready_at = -1
+
+    def register(self, descriptor: int, events: int) -> None:
+        pass
+
+    def poll(self, milliseconds: int) -> list[tuple[int, int]]:
+        if milliseconds:
+            self.slept += 1
+            return []
+        self.at_once += 1
+        return [(3, select.POLLIN)] if self.at_once == self.ready_at else []
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    asked = Asked()
+    monkeypatch.setattr(select, "poll", lambda: asked)
+    monkeypatch.setattr(patient_poll, "SPIN_SECONDS", 0.0)  # one ask is all there is time for
+    return asked
+
+
+def test_after_asking_in_vain_it_sleeps_at_once_ever_longer(asked: Asked) -> None:
+    poll = PatientPoll(3)
+    rest, rests = REST_MIN, []
+    while rest < 8 * REST_MAX:
+        before = asked.at_once
+        count = 0
+        while asked.at_once == before:
+            assert poll.poll(1) == []
+            count += 1
+        rests.append(count - 1)
+        rest *= 2
+    assert rests[0] == 0
+    assert rests[1:5] == [REST_MIN, 2 * REST_MIN, 4 * REST_MIN, 8 * REST_MIN]
+    assert rests[-1] == rests[-2] == REST_MAX
+
+
+def test_an_answer_makes_it_ask_again(asked: Asked) -> None:
+    poll = PatientPoll(3)
+    assert poll.poll(1) == []
+    for _ in range(REST_MIN):
+        poll.poll(1)
+    assert asked.at_once == 1
+    asked.ready_at = 2
+    assert poll.poll(1) == [(3, select.POLLIN)]
+    slept = asked.slept
+    poll.poll(1)
+    assert (asked.at_once, asked.slept) == (3, slept + 1)
+
+
+def test_without_spins_it_sleeps_at_once(asked: Asked) -> None:
+    poll = PatientPoll(3, spins=False)
+    for _ in range(3):
+        assert poll.poll(1) == []
+    assert (asked.at_once, asked.slept) == (0, 3)
