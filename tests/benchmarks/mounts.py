@@ -10,12 +10,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
+Figures = TypeVar("Figures")
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODES = ("sync", "async", "batch")
 BARE = "bare passthrough"
@@ -45,24 +47,34 @@ def workplace() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-def new_source(directory: Path, size: int) -> tuple[Path, Path]:
-    """A source with one volume, `data`, of `size` random bytes, and a mountpoint."""
+def new_volume(file: Path, size: int, *, sparse: bool = False) -> None:
+    """A file of `size` random bytes, on the disk; or a hole of that size."""
+    with open(file, "xb") as data, open("/dev/urandom", "rb") as random:
+        if sparse:
+            data.truncate(size)
+        else:
+            for _ in range(size >> 20):
+                data.write(random.read(1 << 20))
+        data.flush()
+        os.fsync(data.fileno())
+
+
+def new_source(directory: Path, size: int, *, sparse: bool = False) -> tuple[Path, Path]:
+    """A source with one volume, `data`, and a mountpoint."""
     source, mountpoint = directory / "source", directory / "mnt"
     source.mkdir(parents=True)
     mountpoint.mkdir()
-    with open(source / "data", "wb") as data, open("/dev/urandom", "rb") as random:
-        for _ in range(size >> 20):
-            data.write(random.read(1 << 20))
-        data.flush()
-        os.fsync(data.fileno())
+    new_volume(source / "data", size, sparse=sparse)
     return source, mountpoint
 
 
 @contextmanager
-def bare_mount(directory: Path, size: int) -> Iterator[Path]:
+def bare_mount(directory: Path, size: int, *, sparse: bool = False, writeback: bool = False) -> Iterator[Path]:
     """A bare passthrough; gives its mountpoint."""
-    source, mountpoint = new_source(directory, size)
+    source, mountpoint = new_source(directory, size, sparse=sparse)
     command = [sys.executable, "-m", "tests.benchmarks.bare_passthrough", str(source), str(mountpoint)]
+    if writeback:
+        command.append("--writeback")
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT)
     try:
         while not os.path.ismount(mountpoint):
@@ -75,10 +87,13 @@ def bare_mount(directory: Path, size: int) -> Iterator[Path]:
 
 
 @contextmanager
-def protected_mount(directory: Path, size: int, mode: str) -> Iterator[Path]:
+def protected_mount(
+    directory: Path, size: int, mode: str, *, sparse: bool = False, writeback: bool = False
+) -> Iterator[Path]:
     """A rewindfs mount with its base snapshot made; gives its mountpoint. The store is beside it, `store`."""
-    source, mountpoint = new_source(directory, size)
-    rewindfs("mount", source, mountpoint, "--store", directory / "store", "--mode", mode, "--wait-base")
+    source, mountpoint = new_source(directory, size, sparse=sparse)
+    options = ["--writeback"] if writeback else []
+    rewindfs("mount", source, mountpoint, "--store", directory / "store", "--mode", mode, "--wait-base", *options)
     try:
         yield mountpoint
     finally:
@@ -96,8 +111,17 @@ def all_mounts(directory: Path, size: int) -> Iterator[dict[str, Path]]:
 
 
 def fio(file: Path, *options: str) -> float:
-    """Bytes a second of one fio job on a file that exists."""
-    command = ["fio", "--name=job", f"--filename={file}", "--output-format=json", "--ioengine=psync", *options]
+    """Bytes a second of one fio job on a file that exists, or on files in a directory, which options then name."""
+    where = "directory" if file.is_dir() else "filename"
+    command = [
+        "fio",
+        "--name=job",
+        f"--{where}={file}",
+        "--allow_file_create=0",
+        "--output-format=json",
+        "--ioengine=psync",
+        *options,
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, text=True)
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
     return float(job["write"]["bw_bytes"] + job["read"]["bw_bytes"])
@@ -118,6 +142,24 @@ def interleaved(rounds: int, subjects: Mapping[str, Path], measure: Callable[[Pa
         for name, place in subjects.items():
             results[name].append(measure(place))
             settled(place)
+    return results
+
+
+def interleaved_anew(
+    rounds: int,
+    directory: Path,
+    subjects: Mapping[str, Callable[[Path], AbstractContextManager[Path]]],
+    measure: Callable[[Path], Figures],
+) -> dict[str, list[Figures]]:
+    """`interleaved` for runs of gigabytes: each on a mount of its own, made in a directory that is then removed."""
+    results: dict[str, list[Figures]] = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, mounted in subjects.items():
+            place = directory / "run"
+            with mounted(place) as mountpoint:
+                os.sync()
+                results[name].append(measure(mountpoint))
+            shutil.rmtree(place)
     return results
 
 
