@@ -17,6 +17,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from fusefs.mount_cli import tell
+
 Figures = TypeVar("Figures")
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODES = ("sync", "async", "batch")
@@ -110,6 +112,12 @@ def all_mounts(directory: Path, size: int) -> Iterator[dict[str, Path]]:
         yield found
 
 
+def processes(mountpoint: Path) -> dict[str, int]:
+    """The pids behind a source mount: `mount` and `second`."""
+    pids: dict[str, int] = tell(mountpoint, "status", {})["pids"]
+    return pids
+
+
 def fio(file: Path, *options: str) -> float:
     """Bytes a second of one fio job on a file that exists, or on files in a directory, which options then name."""
     where = "directory" if file.is_dir() else "filename"
@@ -128,11 +136,11 @@ def fio(file: Path, *options: str) -> float:
 
 
 def settled(mountpoint: Path) -> None:
-    """Waits until nothing is queued and the disk has what was written, so that the next run starts from rest."""
-    os.sync()
+    """Waits until all that was written is durable at the store and on the disk, so that the next run starts from
+    rest."""
     if os.path.exists(mountpoint.parent / "store"):
-        while json.loads(rewindfs("status", mountpoint, "--json"))["lag"]["records"] > 3:
-            os.sync()
+        tell(mountpoint, "durable", {})
+    os.sync()
 
 
 def interleaved(rounds: int, subjects: Mapping[str, Path], measure: Callable[[Path], float]) -> dict[str, list[float]]:

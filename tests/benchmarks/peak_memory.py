@@ -7,14 +7,13 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from tests.benchmarks.mounts import rewindfs
+from tests.benchmarks.mounts import processes
 from tests.benchmarks.report import Report
 
 LOOK_SECONDS: Final = 0.05
@@ -55,7 +54,7 @@ class PeakMemory:
 
     def watch_mount(self, mountpoint: Path) -> None:
         """The processes behind a source mount."""
-        pids = json.loads(rewindfs("status", mountpoint, "--json"))["pids"]
+        pids = processes(mountpoint)
         with self._lock:  # both at once: the second appliance is not just any child of the mount's process
             self._take("mount process", pids["mount"])
             self._take("second appliance", pids["second"])

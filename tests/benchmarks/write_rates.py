@@ -7,18 +7,18 @@ what was written, and that is outside the time of async and batch, whose promise
 new random bytes (fio's refill_buffers, with another seed each run), so that nothing is deduplicated or compressed.
 The second appliance is a process of its own in every mode. Memory of all processes is watched meanwhile.
 
-depth1: 4 KiB random writes over a volume of 256 MiB full of data, one at a time, through write(2) as applications do
-it: each is one request of the kernel's. The mirror of QEMU, in C, answers after its two copies have the write in their
-page caches; sync answers after the second appliance has journalled it and the source has it.
+depth1: 4 KiB random writes over a volume of 256 MiB (quick: 64) full of data, one at a time, through write(2) as
+applications do it: each is one request of the kernel's. The mirror of QEMU, in C, answers after its two copies have the
+write in their page caches; sync answers after the second appliance has journalled it and the source has it.
 
 depth16: 4 KiB random O_DIRECT writes, 16 at a time, in two readings, since write(2) to one file holds the inode's lock
 in the kernel for the whole request (16 threads on one file are one at a time, then): one job that submits 16 at a time
 (fio's libaio with iodepth 16), as a virtual machine's disk does, to one file; and 16 writers (psync) with a file each.
 
-sequential: one pass of 1 MiB writes over a volume of 4 GiB that was a hole, on a mount made for that run: longer than
-any queue. Without an fsync, as the bare passthrough has none: what lies in page caches at the end lies there for all.
-Then the same rate with the time of one fsync at the end added, which leaves all of it on the disk: of the source, and
-in sync of the store, too.
+sequential: one pass of 1 MiB writes over a volume of 4 GiB (quick: 0.5) that was a hole, on a mount made for that run:
+longer than any queue. Without an fsync, as the bare passthrough has none: what lies in page caches at the end lies
+there for all. Then the same rate with the time of one fsync at the end added, which leaves all of it on the disk: of
+the source, and in sync of the store, too.
 
 writeback: the same with the kernel collecting writes (`rewindfs mount --writeback`, the bare passthrough's own
 `--writeback`), and an fsync at the end within the time: else writes were still on their way to either.
@@ -48,7 +48,6 @@ from tests.benchmarks.peak_memory import PeakMemory
 from tests.benchmarks.qemu_mirror import QEMU, qemu_mirror
 from tests.benchmarks.report import Report, ratio, run_subject
 
-VOLUME_BYTES = 256 << 20
 BLOCK_BYTES = 4096
 DEPTH = 16
 WRITER_BYTES = 8 << 20
@@ -56,36 +55,36 @@ NEW_DATA = ("--refill_buffers", "--randrepeat=0")
 
 
 @contextmanager
-def side_by_side(peaks: PeakMemory, modes: Sequence[str]) -> Iterator[tuple[Path, dict[str, Path]]]:
+def side_by_side(size: int, modes: Sequence[str], peaks: PeakMemory) -> Iterator[tuple[Path, dict[str, Path]]]:
     """A bare mount and one of each of the modes; the directory they are in."""
     with workplace() as directory, ExitStack() as stack:
-        mounts = {BARE: stack.enter_context(bare_mount(directory / "bare", VOLUME_BYTES))}
+        mounts = {BARE: stack.enter_context(bare_mount(directory / "bare", size))}
         for mode in modes:
-            mounts[mode] = stack.enter_context(protected_mount(directory / mode, VOLUME_BYTES, mode))
+            mounts[mode] = stack.enter_context(protected_mount(directory / mode, size, mode))
             peaks.watch_mount(mounts[mode])
         yield directory, mounts
 
 
-def random_4k(file: Path, seconds: int, *options: str) -> float:
+def random_4k(file: Path, seconds: float, *options: str) -> float:
     """IOPS."""
-    timed = ("--rw=randwrite", "--bs=4k", "--time_based", f"--runtime={seconds}")
+    timed = ("--rw=randwrite", "--bs=4k", "--time_based", f"--runtime={seconds * 1000:.0f}ms")
     return fio(file, *timed, *NEW_DATA, *options) / BLOCK_BYTES
 
 
-def one_job(place: Path, seconds: int) -> float:
+def one_job(place: Path, seconds: float) -> float:
     return random_4k(place / "data", seconds, "--direct=1", "--ioengine=libaio", f"--iodepth={DEPTH}")
 
 
-def many_writers(place: Path, seconds: int) -> float:
+def many_writers(place: Path, seconds: float) -> float:
     files = ("--filename_format=writer$jobnum", f"--size={WRITER_BYTES}")
     return random_4k(place, seconds, "--direct=1", f"--numjobs={DEPTH}", "--group_reporting", *files)
 
 
 def depth1(report: Report, quick: bool, peaks: PeakMemory) -> None:
-    rounds, seconds = _random_runs(quick)
+    rounds, seconds, size = _random_runs(quick)
     with (
-        side_by_side(peaks, MODES) as (directory, mounts),
-        qemu_mirror(directory / "qemu", VOLUME_BYTES) as mirror,
+        side_by_side(size, MODES, peaks) as (directory, mounts),
+        qemu_mirror(directory / "qemu", size) as mirror,
     ):
         results = interleaved(rounds, mounts | {QEMU: mirror}, lambda place: random_4k(place / "data", seconds))
     what = "4 KiB random writes, depth 1"
@@ -96,8 +95,8 @@ def depth1(report: Report, quick: bool, peaks: PeakMemory) -> None:
 
 
 def depth16(report: Report, quick: bool, peaks: PeakMemory) -> None:
-    rounds, seconds = _random_runs(quick)
-    with side_by_side(peaks, ["sync"]) as (_directory, mounts):
+    rounds, seconds, size = _random_runs(quick)
+    with side_by_side(size, ["sync"], peaks) as (_directory, mounts):
         for place in mounts.values():
             for number in range(DEPTH):
                 (place / f"writer{number}").write_bytes(os.urandom(WRITER_BYTES))
@@ -109,9 +108,9 @@ def depth16(report: Report, quick: bool, peaks: PeakMemory) -> None:
             report.at_least(f"{what}: sync", BARE, ratio(results, "sync", BARE), 0.60)
 
 
-def _random_runs(quick: bool) -> tuple[int, int]:
-    """Rounds, and seconds of each run."""
-    return (3, 1) if quick else (5, 3)
+def _random_runs(quick: bool) -> tuple[int, float, int]:
+    """Rounds, seconds of each run, bytes of the volume."""
+    return (3, 0.5, 64 << 20) if quick else (5, 2, 256 << 20)
 
 
 def sequential(report: Report, quick: bool, peaks: PeakMemory) -> None:
