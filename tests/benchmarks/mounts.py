@@ -12,14 +12,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from fusefs.mount_cli import tell
 
-Figures = TypeVar("Figures")
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODES = ("sync", "async", "batch")
 BARE = "bare passthrough"
@@ -157,10 +155,10 @@ def interleaved_anew(
     rounds: int,
     directory: Path,
     subjects: Mapping[str, Callable[[Path], AbstractContextManager[Path]]],
-    measure: Callable[[Path], Figures],
-) -> dict[str, list[Figures]]:
+    measure: Callable[[Path], float],
+) -> dict[str, list[float]]:
     """`interleaved` for runs of gigabytes: each on a mount of its own, made in a directory that is then removed."""
-    results: dict[str, list[Figures]] = {name: [] for name in subjects}
+    results: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in range(rounds):
         for name, mounted in subjects.items():
             place = directory / "run"

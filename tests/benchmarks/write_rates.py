@@ -16,18 +16,15 @@ in the kernel for the whole request (16 threads on one file are one at a time, t
 (fio's libaio with iodepth 16), as a virtual machine's disk does, to one file; and 16 writers (psync) with a file each.
 
 sequential: one pass of 1 MiB writes over a volume of 4 GiB (quick: 0.5) that was a hole, on a mount made for that run:
-longer than any queue. Without an fsync, as the bare passthrough has none: what lies in page caches at the end lies
-there for all. Then the same rate with the time of one fsync at the end added, which leaves all of it on the disk: of
-the source, and in sync of the store, too.
+longer than any queue. Without an fsync in any of them: what lies in page caches at the end lies there for all.
 
 writeback: the same with the kernel collecting writes (`rewindfs mount --writeback`, the bare passthrough's own
-`--writeback`), and an fsync at the end within the time: else writes were still on their way to either.
+`--writeback`), and one fsync at the end within the time: else writes were still on their way to either.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -115,21 +112,18 @@ def _random_runs(quick: bool) -> tuple[int, float, int]:
 
 def sequential(report: Report, quick: bool, peaks: PeakMemory) -> None:
     rounds, size = _sequential_runs(quick)
-    found = _on_new_mounts(rounds, size, ["async", "sync"], peaks, writeback=False)
-    what = f"1 MiB sequential writes of new data, {_gibibytes(size)}"
-    results = _column(found, 0)
+    what = f"1 MiB sequential writes of new data, {size / (1 << 30):g} GiB"
+    results = _on_new_mounts(rounds, size, ["async", "sync"], peaks)
     report.table(what, "MB/s", results, BARE)
     for mode, floor in (("async", 0.80), ("sync", 0.60)):
         report.at_least(f"{what}: {mode}", BARE, ratio(results, mode, BARE), floor)
-    report.table(f"{what}, with an fsync at the end", "MB/s", _column(found, 1), BARE)
 
 
 def writeback(report: Report, quick: bool, peaks: PeakMemory) -> None:
     rounds, size = _sequential_runs(quick)
-    found = _on_new_mounts(rounds, size, ["async"], peaks, writeback=True)
-    what = f"1 MiB sequential writes of new data, {_gibibytes(size)}, --writeback, with an fsync at the end"
-    results = _column(found, 1)
-    report.table(what, "MB/s", results, BARE)
+    what = f"1 MiB sequential writes of new data, {size / (1 << 30):g} GiB, --writeback"
+    results = _on_new_mounts(rounds, size, ["async"], peaks, writeback=True)
+    report.table(f"{what}, with an fsync at the end", "MB/s", results, BARE)
     report.at_least(f"{what}: async", f"{BARE} with kernel writeback", ratio(results, "async", BARE), 0.70)
 
 
@@ -138,33 +132,22 @@ def _sequential_runs(quick: bool) -> tuple[int, int]:
     return (3, 512 << 20) if quick else (5, 4 << 30)
 
 
-def _gibibytes(size: int) -> str:
-    return f"{size / (1 << 30):g} GiB"
-
-
 def _on_new_mounts(
-    rounds: int, size: int, modes: Sequence[str], peaks: PeakMemory, *, writeback: bool
-) -> dict[str, list[tuple[float, float]]]:
-    """For each subject and run: MB/s of the writes, and of the writes and the fsync behind them."""
+    rounds: int, size: int, modes: Sequence[str], peaks: PeakMemory, *, writeback: bool = False
+) -> dict[str, list[float]]:
+    """MB/s; with `writeback`, of the writes and the fsync behind them."""
     subjects = {BARE: partial(bare_mount, size=size, sparse=True, writeback=writeback)}
     for mode in modes:
         subjects[mode] = partial(protected_mount, size=size, mode=mode, sparse=True, writeback=writeback)
+    end = ["--end_fsync=1"] if writeback else []
 
-    def measure(place: Path) -> tuple[float, float]:
+    def measure(place: Path) -> float:
         if (place.parent / "store").exists():
             peaks.watch_mount(place)
-        rate = fio(place / "data", "--rw=write", "--bs=1m", *NEW_DATA)
-        began = time.perf_counter()
-        with open(place / "data", "r+b") as file:
-            os.fsync(file.fileno())
-        return rate / 1e6, size / (size / rate + time.perf_counter() - began) / 1e6
+        return fio(place / "data", "--rw=write", "--bs=1m", *NEW_DATA, *end) / 1e6
 
     with workplace() as directory:
         return interleaved_anew(rounds, directory, subjects, measure)
-
-
-def _column(found: dict[str, list[tuple[float, float]]], index: int) -> dict[str, list[float]]:
-    return {name: [figures[index] for figures in runs] for name, runs in found.items()}
 
 
 TABLES = {"depth1": depth1, "depth16": depth16, "sequential": sequential, "writeback": writeback}
