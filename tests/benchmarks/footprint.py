@@ -7,7 +7,8 @@ Looked at every 50 ms, from before the first write until the unmount has ended: 
 each process that either starts, and a snapshot mount. The work, in async mode: random 4 KiB writes all over the volume,
 16 at a time; sequential 1 MiB writes of new data; then, while random writes go on, 1,000 a second: snapshots are taken,
 one is read in a row and, all over the volume, at random, and points and snapshots are listed. At the end the store is
-consolidated and collected: work that gives way to writes, and would take long beside them.
+collected and consolidated, which gives way to writes and would take long beside them; a history so young has nothing to
+thin yet.
 
 `write_rates` and `stacked` look at the processes behind their mounts in the same way.
 """
