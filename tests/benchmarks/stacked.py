@@ -122,7 +122,7 @@ def measure(report: Report, quick: bool, tables: Sequence[str] = tuple(TABLES)) 
     with PeakMemory() as peaks:
         for name in tables:
             TABLES[name](report, quick, peaks)
-    peaks.tell(report, "under these databases")
+    peaks.tell(report, "under SQLite and PostgreSQL")
 
 
 def main() -> None:

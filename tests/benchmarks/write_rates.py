@@ -157,7 +157,7 @@ def measure(report: Report, quick: bool, tables: Sequence[str] = tuple(TABLES)) 
     with PeakMemory() as peaks:
         for name in tables:
             TABLES[name](report, quick, peaks)
-    peaks.tell(report, "during these writes")
+    peaks.tell(report, "written to at full rate")
 
 
 def main() -> None:
