@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -75,13 +76,13 @@ class PeakMemory:
     def _look(self) -> None:
         for pid, (kind, fd) in list(self._watched.items()):
             try:
-                self.peaks[kind] = max(self.peaks.get(kind, 0), _rss_anon(os.pread(fd, _STATUS_BYTES, 0)))
-                children = _children(pid) - self._watched.keys()
-            except (ProcessLookupError, FileNotFoundError):
+                status = os.pread(fd, _STATUS_BYTES, 0)
+            except ProcessLookupError:
                 os.close(fd)
                 del self._watched[pid]
                 continue
-            for child in children:
+            self.peaks[kind] = max(self.peaks.get(kind, 0), _rss_anon(status))
+            for child in _children(pid) - self._watched.keys():
                 self._find(child, pid, kind)
 
     def _take(self, kind: str, pid: int) -> None:
@@ -104,8 +105,13 @@ def _rss_anon(status: bytes) -> int:
 
 
 def _children(pid: int) -> set[int]:
-    tasks = Path(f"/proc/{pid}/task")
-    return {int(child) for task in os.listdir(tasks) for child in (tasks / task / "children").read_text().split()}
+    """Of all its threads; none once it has ended. A thread that ends meanwhile hands its children to another."""
+    found: set[int] = set()
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                found.update(map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()))
+    return found
 
 
 def _words(pid: int) -> list[str]:
