@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.benchmarks.mounts import fio, protected_mount, rewindfs, workplace
+from tests.benchmarks.mounts import NEW_DATA, fio, protected_mount, rewindfs, workplace
 from tests.benchmarks.peak_memory import PeakMemory
 from tests.benchmarks.read_rates import browsed
 from tests.benchmarks.report import Report, run_subject
@@ -29,7 +29,6 @@ from tests.benchmarks.snapshot_listing import mount_process
 
 SEQUENTIAL_BYTES_MAX = 2 << 30
 BACKGROUND_IOPS = 1000
-NEW_DATA = ("--refill_buffers", "--randrepeat=0")
 RANDOM_WRITES = ("--rw=randwrite", "--bs=4k", "--ioengine=libaio", "--iodepth=16", "--direct=1", "--norandommap")
 
 

@@ -21,6 +21,8 @@ from fusefs.mount_cli import tell
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODES = ("sync", "async", "batch")
 BARE = "bare passthrough"
+NEW_DATA = ("--refill_buffers", "--randrepeat=0")
+"""For fio: bytes that no other run wrote, and that nothing compresses. Without them each run writes the same again."""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -90,12 +92,17 @@ def bare_mount(directory: Path, size: int, *, sparse: bool = False, writeback: b
 def protected_mount(
     directory: Path, size: int, mode: str, *, sparse: bool = False, writeback: bool = False
 ) -> Iterator[Path]:
-    """A rewindfs mount with its base snapshot made; gives its mountpoint. The store is beside it, `store`."""
+    """A rewindfs mount with its base snapshot made; gives its mountpoint. The store is beside it, `store`. RuntimeError
+    when not everything done there was recorded: it would have been fast for that."""
     source, mountpoint = new_source(directory, size, sparse=sparse)
     options = ["--writeback"] if writeback else []
     rewindfs("mount", source, mountpoint, "--store", directory / "store", "--mode", mode, "--wait-base", *options)
     try:
         yield mountpoint
+        tell(mountpoint, "durable", {})
+        status = json.loads(rewindfs("status", mountpoint, "--json"))
+        if status["state"] != "protected" or status["gaps"]:
+            raise RuntimeError(f"{mode}: {status['state']}, {status['gaps']} gaps: what was measured was not recorded")
     finally:
         rewindfs("unmount", mountpoint)
 

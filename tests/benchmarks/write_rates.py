@@ -33,6 +33,7 @@ from pathlib import Path
 from tests.benchmarks.mounts import (
     BARE,
     MODES,
+    NEW_DATA,
     bare_mount,
     fio,
     interleaved,
@@ -48,7 +49,6 @@ from tests.benchmarks.report import Report, ratio, run_subject
 BLOCK_BYTES = 4096
 DEPTH = 16
 WRITER_BYTES = 8 << 20
-NEW_DATA = ("--refill_buffers", "--randrepeat=0")
 
 
 @contextmanager
