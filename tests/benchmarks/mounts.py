@@ -10,15 +10,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from fusefs.mount_cli import tell
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODES = ("sync", "async", "batch")
 BARE = "bare passthrough"
+NEW_DATA = ("--refill_buffers", "--randrepeat=0")
+"""For fio: bytes that no other run wrote, and that nothing compresses. Without them each run writes the same again."""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -45,24 +49,34 @@ def workplace() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-def new_source(directory: Path, size: int) -> tuple[Path, Path]:
-    """A source with one volume, `data`, of `size` random bytes, and a mountpoint."""
+def new_volume(file: Path, size: int, *, sparse: bool = False) -> None:
+    """A file of `size` random bytes, on the disk; or a hole of that size."""
+    with open(file, "xb") as data, open("/dev/urandom", "rb") as random:
+        if sparse:
+            data.truncate(size)
+        else:
+            for _ in range(size >> 20):
+                data.write(random.read(1 << 20))
+        data.flush()
+        os.fsync(data.fileno())
+
+
+def new_source(directory: Path, size: int, *, sparse: bool = False) -> tuple[Path, Path]:
+    """A source with one volume, `data`, and a mountpoint."""
     source, mountpoint = directory / "source", directory / "mnt"
     source.mkdir(parents=True)
     mountpoint.mkdir()
-    with open(source / "data", "wb") as data, open("/dev/urandom", "rb") as random:
-        for _ in range(size >> 20):
-            data.write(random.read(1 << 20))
-        data.flush()
-        os.fsync(data.fileno())
+    new_volume(source / "data", size, sparse=sparse)
     return source, mountpoint
 
 
 @contextmanager
-def bare_mount(directory: Path, size: int) -> Iterator[Path]:
+def bare_mount(directory: Path, size: int, *, sparse: bool = False, writeback: bool = False) -> Iterator[Path]:
     """A bare passthrough; gives its mountpoint."""
-    source, mountpoint = new_source(directory, size)
+    source, mountpoint = new_source(directory, size, sparse=sparse)
     command = [sys.executable, "-m", "tests.benchmarks.bare_passthrough", str(source), str(mountpoint)]
+    if writeback:
+        command.append("--writeback")
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT)
     try:
         while not os.path.ismount(mountpoint):
@@ -75,12 +89,20 @@ def bare_mount(directory: Path, size: int) -> Iterator[Path]:
 
 
 @contextmanager
-def protected_mount(directory: Path, size: int, mode: str) -> Iterator[Path]:
-    """A rewindfs mount with its base snapshot made; gives its mountpoint. The store is beside it, `store`."""
-    source, mountpoint = new_source(directory, size)
-    rewindfs("mount", source, mountpoint, "--store", directory / "store", "--mode", mode, "--wait-base")
+def protected_mount(
+    directory: Path, size: int, mode: str, *, sparse: bool = False, writeback: bool = False
+) -> Iterator[Path]:
+    """A rewindfs mount with its base snapshot made; gives its mountpoint. The store is beside it, `store`. RuntimeError
+    when not everything done there was recorded: it would have been fast for that."""
+    source, mountpoint = new_source(directory, size, sparse=sparse)
+    options = ["--writeback"] if writeback else []
+    rewindfs("mount", source, mountpoint, "--store", directory / "store", "--mode", mode, "--wait-base", *options)
     try:
         yield mountpoint
+        tell(mountpoint, "durable", {})
+        status = json.loads(rewindfs("status", mountpoint, "--json"))
+        if status["state"] != "protected" or status["gaps"]:
+            raise RuntimeError(f"{mode}: {status['state']}, {status['gaps']} gaps: what was measured was not recorded")
     finally:
         rewindfs("unmount", mountpoint)
 
@@ -95,20 +117,35 @@ def all_mounts(directory: Path, size: int) -> Iterator[dict[str, Path]]:
         yield found
 
 
+def processes(mountpoint: Path) -> dict[str, int]:
+    """The pids behind a source mount: `mount` and `second`."""
+    pids: dict[str, int] = tell(mountpoint, "status", {})["pids"]
+    return pids
+
+
 def fio(file: Path, *options: str) -> float:
-    """Bytes a second of one fio job on a file that exists."""
-    command = ["fio", "--name=job", f"--filename={file}", "--output-format=json", "--ioengine=psync", *options]
+    """Bytes a second of one fio job on a file that exists, or on files in a directory, which options then name."""
+    where = "directory" if file.is_dir() else "filename"
+    command = [
+        "fio",
+        "--name=job",
+        f"--{where}={file}",
+        "--allow_file_create=0",
+        "--output-format=json",
+        "--ioengine=psync",
+        *options,
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, text=True)
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
     return float(job["write"]["bw_bytes"] + job["read"]["bw_bytes"])
 
 
 def settled(mountpoint: Path) -> None:
-    """Waits until nothing is queued and the disk has what was written, so that the next run starts from rest."""
-    os.sync()
+    """Waits until all that was written is durable at the store and on the disk, so that the next run starts from
+    rest."""
     if os.path.exists(mountpoint.parent / "store"):
-        while json.loads(rewindfs("status", mountpoint, "--json"))["lag"]["records"] > 3:
-            os.sync()
+        tell(mountpoint, "durable", {})
+    os.sync()
 
 
 def interleaved(rounds: int, subjects: Mapping[str, Path], measure: Callable[[Path], float]) -> dict[str, list[float]]:
@@ -118,6 +155,24 @@ def interleaved(rounds: int, subjects: Mapping[str, Path], measure: Callable[[Pa
         for name, place in subjects.items():
             results[name].append(measure(place))
             settled(place)
+    return results
+
+
+def interleaved_anew(
+    rounds: int,
+    directory: Path,
+    subjects: Mapping[str, Callable[[Path], AbstractContextManager[Path]]],
+    measure: Callable[[Path], float],
+) -> dict[str, list[float]]:
+    """`interleaved` for runs of gigabytes: each on a mount of its own, made in a directory that is then removed."""
+    results: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, mounted in subjects.items():
+            place = directory / "run"
+            with mounted(place) as mountpoint:
+                os.sync()
+                results[name].append(measure(mountpoint))
+            shutil.rmtree(place)
     return results
 
 

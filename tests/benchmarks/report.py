@@ -1,7 +1,8 @@
 """What every benchmark gives: tables of interleaved runs, each target beside what was measured, and the same as JSON.
 
 A subject is a module with `measure(report, quick)` and `main()`, which is `run_subject(measure, __doc__)`: it runs
-alone (`python -m tests.benchmarks.NAME [--quick] [--json FILE]`) and as part of `make bench`, which joins them.
+alone (`python -m tests.benchmarks.NAME [--quick] [--json FILE]`) and as part of `make bench`, which joins them. One
+with several tables may let them be chosen: `--tables NAME,NAME`.
 """
 
 from __future__ import annotations
@@ -139,13 +140,22 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def run_subject(measure: Callable[[Report, bool], None], doc: str | None) -> None:
-    """The command line of one subject."""
+def run_subject(measure: Callable[..., None], doc: str | None, tables: Sequence[str] = ()) -> None:
+    """The command line of one subject. With `tables` it has parts that can be chosen, and `measure` takes their names
+    as a third argument."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs, smaller volumes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    if tables:
+        parser.add_argument("--tables", default=",".join(tables), metavar="NAME,NAME", help=f"of {', '.join(tables)}")
     options = parser.parse_args()
     report = Report()
-    measure(report, options.quick)
+    if tables:
+        chosen = options.tables.split(",")
+        if unknown := set(chosen) - set(tables):
+            parser.error(f"no such table: {', '.join(sorted(unknown))}; there are {', '.join(tables)}")
+        measure(report, options.quick, chosen)
+    else:
+        measure(report, options.quick)
     if options.json:
         report.save(options.json)
