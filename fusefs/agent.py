@@ -138,15 +138,16 @@ class Agent:
                 await self._mark(volume.id, first, last)
             refusal: OSError | OutageError | None = None
             written = 0
-            if await self.link.room(length) and volume.known:
+            if (self.link.has_room(length) or await self.link.room(length)) and volume.known:
                 seq, time, run = self.link.stamp()
                 self.link.take(Write(seq, time, run, Extent(volume.id, offset, data)))
                 if end > volume.size:
                     volume.growing[seq] = end
-                try:
-                    await self.first.acknowledged(seq)
-                except OutageError as error:
-                    refusal = error
+                if not self.first.is_acknowledged(seq):
+                    try:
+                        await self.first.acknowledged(seq)
+                    except OutageError as error:
+                        refusal = error
             if refusal is None:
                 try:
                     written = write_at(fd, data, offset)
@@ -270,15 +271,22 @@ class Agent:
         return None
 
     async def fsync(self, volume: VolumeId | None, fd: int, datasync: bool) -> None:
-        """Syncs the source, then records a recovery point; in sync mode it is durable at the second appliance too."""
+        """Records a recovery point and syncs the source; in sync mode it is durable at the second appliance, too.
+
+        The point is what had been written when the application asked, so it is recorded then, and both sides sync at
+        the same time. OutageError, and the source is not synced, where nothing can be recorded and that is to fail.
+        """
+        seq = _NO_SEQ
+        if volume is not None and self.volumes.get(volume) is not None and await self.link.room(RECORD_BYTES):
+            # Room may have been waited for: the volume may be gone by now.
+            if (known := self.volumes.get(volume)) is not None and known.known:
+                seq = self.link.put(lambda seq, time, run: Flush(seq, time, run, volume))
+                self.first.flush_soon(seq)
         token = self.tracker.token()
         await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fd)
-        if volume is None or self.volumes.get(volume) is None:
-            return
-        self.tracker.source_synced(volume, token)
-        # Room may have been waited for: the volume may be gone by now.
-        if await self.link.room(RECORD_BYTES) and (known := self.volumes.get(volume)) is not None and known.known:
-            seq = self.link.put(lambda seq, time, run: Flush(seq, time, run, volume))
+        if volume is not None and self.volumes.get(volume) is not None:
+            self.tracker.source_synced(volume, token)
+        if seq != _NO_SEQ:
             await self.first.flushed(seq)
 
     # -- names and attributes ----------------------------------------------------------------------------------------

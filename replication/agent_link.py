@@ -62,6 +62,10 @@ class AgentLink:
         """Whether changes are going unrecorded."""
         return self._unrecorded
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether `room` would say True at once, and nothing is owed before the record."""
+        return not self._unrecorded and self.first.has_room(nbytes)
+
     async def room(self, nbytes: int) -> bool:
         """Waits until a record of `nbytes` may be queued: True. False in an outage whose policy is to continue: the
         change must not be recorded, and its region stays marked. OutageError where the policy is to fail."""

@@ -243,12 +243,16 @@ class FirstAppliance:
             self._forwarder.traffic.written += record.extent.length
         if not self._through:
             self._progress.queue(record.seq)
-        if self._probe is None:
+        if self._probe is None and policy.observes:
             self._probe = record.seq, trio.current_time()
         for frame in frames:
             self._forwarder.push(frame)
         if policy.closes_at is not None and not self._aggregate_opened.is_set():
             self._aggregate_opened.set()
+
+    def is_acknowledged(self, seq: Seq) -> bool:
+        """Whether `acknowledged` would say True at once."""
+        return self._progress.has_reached(seq, self._policy.write_waits_for)
 
     async def acknowledged(self, seq: Seq) -> bool:
         """Returns when the mode lets the write `seq` return: True. False: an outage lasts and the policy is to
@@ -265,6 +269,11 @@ class FirstAppliance:
         # It takes longer, who knows how long: the double brings the mean above the limit, if that goes on.
         self._observe(policy, 2 * patience)
         return await self._reached(seq, Level.QUEUED)
+
+    def flush_soon(self, seq: Seq) -> None:
+        """Has what `flushed` waits for come soon; waits for nothing."""
+        if not self._progress.has_reached(seq, self._policy.flush_waits_for):
+            self.hurry(seq, self._policy.flush_waits_for)
 
     async def flushed(self, seq: Seq) -> bool:
         """Like `acknowledged`, for the flush record of an fsync."""

@@ -296,9 +296,20 @@ class Link:
                 await self._wake.wait()
             finally:
                 self._wake = None
-            if self.gather_seconds and not self._hurry.is_set():
+            if self._hurry.is_set():
+                continue
+            if self.gather_seconds:
                 with trio.move_on_after(self.gather_seconds):
                     await self._hurry.wait()
+            else:
+                await self._gather_by_turns()
+
+    async def _gather_by_turns(self) -> None:
+        """Where somebody waits for the answer: as long as each turn of the loop brings another frame."""
+        unsent = 0
+        while unsent < self._outbox.unsent_frames and not self._hurry.is_set():
+            unsent = self._outbox.unsent_frames
+            await trio.lowlevel.checkpoint()
 
     def _send_now(self) -> None:
         """Sends the one frame that waits, or a part of it."""

@@ -74,6 +74,10 @@ class ModePolicy(Protocol):
     def patience_seconds(self) -> float | None:
         """Longest that a write waits for its level before it returns without; None for as long as it takes."""
 
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` is of any use."""
+
     def observe(self, seconds: float) -> bool:
         """A record took so long to be RECEIVED, or has not been for so long. Says whether that changed what writes wait
         for."""
@@ -102,6 +106,7 @@ class _Steady:
     """What writes wait for does not depend on the round trip."""
 
     patience_seconds: Final[float | None] = None
+    observes: Final = False
 
     def observe(self, seconds: float) -> bool:
         return False
@@ -146,6 +151,7 @@ class AutoMode(_AtOnce):
     that, AUTO_REST_SECONDS later at the earliest. A write waits no longer than `limit`, an fsync only while in sync."""
 
     mode: Final = Mode.AUTO
+    observes: Final = True
     outage: Final = Outage.CONTINUE
     gather_seconds: Final = 0.0
 

@@ -17,10 +17,10 @@ from replication.messages import Level
 
 
 class _Waiter:
-    __slots__ = ("error", "event", "reached", "releasable")
+    __slots__ = ("error", "reached", "releasable", "task")
 
     def __init__(self, releasable: bool) -> None:
-        self.event = trio.Event()
+        self.task = trio.lowlevel.current_task()
         self.releasable = releasable
         self.reached = True
         self.error: Exception | None = None
@@ -82,12 +82,13 @@ class Progress:
         heap = self._heap(level)
         waiter = _Waiter(releasable)
         heappush(heap, (seq, next(self._order), waiter))
-        try:
-            await waiter.event.wait()
-        except trio.Cancelled:
+
+        def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
             heap[:] = [entry for entry in heap if entry[2] is not waiter]
             heapify(heap)
-            raise
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
         if waiter.error is not None:
             raise waiter.error
         return waiter.reached
@@ -115,11 +116,11 @@ class Progress:
 
 def _wake(heap: _Heap, reached: Seq) -> None:
     while heap and heap[0][0] <= reached:
-        heappop(heap)[2].event.set()
+        trio.lowlevel.reschedule(heappop(heap)[2].task)
 
 
 def _end(waiters: list[_Waiter], error: Exception | None) -> None:
     for waiter in waiters:
         waiter.reached = False
         waiter.error = error
-        waiter.event.set()
+        trio.lowlevel.reschedule(waiter.task)

@@ -73,7 +73,8 @@ class RegionTracker:
         """A write is on its way. Call it before looking at the mark: from here on the mark stays."""
         for region in regions_of(offset, length):
             self._touch(volume, region, seq, now).in_flight += 1
-        self._forget()
+        if len(self._regions) > self._limit:
+            self._forget()
 
     def write_end(self, volume: VolumeId, offset: int, length: int, seq: Seq = _NO_SEQ, *, now: float) -> None:
         """The source call of that write returned, or was never made. `seq`: its last record, a Correct's too."""
@@ -164,7 +165,8 @@ class RegionTracker:
             tracked = self._regions[volume, region] = _Tracked()
         else:
             self._regions.move_to_end((volume, region))
-        tracked.seq = max(tracked.seq, seq)
+        if seq > tracked.seq:
+            tracked.seq = seq
         tracked.touched = now
         return tracked
 

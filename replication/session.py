@@ -176,7 +176,10 @@ class Session:
         The caller puts all of it on the wire, in the order of the calls, or gives the connection up.
         """
         buffers = encode(message)
-        self._say(self.side, message)
+        if type(message) is Ack and self._is_fed and self.side is Side.SERVER:
+            _ack(self, Side.SERVER, message, State.STREAMING)  # what `_say` would find and do
+        else:
+            self._say(self.side, message)
         return buffers
 
     def sending(self, kind: type, first_seq: Seq, seq: Seq) -> None:
@@ -189,6 +192,11 @@ class Session:
         if self.role is not Role.AGENT or first_seq != self.last_seq + 1 or seq < first_seq:
             raise LocalProtocolError(f"record {first_seq}..{seq} does not follow {self.last_seq}")
         self._pass(seq)
+
+    @property
+    def _is_fed(self) -> bool:
+        """Whether it streams records."""
+        return self.state is State.STREAMING and self.role is Role.AGENT
 
     @property
     def incomplete(self) -> bool:
@@ -212,14 +220,16 @@ class Session:
         """The next message of the peer, or None until more arrives. Raises ProtocolError; then CLOSED."""
         try:
             message = self._decoder.next_message()
+            # What `_say` would find and do, for what is most of the traffic.
             if (
                 type(message) is Write
-                and self.state is State.STREAMING
+                and self._is_fed
                 and self.side is Side.SERVER
-                and self.role is Role.AGENT
                 and message.seq == self.last_seq + 1
             ):
-                self._pass(message.seq)  # what `_say` would find and do, for what is most of the traffic
+                self._pass(message.seq)
+            elif type(message) is Ack and self._is_fed and self.side is Side.CLIENT:
+                _ack(self, Side.SERVER, message, State.STREAMING)
             elif message is not None:
                 self._say(self.peer, message)
         except ProtocolError:

@@ -39,6 +39,9 @@ class ScriptedFirst:
     def has_room(self, nbytes: int) -> bool:
         return self.answer is True
 
+    def is_acknowledged(self, seq: Seq) -> bool:
+        return False
+
     def append(self, record: Record | Compare) -> None:
         if self.refuses is not None and isinstance(record, self.refuses):
             raise LocalProtocolError("too long")
