@@ -19,6 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -273,6 +274,17 @@ class ContainerReader:
 
     def close(self) -> None:
         self._storage.close(self._fd)
+
+
+def marks_of(storage: Storage, directory: Path, container: ContainerId) -> tuple[NDArray[np.uint64], bytes]:
+    """The slots of a container that hold a block, ascending, and their stored fingerprints. Damaged, UnknownFormat."""
+    reader = ContainerReader.open(storage, directory, container)
+    try:
+        slots = np.array(reader.slots(), np.uint64)
+        edges = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)] if len(slots) else []
+        return slots, b"".join([reader.fingerprints(int(slots[at]), end - at) for at, end in pairwise(edges)])
+    finally:
+        reader.close()
 
 
 def _first_mismatch(blocks: memoryview, fingerprints: bytes) -> int | None:

@@ -21,11 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+import numpy as np
+
 from dedup import layout
-from dedup.catalog import Index, Watermark
-from dedup.container import ContainerPool
+from dedup.catalog import Index
+from dedup.container import ContainerPool, marks_of
 from dedup.data_journal import DataJournal
-from dedup.errors import NameRefused, StoreBusy, StoreError, StoreFailed
+from dedup.errors import Damaged, NameRefused, StoreBusy, StoreError, StoreFailed, UnknownFormat
 from dedup.fingerprint_index import FingerprintIndex
 from dedup.group_writer import GroupWriter
 from dedup.healing import Healer
@@ -37,6 +39,7 @@ from dedup.settling import settle
 from dedup.storage import Storage
 from dedup.types import BASE_JOURNAL, FINE_JOURNAL, ContainerId, JournalId, Record
 from dedup.usage import StoreUsage, measure
+from dedup.watermark import Watermark
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class Store:
             self.index.close()
             raise
         self.pool = ContainerPool(storage, containers)
-        self.fingerprints = FingerprintIndex(self.index.env, self.index.db["fingerprints"])
+        self.fingerprints = FingerprintIndex(self.index)
         self._next_container = max(found + 1, self.watermark.next_container)
         self.base_journal = DataJournal(storage, containers, BASE_JOURNAL, "base", self._allocate)
         self.fine_journal = DataJournal(storage, containers, FINE_JOURNAL, "fine", self._allocate)
@@ -112,6 +115,7 @@ class Store:
             raise
         try:
             settle(storage, path, store.index, store.watermark)
+            store._load_fingerprints()
             for name in sorted(storage.listdir(path / layout.GROUPS_NAME)):
                 store.group(name)
             store.checkpoint()
@@ -119,6 +123,21 @@ class Store:
             store.abandon()
             raise
         return store
+
+    def _load_fingerprints(self) -> None:
+        """Those that LMDB does not have, from the containers' own tables. What cannot be read costs deduplication."""
+        merged = self.fingerprints.merged
+        containers = self.path / layout.CONTAINERS_NAME
+        for name in self.storage.listdir(containers) if merged is not None else ():
+            container = layout.container_named(name)
+            if merged is None or container is None or merged.whole.covers_whole(container):
+                continue
+            try:
+                slots, fingerprints = marks_of(self.storage, containers, container)
+            except (Damaged, UnknownFormat) as damage:
+                log.warning("blocks of a container are stored once more when they come again: %s", damage)
+                continue
+            self.fingerprints.load(fingerprints, slots + np.uint64(layout.address(container, 0)))
 
     def spent(self, container: ContainerId) -> None:
         """An entry names it: its number is not given again, though its file and the index may be lost."""
@@ -207,12 +226,13 @@ class Store:
         self.fingerprints.freeze()
         dirty = [group for group in self._groups.values() if group.state.records]
         if dirty or self.fingerprints.pending_count:
+            now = self._watermark_now()
             with self.index.write() as txn:
                 for group in dirty:
                     group.catalog.put(txn, group.state, group.position)
-                self.fingerprints.commit(txn)
-                self.index.put_watermark(txn, self._watermark_now())
-        self.fingerprints.committed()
+                self.fingerprints.commit(txn, now)
+                self.index.put_watermark(txn, now)
+            self.fingerprints.committed()
         for group in dirty:
             group.checkpointed()
         self._checkpointed_at = time.monotonic()

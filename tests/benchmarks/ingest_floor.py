@@ -4,8 +4,9 @@
 
 A session of the second appliance is fed with the bytes that an agent sends (`recorded_stream`), from memory: everything
 the appliance does for a session is in the time, from the first byte until the last record is durable, and the last
-checkpoint with it, so that nothing is left for later; the kernel's sockets are not. Three kinds of 4 KiB blocks, each written 4 KiB at random places and 1 MiB at a time: `new` (random
-bytes), `duplicate` (blocks that the store holds, in another order), `zero`.
+checkpoint with it, so that nothing is left for later; the kernel's sockets are not. Three kinds of 4 KiB blocks, each
+written 4 KiB at random places and 1 MiB at a time: `new` (random bytes), `duplicate` (blocks that the store holds, in
+another order), `zero`.
 
 The floor does for the same bytes what cannot be left out: xxh3_128 of each block in a Python loop, and one write of
 each record to a file, appended, with fdatasync in a thread beside it each 64 MiB and at the end, as the appliance has
@@ -37,7 +38,7 @@ from typing import Final
 import xxhash
 
 from dedup.store import Store
-from dedup.types import BLOCK_BYTES, Record, Seq
+from dedup.types import BLOCK_BYTES, Record
 from replication.store_writer import SYNC_BYTES
 from tests.benchmarks.mounts import workplace
 from tests.benchmarks.recorded_stream import GROUP, beginning, play, record, writes
