@@ -382,8 +382,7 @@ class Catalog:
             cut = overlay.cuts.get(volume)
             if cut is not None:
                 self.pointers.clear_from(txn, volume, cut, seq)
-            for leaf, indexes, addresses in overlay.leaves(volume):
-                self.pointers.put(txn, volume, leaf, seq, indexes, addresses)
+            self.pointers.put_each(txn, volume, seq, *overlay.pointers(volume))
 
     def put(self, txn: Txn, state: GroupState, position: JournalPosition) -> None:
         """Writes all of `state` that is new since the last checkpoint; the caller commits, then `checkpointed()`."""

@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -78,18 +79,20 @@ class Overlay:
             if changed is not None:
                 addresses[index] = changed
 
-    def leaves(self, volume: VolumeId) -> Iterator[tuple[int, np.ndarray[tuple[int], np.dtype[np.uint16]], Addresses]]:
-        """What a checkpoint writes: (leaf, indexes within it, addresses), ascending."""
-        blocks = self.blocks.get(volume)
-        if not blocks:
-            return
+    def pointers(self, volume: VolumeId) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Addresses]:
+        """What a checkpoint writes: the blocks that changed, ascending, and their addresses."""
+        blocks = self.blocks.get(volume, {})
         numbers = np.fromiter(blocks.keys(), dtype=np.int64, count=len(blocks))
         addresses = np.fromiter(blocks.values(), dtype=np.uint64, count=len(blocks))
         order = np.argsort(numbers)
-        numbers, addresses = numbers[order], addresses[order]
+        return numbers[order], addresses[order]
+
+    def leaves(self, volume: VolumeId) -> Iterator[tuple[int, np.ndarray[tuple[int], np.dtype[np.uint16]], Addresses]]:
+        """The same by leaves: (leaf, indexes within it, addresses), ascending."""
+        numbers, addresses = self.pointers(volume)
         leaf_of = numbers // LEAF_BLOCKS
-        starts = np.concatenate(([0], np.flatnonzero(np.diff(leaf_of)) + 1, [len(numbers)]))
-        for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        starts = np.flatnonzero(np.diff(leaf_of, prepend=-1))
+        for start, end in pairwise([*starts.tolist(), len(numbers)]):
             leaf = int(leaf_of[start])
             yield leaf, (numbers[start:end] - leaf * LEAF_BLOCKS).astype(np.uint16), addresses[start:end]
 
