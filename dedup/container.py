@@ -143,6 +143,8 @@ class _Form(Protocol):
 
     def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None: ...
 
+    def stored(self, slot: int, count: int) -> bytes: ...
+
 
 class _RawForm:
     """An open raw file, which another may still be appending to: table pages are read when they are first needed."""
@@ -191,6 +193,11 @@ class _RawForm:
         offset = RAW_SLOTS_OFFSET + slot * BLOCK_BYTES
         if slot + count > SLOTS_MAX or self._storage.pread_into(self._fd, [out], offset, wait=wait) != len(out):
             raise Damaged(f"{self._path}: offset {offset}: slots {slot}..{slot + count - 1} are past the file's end")
+
+    def stored(self, slot: int, count: int) -> bytes:
+        """What the slots hold, unchecked; short when the file ends before."""
+        count = min(count, SLOTS_MAX - slot)
+        return self._storage.pread(self._fd, count * BLOCK_BYTES, RAW_SLOTS_OFFSET + slot * BLOCK_BYTES)
 
 
 class ContainerReader:
@@ -267,6 +274,14 @@ class ContainerReader:
         block = bytearray(BLOCK_BYTES)
         self.read_into(slot, 1, memoryview(block))
         return bytes(block)
+
+    def holds(self, slot: int, blocks: Sequence[Buffer], fingerprints: bytes) -> bool:
+        """Whether the slots from `slot` on hold these very blocks, under these fingerprints. Damaged."""
+        count = len(blocks)
+        # The bytes that the fingerprints were made of: what equals them need not be hashed again.
+        stored = self._form.stored(slot, count)
+        wanted = bytes(blocks[0]) if count == 1 else b"".join(blocks)
+        return stored == wanted and self._form.fingerprints(slot, count) == fingerprints
 
     def is_current(self) -> bool:
         """Whether the container's name still stands for this file."""
@@ -350,6 +365,43 @@ class ContainerPool:
                     reader.read_into((where & SLOT_MASK) + at - start, take, part, wait=wait)
             finally:
                 self._give_back(reader)
+
+    def same_each(
+        self, addresses: NDArray[np.uint64], blocks: Sequence[Buffer], fingerprints: Sequence[bytes]
+    ) -> list[bool]:
+        """Whether the block at each address, none a hole, is this one, whose fingerprint is given.
+
+        False says only that it was not found to be so: it may be damaged, or its container was just replaced.
+        """
+        order = np.argsort(addresses, kind="stable")
+        ascending = addresses[order]
+        edges = [0, *(np.flatnonzero(np.diff(ascending) != 1) + 1).tolist(), len(order)]
+        places, wheres = order.tolist(), ascending.tolist()
+        same = [False] * len(places)
+        reader: ContainerReader | None = None
+        try:
+            for start, end in pairwise(edges):
+                where = wheres[start]
+                if reader is None or reader.header.container != where >> SLOT_BITS:
+                    if reader is not None:
+                        self._give_back(reader)
+                        reader = None
+                    try:
+                        reader = self._borrow(where >> SLOT_BITS, True)
+                    except Damaged:
+                        continue  # the caller looks at each of them, and says what is wrong
+                run = places[start:end]
+                marks = fingerprints[run[0]] if end == start + 1 else b"".join([fingerprints[place] for place in run])
+                try:
+                    if reader.holds(where & SLOT_MASK, [blocks[place] for place in run], marks):
+                        for place in run:
+                            same[place] = True
+                except Damaged:
+                    continue  # the caller looks at each of them, and says what is wrong
+        finally:
+            if reader is not None:
+                self._give_back(reader)
+        return same
 
     def fingerprints(self, where: Address, count: int = 1) -> bytes:
         """The stored fingerprints of `count` slots from the address on. Damaged."""

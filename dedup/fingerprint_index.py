@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 UNMERGED_MAX: Final = 1 << 20
 """Fingerprints that stay out of LMDB: those of 4 GiB of blocks, 24 MB of memory."""
 _SLICES_PER_COMMIT: Final = 4
+_MANY: Final = 16
 _VALUE_BYTES: Final = FINGERPRINT_VALUE.size
 
 
@@ -95,7 +96,7 @@ class FingerprintIndex:
             if stored:
                 unknown = [mark for mark in unknown if mark not in stored]
         if unknown:
-            stored |= {mark: _address(value) for mark, value in self._reading().getmulti(unknown)}
+            stored |= _addresses(self._reading().getmulti(unknown))
         if stored:
             return [
                 stored.get(mark) if where is None else where for mark, where in zip(fingerprints, found, strict=True)
@@ -108,9 +109,16 @@ class FingerprintIndex:
             self._recent.setdefault(fingerprint, where)
 
     def note_each(self, fingerprints: Sequence[bytes], addresses: Sequence[int]) -> None:
-        """`note` of each."""
-        for mark, where in zip(fingerprints, addresses, strict=True):
-            self.note(mark, Address(where))
+        """`note` of each, all unknown to `lookup` or to be told from what it found."""
+        if len(addresses) == 1:
+            self.note(fingerprints[0], Address(addresses[0]))
+            return
+        noted = dict(zip(fingerprints, map(Address, addresses), strict=True))
+        if self._frozen or not self._recent.keys().isdisjoint(noted):
+            for mark, where in noted.items():
+                self.note(mark, where)
+        else:
+            self._recent.update(noted)
 
     def forget_recent(self) -> None:
         """Drops what was noted since `freeze`: for blocks that turned out not to be kept."""
@@ -223,6 +231,17 @@ class FingerprintIndex:
         if self._txn is not None:
             self._txn.abort()
         self._cursor = self._txn = None
+
+
+def _addresses(pairs: Sequence[tuple[bytes, bytes]]) -> dict[bytes, Address]:
+    """What LMDB has for each fingerprint that it knows. Damaged."""
+    if len(pairs) < _MANY:
+        return {mark: _address(value) for mark, value in pairs}
+    marks, values = zip(*pairs, strict=True)
+    if set(map(len, values)) != {_VALUE_BYTES}:
+        return {mark: _address(value) for mark, value in pairs}  # says which, and what is wrong with it
+    addresses: list[Address] = np.frombuffer(b"".join(values), "<u8").tolist()
+    return dict(zip(marks, addresses, strict=True))
 
 
 def _address(value: bytes | memoryview) -> Address:

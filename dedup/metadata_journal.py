@@ -153,7 +153,11 @@ class JournalWriter:
             self._check_usable()
             last = self._last
             for entry in entries:
-                if last is not None and not follows(last, entry.kind, entry.first_seq, entry.seq):
+                if (
+                    last is not None
+                    and (entry.kind is not EntryKind.WRITE or entry.first_seq != last + 1)
+                    and not follows(last, entry.kind, entry.first_seq, entry.seq)
+                ):
                     seqs = f"{entry.first_seq}..{entry.seq}"
                     raise OutOfOrder(f"seq {seqs} ({entry.kind.name}) does not follow seq {last}")
                 last = entry.seq

@@ -147,6 +147,12 @@ class SealedForm:
         """Whether the fingerprints may differ now from those given before: never."""
         return False
 
+    def stored(self, slot: int, count: int) -> bytes:
+        """The slots' bytes. Damaged."""
+        out = bytearray(count * BLOCK_BYTES)
+        self.load(slot, count, memoryview(out))
+        return bytes(out)
+
     def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None:
         """Puts the slots' bytes into `out`. Damaged, WouldBlock."""
         index = self._index(slot, count)
