@@ -55,6 +55,7 @@ from dedup.types import (
     VolumeId,
     VolumeState,
 )
+from dedup.write_run import WriteRun
 
 FINE = JournalSpec(FINE_JOURNAL, "fine", 0)
 """The every-write data journal that each group begins with."""
@@ -219,6 +220,15 @@ class GroupState:
             self.overlay.put(extent.volume, extent.offset // BLOCK_BYTES, extent.addresses)
             self.logical_bytes += extent.length
             self._reach(extent.volume, extent.offset + extent.length)
+
+    def apply_run(self, run: WriteRun) -> None:
+        """As `apply` of each of its entries; their clock run is the state's. Damaged."""
+        self.records += len(run)
+        self.held, self.time, self.point = run.seq, run.writes.times[-1], PointKind.CRASH
+        self.logical_bytes += len(run) * BLOCK_BYTES
+        for volume, blocks, addresses in run.pointers():
+            self.overlay.put_each(volume, blocks, addresses)
+            self._reach(volume, (max(blocks) + 1) * BLOCK_BYTES)
 
     def pass_over(self, entry: Scanned) -> None:
         """As `apply`, of an entry of `ONLY_BLOCKS`, without its blocks: there is no overlay then. Damaged."""

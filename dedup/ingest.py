@@ -58,6 +58,7 @@ from dedup.types import (
     VolumeId,
     Write,
 )
+from dedup.write_run import SmallWrites, WriteRun
 
 log = logging.getLogger(__name__)
 
@@ -262,6 +263,16 @@ class Ingest:
             pieces.append(_pieces(staging, record))
         self._place_all(records, pieces, journal)
         return [_logged(record, found, journal_id) for record, found in zip(records, pieces, strict=True)]
+
+    def log_run(
+        self, records: Sequence[Record], state: GroupState, journal: DataJournal, journal_id: JournalId
+    ) -> WriteRun | None:
+        """The same for a run of small writes that follow the last record; None when they are anything else."""
+        writes = SmallWrites.of(records, Seq(state.held + 1), state.run) if state.held else None
+        if writes is None or not state.volumes.keys() >= set(writes.volumes):
+            return None
+        addresses, fingerprints = self._place(list(writes.data), journal)
+        return WriteRun(writes, journal_id, addresses, b"".join(fingerprints))
 
     def _log_plain(self, records: Sequence[Record], journal: DataJournal, journal_id: JournalId) -> list[Logged]:
         """The same for records that are `_all_plain`: nothing has to be completed from the head, nor staged."""

@@ -9,7 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -41,6 +41,11 @@ class Overlay:
         else:
             blocks.update(zip(range(first_block, first_block + count), addresses.tolist(), strict=True))
         self.count += count
+
+    def put_each(self, volume: VolumeId, blocks: Sequence[int], addresses: Sequence[int]) -> None:
+        """The blocks now have these addresses; of one that is twice in there, the last."""
+        self.blocks.setdefault(volume, {}).update(zip(blocks, addresses, strict=True))
+        self.count += len(blocks)
 
     def cut(self, volume: VolumeId, block: int) -> None:
         """From `block` on the volume is holes."""

@@ -177,6 +177,11 @@ class Store:
         """Every group of the store."""
         return list(self._groups.values())
 
+    @property
+    def has_one_group(self) -> bool:
+        """Whether every block of the store is one group's, or nobody's."""
+        return len(self._groups) < 2
+
     def refuse_if_failed(self) -> None:
         """StoreFailed once a sync or a write has failed; open the store anew."""
         if self._failed is not None:
@@ -264,13 +269,21 @@ class Store:
         """GroupWriter.ingest's work; here because blocks and fingerprints are the store's."""
         self.refuse_if_failed()
         chosen = group.state.journal
-        entries = self.ingest.log(records, group.state, group, self.data_journal(chosen), chosen)
+        journal = self.data_journal(chosen)
+        run = self.ingest.log_run(records, group.state, journal, chosen)
+        entries = [] if run else self.ingest.log(records, group.state, group, journal, chosen)
         try:
-            group.append(entries)
+            if run:
+                group.append_run(run)
+            else:
+                group.append(entries)
         except StoreFailed as error:
             self.fail(str(error))
             raise
-        self.own_blocks.note(group, entries)
+        if run:
+            self.own_blocks.note_run(group, run)
+        else:
+            self.own_blocks.note(group, entries)
 
     def usage(self) -> StoreUsage:
         """Sizes now; walks the store's files."""
