@@ -143,8 +143,6 @@ class _Form(Protocol):
 
     def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None: ...
 
-    def stored(self, slot: int, count: int) -> bytes: ...
-
 
 class _RawForm:
     """An open raw file, which another may still be appending to: table pages are read when they are first needed."""
@@ -193,11 +191,6 @@ class _RawForm:
         offset = RAW_SLOTS_OFFSET + slot * BLOCK_BYTES
         if slot + count > SLOTS_MAX or self._storage.pread_into(self._fd, [out], offset, wait=wait) != len(out):
             raise Damaged(f"{self._path}: offset {offset}: slots {slot}..{slot + count - 1} are past the file's end")
-
-    def stored(self, slot: int, count: int) -> bytes:
-        """What the slots hold, unchecked; short when the file ends before."""
-        count = min(count, SLOTS_MAX - slot)
-        return self._storage.pread(self._fd, count * BLOCK_BYTES, RAW_SLOTS_OFFSET + slot * BLOCK_BYTES)
 
 
 class ContainerReader:
@@ -279,7 +272,8 @@ class ContainerReader:
         """Whether the slots from `slot` on hold these very blocks, under these fingerprints. Damaged."""
         count = len(blocks)
         # The bytes that the fingerprints were made of: what equals them need not be hashed again.
-        stored = self._form.stored(slot, count)
+        stored = bytearray(count * BLOCK_BYTES)
+        self._form.load(slot, count, memoryview(stored))
         wanted = bytes(blocks[0]) if count == 1 else b"".join(blocks)
         return stored == wanted and self._form.fingerprints(slot, count) == fingerprints
 
