@@ -28,7 +28,7 @@ import numpy as np
 
 from dedup.errors import Damaged
 from dedup.fingerprint_table import SLICES, U64, FingerprintTable
-from dedup.layout import FINGERPRINT_VALUE
+from dedup.layout import FINGERPRINT_BYTES, FINGERPRINT_VALUE
 from dedup.types import HOLE, Address
 from dedup.watermark import Merged, Watermark
 
@@ -36,9 +36,15 @@ if TYPE_CHECKING:
     from dedup.catalog import Index, Txn
 
 UNMERGED_MAX: Final = 1 << 20
-"""Fingerprints that stay out of LMDB: those of 4 GiB of blocks, 24 MB of memory."""
+"""Fingerprints that stay out of LMDB at most: those of 4 GiB of blocks, 24 MB of memory."""
+UNMERGED_CALM: Final = 1 << 18
+"""As many as stay out once a checkpoint has few new ones, and so time: putting one in costs more than its block."""
+_FEW_NEW: Final = 1024
 _SLICES_PER_COMMIT: Final = 4
+_CONTAINERS_AT_ONCE: Final = 8
+"""Of those that are read when the store is opened: adding each alone would copy the whole as often."""
 _MANY: Final = 16
+_ROW: Final = np.dtype(f"V{FINGERPRINT_BYTES}")
 _VALUE_BYTES: Final = FINGERPRINT_VALUE.size
 
 
@@ -70,14 +76,23 @@ class FingerprintIndex:
         """Fingerprints that checkpoints cover and LMDB does not have yet, 24 bytes each."""
         return len(self._unmerged)
 
-    def load(self, fingerprints: bytes, addresses: U64) -> None:
-        """Slots of a container that `merged` does not cover whole, from its table, when the store is opened."""
-        if self.merged is None or not len(addresses):
+    def load(self, containers: Iterable[tuple[bytes, U64]]) -> None:
+        """When the store is opened: fingerprints and addresses of containers that `merged` does not cover whole."""
+        if self.merged is None:
             return
-        wanted = self._covered.covers_each(addresses) & ~self.merged.has_each(fingerprints, addresses)
-        wanted &= ~np.isin(addresses, np.array(self._index.gone(), np.uint64))
-        rows = np.frombuffer(fingerprints, "V16")
-        self._unmerged.add(rows[wanted].tobytes(), addresses[wanted])
+        gone = np.array(self._index.gone(), np.uint64)
+        marks: list[bytes] = []
+        places: list[U64] = []
+        for fingerprints, addresses in containers:
+            wanted = self._covered.covers_each(addresses) & ~self.merged.has_each(fingerprints, addresses)
+            wanted &= ~np.isin(addresses, gone)
+            marks.append(np.frombuffer(fingerprints, _ROW)[wanted].tobytes())
+            places.append(addresses[wanted])
+            if len(places) == _CONTAINERS_AT_ONCE:
+                self._unmerged.add(b"".join(marks), np.concatenate(places))
+                marks, places = [], []
+        if places:
+            self._unmerged.add(b"".join(marks), np.concatenate(places))
 
     def lookup(self, fingerprints: Sequence[bytes]) -> list[Address | None]:
         """The candidate for each fingerprint, in their order. Damaged when LMDB holds something else."""
@@ -153,9 +168,10 @@ class FingerprintIndex:
             self._index.put_merged(txn, merged)
 
     def _merge(self, txn: Txn, merged: Merged, count: int) -> Merged:
-        """The next slices, until there are no more than UNMERGED_MAX left."""
+        """The next slices, until there are no more left than may be."""
+        most = UNMERGED_CALM if len(self._frozen) <= _FEW_NEW else UNMERGED_MAX
         for _ in range(_SLICES_PER_COMMIT):
-            if count <= UNMERGED_MAX:
+            if count <= most:
                 break
             if merged.slices == 0:
                 merged = Merged(merged.whole, self._covered, 0)

@@ -81,7 +81,9 @@ class FingerprintTable:
     def add(self, fingerprints: bytes, addresses: U64) -> None:
         """Adds those that are not there yet; `fingerprints` are FINGERPRINT_BYTES for each address, none a HOLE."""
         high, low = _halves(fingerprints)
-        order = np.lexsort((low, high))  # stable: of those that are twice in there the first one stays
+        order = np.argsort(high, kind="stable")
+        if (np.diff(high[order]) == 0).any():
+            order = np.lexsort((low, high))  # stable: of those that are twice in there the first one stays
         high, low, where = high[order], low[order], addresses[order]
         new = self._find(high, low) == HOLE
         new[1:] &= (high[1:] != high[:-1]) | (low[1:] != low[:-1])

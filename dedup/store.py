@@ -17,11 +17,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dedup import layout
 from dedup.catalog import Index
@@ -115,7 +116,7 @@ class Store:
             raise
         try:
             settle(storage, path, store.index, store.watermark)
-            store._load_fingerprints()
+            store.fingerprints.load(store._unmerged_fingerprints())
             for name in sorted(storage.listdir(path / layout.GROUPS_NAME)):
                 store.group(name)
             store.checkpoint()
@@ -124,8 +125,8 @@ class Store:
             raise
         return store
 
-    def _load_fingerprints(self) -> None:
-        """Those that LMDB does not have, from the containers' own tables. What cannot be read costs deduplication."""
+    def _unmerged_fingerprints(self) -> Iterator[tuple[bytes, NDArray[np.uint64]]]:
+        """Those that LMDB may not have, from the containers' own tables. What cannot be read costs deduplication."""
         merged = self.fingerprints.merged
         containers = self.path / layout.CONTAINERS_NAME
         for name in self.storage.listdir(containers) if merged is not None else ():
@@ -137,7 +138,7 @@ class Store:
             except (Damaged, UnknownFormat) as damage:
                 log.warning("blocks of a container are stored once more when they come again: %s", damage)
                 continue
-            self.fingerprints.load(fingerprints, slots + np.uint64(layout.address(container, 0)))
+            yield fingerprints, slots + np.uint64(layout.address(container, 0))
 
     def spent(self, container: ContainerId) -> None:
         """An entry names it: its number is not given again, though its file and the index may be lost."""

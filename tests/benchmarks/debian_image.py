@@ -25,8 +25,8 @@ SYSTEM: Final = (
     *("bash", "coreutils", "dpkg", "apt", "libapt-pkg6.0", "libc6", "libc-bin", "locales", "util-linux", "mount"),
     *("systemd", "udev", "libsystemd0", "libudev1", "openssl", "libssl3", "ca-certificates", "tzdata", "sudo"),
     *("perl-base", "perl-modules-5.36", "libperl5.36", "python3.11-minimal", "libpython3.11-minimal"),
-    *("libpython3.11-stdlib", "curl", "libcurl4", "git", "openssh-client", "openssh-server", "libxml2", "libexpat1"),
-    *("libglib2.0-0", "vim-runtime", "linux-libc-dev", "bind9-libs", "nginx-core", "samba-libs"),
+    *("libpython3.11-stdlib", "curl", "libcurl4", "openssh-client", "openssh-server", "libxml2", "libexpat1"),
+    *("libglib2.0-0", "linux-libc-dev", "bind9-libs", "nginx-core"),
 )
 SMALL_SYSTEM: Final = (
     *(

@@ -1,8 +1,9 @@
 """The index and the journal that so much history leaves, made in seconds: its blocks have addresses and no bytes.
 
 For each MiB one journal entry (a write behind the one before it), 256 pointers in checkpoints as due, and 256 random
-fingerprints in the index, put in sorted order by slices. The containers are sparse files of their true length, whose
-blocks nothing reads: a random fingerprint is never found again.
+fingerprints in the index, put in sorted order by slices; the last ones, as many as stay out of LMDB in a store that is
+at rest, are noted, and taken in by checkpoints. The containers are sparse files of their true length, whose blocks
+nothing reads: a random fingerprint is never found again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from dedup import layout
+from dedup.fingerprint_index import UNMERGED_CALM
 from dedup.metadata_journal import EntryKind, Logged, LoggedExtent
 from dedup.store import Store
 from dedup.types import BLOCK_BYTES, FINE_JOURNAL, ContainerForm, ContainerId, TimeNs
@@ -30,7 +32,10 @@ def write_history(store: Store, group_name: str, mib: int) -> None:
     _containers(store, first, containers)
     _entries(store, group_name, mib, first)
     store.settle()
-    _fingerprints(store, mib * BLOCKS_PER_MIB, first)
+    blocks = mib * BLOCKS_PER_MIB
+    unmerged = min(blocks // 2, UNMERGED_CALM)
+    _stored_fingerprints(store, blocks - unmerged, first)
+    _unmerged_fingerprints(store, blocks - unmerged, unmerged, first)
 
 
 def _containers(store: Store, first: int, count: int) -> None:
@@ -61,7 +66,7 @@ def _entries(store: Store, group_name: str, mib: int, first: int) -> None:
             store.checkpoint()
 
 
-def _fingerprints(store: Store, count: int, first: int) -> None:
+def _stored_fingerprints(store: Store, count: int, first: int) -> None:
     random = np.random.default_rng(count)
     database = store.index.db["fingerprints"]
     done = 0
@@ -80,3 +85,16 @@ def _fingerprints(store: Store, count: int, first: int) -> None:
             )
         done += take
     store.fingerprints.reread()
+
+
+def _unmerged_fingerprints(store: Store, done: int, count: int, first: int) -> None:
+    random = np.random.default_rng(count)
+    for start in range(done, done + count, layout.SLOTS_MAX):
+        take = min(layout.SLOTS_MAX, done + count - start)
+        marks = random.bytes(take * layout.FINGERPRINT_BYTES)
+        places = np.arange(start, start + take, dtype=np.uint64)
+        where = (np.uint64(first) + places // layout.SLOTS_MAX) << np.uint64(layout.SLOT_BITS)
+        store.fingerprints.note_each(
+            [marks[at : at + 16] for at in range(0, len(marks), 16)], (where | places % layout.SLOTS_MAX).tolist()
+        )
+        store.checkpoint()
