@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
 UNMERGED_MAX: Final = 1 << 20
 """Fingerprints that stay out of LMDB at most: those of 4 GiB of blocks, 24 MB of memory."""
-UNMERGED_CALM: Final = 1 << 18
-"""As many as stay out once a checkpoint has few new ones, and so time: putting one in costs more than its block."""
-_FEW_NEW: Final = 1024
 _SLICES_PER_COMMIT: Final = 4
 _CONTAINERS_AT_ONCE: Final = 8
 """Of those that are read when the store is opened: adding each alone would copy the whole as often."""
@@ -162,22 +159,21 @@ class FingerprintIndex:
             self._put(txn, sorted(self._frozen.items()))
             merged = None if watermark is None else Merged(watermark, watermark, 0)
         else:
-            merged = self._merge(txn, self.merged, len(self._unmerged) + len(self._frozen))
+            merged = self._merge(txn, self.merged, len(self._unmerged) + len(self._frozen) - UNMERGED_MAX)
         self._next = merged, watermark or self._covered
         if merged is not None and merged != self.merged:
             self._index.put_merged(txn, merged)
 
-    def _merge(self, txn: Txn, merged: Merged, count: int) -> Merged:
-        """The next slices, until there are no more left than may be."""
-        most = UNMERGED_CALM if len(self._frozen) <= _FEW_NEW else UNMERGED_MAX
+    def _merge(self, txn: Txn, merged: Merged, excess: int) -> Merged:
+        """The next slices, until so many fingerprints are in."""
         for _ in range(_SLICES_PER_COMMIT):
-            if count <= most:
+            if excess <= 0:
                 break
             if merged.slices == 0:
                 merged = Merged(merged.whole, self._covered, 0)
             part = self._unmerged.slice(merged.slices)
             self._put(txn, part)
-            count -= len(part)
+            excess -= len(part)
             merged = Merged(merged.whole, merged.round, merged.slices + 1)
             if merged.slices == SLICES:
                 merged = Merged(merged.round, merged.round, 0)

@@ -8,8 +8,8 @@ the default compression (lz4) and one with zstd, and a `restic backup` with the 
 All of them have the same 20 states then, and are compared by what their files occupy on the disk. Borg's and restic's
 caches are not counted; our index is.
 
-Ours is measured as its maintenance leaves it, every container sealed, and with every write of all days still a moment to
-go back to: thinning it to the snapshots, which is all that the others have, would only make it smaller. What the
+Ours is measured as its maintenance leaves it, every container sealed, and with every write of all days still a moment
+to go back to: thinning it to the snapshots, which is all that the others have, would only make it smaller. What the
 snapshots hold in the end is compared with what the image was on those days.
 
 Sizes do not vary from run to run by more than what ext4 does with the time of day: there is one run.

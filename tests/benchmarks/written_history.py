@@ -1,9 +1,9 @@
 """The index and the journal that so much history leaves, made in seconds: its blocks have addresses and no bytes.
 
 For each MiB one journal entry (a write behind the one before it), 256 pointers in checkpoints as due, and 256 random
-fingerprints in the index, put in sorted order by slices; the last ones, as many as stay out of LMDB in a store that is
-at rest, are noted, and taken in by checkpoints. The containers are sparse files of their true length, whose blocks
-nothing reads: a random fingerprint is never found again.
+fingerprints in the index, put in sorted order by slices; the last ones, as many as stay out of LMDB, are noted and taken
+in by checkpoints, so that each further checkpoint has to put older ones there. The containers are sparse files of their
+true length, whose blocks nothing reads: a random fingerprint is never found again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from dedup import layout
-from dedup.fingerprint_index import UNMERGED_CALM
+from dedup.fingerprint_index import UNMERGED_MAX
 from dedup.metadata_journal import EntryKind, Logged, LoggedExtent
 from dedup.store import Store
 from dedup.types import BLOCK_BYTES, FINE_JOURNAL, ContainerForm, ContainerId, TimeNs
@@ -33,7 +33,7 @@ def write_history(store: Store, group_name: str, mib: int) -> None:
     _entries(store, group_name, mib, first)
     store.settle()
     blocks = mib * BLOCKS_PER_MIB
-    unmerged = min(blocks // 2, UNMERGED_CALM)
+    unmerged = min(blocks // 2, UNMERGED_MAX)
     _stored_fingerprints(store, blocks - unmerged, first)
     _unmerged_fingerprints(store, blocks - unmerged, unmerged, first)
 

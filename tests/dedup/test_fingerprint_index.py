@@ -170,7 +170,7 @@ def test_equals_a_dict(
 ) -> None:
     """Noted, committed or not, removed, merged by slices where only few stay in memory, opened anew."""
     if few:
-        monkeypatch.setattr(fingerprint_index, "UNMERGED_CALM", 6)
+        monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 6)
         monkeypatch.setattr(fingerprint_index, "_SLICES_PER_COMMIT", 40)
     source = random.Random(seed)
     fixture = Fixture(tmp_path_factory.mktemp("index"))
@@ -206,7 +206,7 @@ def test_equals_a_dict(
 
 
 def test_what_gathers_in_memory_goes_into_lmdb_by_slices(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint_index, "UNMERGED_CALM", 256)
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 256)
     fixture.checkpoint()
     placed = {}
     for number in range(4096):
