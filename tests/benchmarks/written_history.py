@@ -1,9 +1,9 @@
 """The index and the journal that so much history leaves, made in seconds: its blocks have addresses and no bytes.
 
 For each MiB one journal entry (a write behind the one before it), 256 pointers in checkpoints as due, and 256 random
-fingerprints in the index, put in sorted order by slices; the last ones, as many as stay out of LMDB, are noted and taken
-in by checkpoints, so that each further checkpoint has to put older ones there. The containers are sparse files of their
-true length, whose blocks nothing reads: a random fingerprint is never found again.
+fingerprints in the index, put in sorted order by slices; the last ones, as many as stay out of LMDB, are noted and
+taken in by checkpoints, so that each further checkpoint has to put older ones there. The containers are sparse files of
+their true length, whose blocks nothing reads: a random fingerprint is never found again.
 """
 
 from __future__ import annotations
