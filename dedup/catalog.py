@@ -17,7 +17,7 @@ import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -49,6 +49,7 @@ from dedup.types import (
     VolumeId,
     VolumeState,
 )
+from dedup.watermark import Merged, Watermark
 
 MAP_BYTES: Final = 1 << 40
 """Size of the LMDB map: address space only, the file grows as it is used. Fixed: a map cannot grow under readers."""
@@ -60,6 +61,9 @@ STATES_MAX: Final = 8192
 """Volume states that are kept decoded, some 400 bytes each."""
 _CHECKED: Final = b"\xc1"
 _WATERMARK: Final = b"watermark"
+_MERGED: Final = b"merged"
+_GONE: Final = b"gone"
+"""First part of keys in `store`; an address follows, u64 big-endian."""
 _MANIFEST: Final = b"manifest"
 _ROUTE: Final = b"route"
 """First part of keys in `store`; the group's id follows."""
@@ -75,23 +79,6 @@ _Value = TypeVar("_Value")
 Runs = Iterable[tuple[VolumeId, VolumeId]]
 """(first, last) of runs of volume numbers."""
 _ALL_VOLUMES: Final = ((VolumeId(0), VolumeId((1 << 32) - 1)),)
-
-
-@dataclass(frozen=True, slots=True)
-class Watermark:
-    """What a checkpoint made durable of the containers: all of those below `next_container`, but of each in `open` only
-    the slots below its number. The highest container may be collected one day; its number is not given again."""
-
-    next_container: ContainerId
-    open: dict[ContainerId, int]
-
-    def covers(self, address: Address) -> bool:
-        """Whether the block was durable at the checkpoint."""
-        container = layout.container_of(address)
-        if container >= self.next_container:
-            return False
-        slots = self.open.get(container)
-        return slots is None or layout.slot_of(address) < slots
 
 
 class Index:
@@ -176,11 +163,45 @@ class Index:
     def put_watermark(self, txn: Txn, watermark: Watermark) -> None:
         txn.put(_WATERMARK, _encode(watermark), db=self.db["store"])
 
+    def merged(self) -> Merged | None:
+        """Which fingerprints are in `fingerprints`; None: all that a checkpoint covers."""
+        with self.read() as txn:
+            value = txn.get(_MERGED, db=self.db["store"])
+        return None if value is None else _decode(value, Merged)
+
+    def put_merged(self, txn: Txn, merged: Merged) -> None:
+        txn.put(_MERGED, _encode(merged), db=self.db["store"])
+
+    def gone(self) -> list[Address]:
+        """Slots whose fingerprints were removed before they were in `fingerprints`."""
+        with self.read() as txn, txn.cursor(self.db["store"]) as cursor:
+            return [Address(_number(key[len(_GONE) :], 8)) for key in _keys_under(cursor, _GONE)]
+
+    def put_gone(self, txn: Txn, addresses: Iterable[Address]) -> None:
+        for address in addresses:
+            txn.put(_GONE + address.to_bytes(8, "big"), b"", db=self.db["store"])
+
+    def forget_gone(self, txn: Txn, whole: Watermark) -> None:
+        """Those that it covers need not be named any more: their containers' tables are not looked at again."""
+        with txn.cursor(self.db["store"]) as cursor:
+            found = list(_keys_under(cursor, _GONE))
+            for key in found:
+                if whole.covers(Address(_number(key[len(_GONE) :], 8))):
+                    txn.delete(key, db=self.db["store"])
+
     def add_group(self, txn: Txn, name: str) -> int:
         """Gives `name` the next free id."""
         group_id = max(self.group_ids(txn).values(), default=0) + 1
         txn.put(name.encode(), group_id.to_bytes(2, "big"), db=self.db["groups"])
         return group_id
+
+
+def _keys_under(cursor: lmdb.Cursor[bytes], prefix: bytes) -> Iterator[bytes]:
+    if cursor.set_range(prefix):
+        for key in cursor.iternext(keys=True, values=False):
+            if not key.startswith(prefix):
+                return
+            yield key
 
 
 def _free_bytes(path: str) -> int:
@@ -319,11 +340,8 @@ class Catalog:
         made_since = {self._prefix + name.encode() for name in since}
         known = 0
         with txn.cursor(self._db["names"]) as cursor:
-            if cursor.set_range(self._prefix):
-                for key in cursor.iternext(keys=True, values=False):
-                    if not key.startswith(self._prefix):
-                        break
-                    known += key not in made_since
+            for key in _keys_under(cursor, self._prefix):
+                known += key not in made_since
         return known + sum(made is not None for made in since.values())
 
     def snapshots(self, txn: Txn, having: bytes = b"") -> dict[str, Snapshot]:
@@ -364,8 +382,7 @@ class Catalog:
             cut = overlay.cuts.get(volume)
             if cut is not None:
                 self.pointers.clear_from(txn, volume, cut, seq)
-            for leaf, indexes, addresses in overlay.leaves(volume):
-                self.pointers.put(txn, volume, leaf, seq, indexes, addresses)
+            self.pointers.put_each(txn, volume, seq, *overlay.pointers(volume))
 
     def put(self, txn: Txn, state: GroupState, position: JournalPosition) -> None:
         """Writes all of `state` that is new since the last checkpoint; the caller commits, then `checkpointed()`."""

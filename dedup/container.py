@@ -19,6 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -267,12 +268,32 @@ class ContainerReader:
         self.read_into(slot, 1, memoryview(block))
         return bytes(block)
 
+    def holds(self, slot: int, blocks: Sequence[Buffer], fingerprints: bytes) -> bool:
+        """Whether the slots from `slot` on hold these very blocks, under these fingerprints. Damaged."""
+        count = len(blocks)
+        # The bytes that the fingerprints were made of: what equals them need not be hashed again.
+        stored = bytearray(count * BLOCK_BYTES)
+        self._form.load(slot, count, memoryview(stored))
+        wanted = bytes(blocks[0]) if count == 1 else b"".join(blocks)
+        return stored == wanted and self._form.fingerprints(slot, count) == fingerprints
+
     def is_current(self) -> bool:
         """Whether the container's name still stands for this file."""
         return self._storage.is_named(self._fd, self._path)
 
     def close(self) -> None:
         self._storage.close(self._fd)
+
+
+def marks_of(storage: Storage, directory: Path, container: ContainerId) -> tuple[NDArray[np.uint64], bytes]:
+    """The slots of a container that hold a block, ascending, and their stored fingerprints. Damaged, UnknownFormat."""
+    reader = ContainerReader.open(storage, directory, container)
+    try:
+        slots = np.array(reader.slots(), np.uint64)
+        edges = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)] if len(slots) else []
+        return slots, b"".join([reader.fingerprints(int(slots[at]), end - at) for at, end in pairwise(edges)])
+    finally:
+        reader.close()
 
 
 def _first_mismatch(blocks: memoryview, fingerprints: bytes) -> int | None:
@@ -338,6 +359,43 @@ class ContainerPool:
                     reader.read_into((where & SLOT_MASK) + at - start, take, part, wait=wait)
             finally:
                 self._give_back(reader)
+
+    def same_each(
+        self, addresses: NDArray[np.uint64], blocks: Sequence[Buffer], fingerprints: Sequence[bytes]
+    ) -> list[bool]:
+        """Whether the block at each address, none a hole, is this one, whose fingerprint is given.
+
+        False says only that it was not found to be so: it may be damaged, or its container was just replaced.
+        """
+        order = np.argsort(addresses, kind="stable")
+        ascending = addresses[order]
+        edges = [0, *(np.flatnonzero(np.diff(ascending) != 1) + 1).tolist(), len(order)]
+        places, wheres = order.tolist(), ascending.tolist()
+        same = [False] * len(places)
+        reader: ContainerReader | None = None
+        try:
+            for start, end in pairwise(edges):
+                where = wheres[start]
+                if reader is None or reader.header.container != where >> SLOT_BITS:
+                    if reader is not None:
+                        self._give_back(reader)
+                        reader = None
+                    try:
+                        reader = self._borrow(where >> SLOT_BITS, True)
+                    except Damaged:
+                        continue  # the caller looks at each of them, and says what is wrong
+                run = places[start:end]
+                marks = fingerprints[run[0]] if end == start + 1 else b"".join([fingerprints[place] for place in run])
+                try:
+                    if reader.holds(where & SLOT_MASK, [blocks[place] for place in run], marks):
+                        for place in run:
+                            same[place] = True
+                except Damaged:
+                    continue  # the caller looks at each of them, and says what is wrong
+        finally:
+            if reader is not None:
+                self._give_back(reader)
+        return same
 
     def fingerprints(self, where: Address, count: int = 1) -> bytes:
         """The stored fingerprints of `count` slots from the address on. Damaged."""

@@ -1,12 +1,19 @@
 """The fingerprint index: fingerprint → address of a block that may be the same. A hit is a candidate, never a proof.
 
-Three layers, looked through in this order: `recent` (noted since the last checkpoint began), `frozen` (being committed
-by it) and LMDB. Losing any of it costs deduplication, never data.
+Four layers, looked through in this order: `recent` (noted since the last checkpoint began), `frozen` (being committed
+by it), `unmerged` (of older checkpoints, in memory) and LMDB. Losing any of it costs deduplication, never data.
+
+Fingerprints are random: each one put into LMDB changes a page of its own, and in a store with a long history that is as
+many bytes as the block has. So they gather in memory, where they are found again from the tables of the containers when
+the store is opened, and go into LMDB by slices: UNMERGED_MAX of them touch each page some times, and not once each.
 
 Invariants:
-- the first address noted for a fingerprint stays; a later one, of a block that merely collides, is not kept;
+- in each layer the first address noted for a fingerprint stays: a later one, of a block that merely collides or of one
+  that was stored anew since the first was damaged, is found in memory only, if at all;
 - LMDB never leads the containers: `commit` is called only after they are synced;
-- a fingerprint is out of `frozen` only when the read transaction sees it in LMDB.
+- a fingerprint is out of memory only when the read transaction sees it in LMDB;
+- what `Merged` says is in LMDB is there, but what was removed; what it does not say is in the containers' tables, and
+  what was removed of that is named under `gone` until `Merged` says it.
 
 Called by one thread at a time. `lookup` of a stored fingerprint costs about 1 µs, of an unknown one less.
 """
@@ -14,61 +21,116 @@ Called by one thread at a time. `lookup` of a stored fingerprint costs about 1 �
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import lmdb
+import numpy as np
 
 from dedup.errors import Damaged
-from dedup.layout import FINGERPRINT_VALUE
-from dedup.types import Address
+from dedup.fingerprint_table import SLICES, U64, FingerprintTable
+from dedup.layout import FINGERPRINT_BYTES, FINGERPRINT_VALUE
+from dedup.types import HOLE, Address
+from dedup.watermark import Merged, Watermark
 
+if TYPE_CHECKING:
+    from dedup.catalog import Index, Txn
+
+UNMERGED_MAX: Final = 1 << 20
+"""Fingerprints that stay out of LMDB at most: those of 4 GiB of blocks, 24 MB of memory."""
+_SLICES_PER_COMMIT: Final = 4
+_CONTAINERS_AT_ONCE: Final = 8
+"""Of those that are read when the store is opened: adding each alone would copy the whole as often."""
+_MANY: Final = 16
+_ROW: Final = np.dtype(f"V{FINGERPRINT_BYTES}")
 _VALUE_BYTES: Final = FINGERPRINT_VALUE.size
 
 
 class FingerprintIndex:
-    """Over a database of an LMDB environment that the caller opened and closes (after `close`)."""
+    """Over the index that the caller opened and closes (after `close`)."""
 
-    def __init__(self, env: lmdb.Environment, db: lmdb._Database) -> None:
-        self._env = env
-        self._db = db
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._db = index.db["fingerprints"]
         self._recent: dict[bytes, Address] = {}
         self._frozen: dict[bytes, Address] = {}
-        self._txn: lmdb.Transaction | None = None
-        self._cursor: lmdb.Cursor | None = None
+        self._unmerged = FingerprintTable()
+        self.merged = index.merged()
+        """As LMDB says it; None: everything committed is there."""
+        self._covered = index.watermark()
+        """What was appended by then is in `_unmerged` or in LMDB."""
+        self._next: tuple[Merged | None, Watermark] | None = None
+        """What these become once the caller's transaction is committed; None: it puts nothing here."""
+        self._txn: Txn | None = None
+        self._cursor: lmdb.Cursor[bytes] | None = None
 
     @property
     def pending_count(self) -> int:
-        """Fingerprints held in memory only, about 200 bytes each: what makes a checkpoint due."""
+        """Fingerprints that no checkpoint covers, about 200 bytes each: what makes one due."""
         return len(self._recent) + len(self._frozen)
+
+    @property
+    def unmerged_count(self) -> int:
+        """Fingerprints that checkpoints cover and LMDB does not have yet, 24 bytes each."""
+        return len(self._unmerged)
+
+    def load(self, containers: Iterable[tuple[bytes, U64]]) -> None:
+        """When the store is opened: fingerprints and addresses of containers that `merged` does not cover whole."""
+        if self.merged is None:
+            return
+        gone = np.array(self._index.gone(), np.uint64)
+        marks: list[bytes] = []
+        places: list[U64] = []
+        for fingerprints, addresses in containers:
+            wanted = self._covered.covers_each(addresses) & ~self.merged.has_each(fingerprints, addresses)
+            wanted &= ~np.isin(addresses, gone)
+            marks.append(np.frombuffer(fingerprints, _ROW)[wanted].tobytes())
+            places.append(addresses[wanted])
+            if len(places) == _CONTAINERS_AT_ONCE:
+                self._unmerged.add(b"".join(marks), np.concatenate(places))
+                marks, places = [], []
+        if places:
+            self._unmerged.add(b"".join(marks), np.concatenate(places))
 
     def lookup(self, fingerprints: Sequence[bytes]) -> list[Address | None]:
         """The candidate for each fingerprint, in their order. Damaged when LMDB holds something else."""
         recent, frozen = self._recent, self._frozen
-        found: list[Address | None] = []
-        unknown: list[bytes] = []
-        for fingerprint in fingerprints:
-            where = recent.get(fingerprint)
-            if where is None:
-                where = frozen.get(fingerprint)
-                if where is None:
-                    unknown.append(fingerprint)
-            found.append(where)
+        if frozen:
+            found: list[Address | None] = [recent.get(mark) or frozen.get(mark) for mark in fingerprints]
+        else:
+            found = list(map(recent.get, fingerprints))
+        unknown = [mark for mark, where in zip(fingerprints, found, strict=True) if where is None]
         if not unknown:
             return found
-        stored = dict(self._reading().getmulti(unknown))
-        if not stored:
-            return found
-        for index, where in enumerate(found):
-            if where is None:
-                value = stored.get(fingerprints[index])
-                if value is not None:
-                    found[index] = _address(value)
+        stored: dict[bytes, Address] = {}
+        if len(self._unmerged):
+            held = self._unmerged.find(unknown)
+            stored = {mark: Address(where) for mark, where in zip(unknown, held, strict=True) if where != HOLE}
+            if stored:
+                unknown = [mark for mark in unknown if mark not in stored]
+        if unknown:
+            stored |= _addresses(self._reading().getmulti(unknown))
+        if stored:
+            return [
+                stored.get(mark) if where is None else where for mark, where in zip(fingerprints, found, strict=True)
+            ]
         return found
 
     def note(self, fingerprint: bytes, where: Address) -> None:
         """From now on `lookup` finds it, unless the fingerprint has an address already."""
         if fingerprint not in self._frozen:
             self._recent.setdefault(fingerprint, where)
+
+    def note_each(self, fingerprints: Sequence[bytes], addresses: Sequence[int]) -> None:
+        """`note` of each, all unknown to `lookup` or to be told from what it found."""
+        if len(addresses) == 1:
+            self.note(fingerprints[0], Address(addresses[0]))
+            return
+        noted = dict(zip(fingerprints, map(Address, addresses), strict=True))
+        if self._frozen or not self._recent.keys().isdisjoint(noted):
+            for mark, where in noted.items():
+                self.note(mark, where)
+        else:
+            self._recent.update(noted)
 
     def forget_recent(self) -> None:
         """Drops what was noted since `freeze`: for blocks that turned out not to be kept."""
@@ -86,31 +148,79 @@ class FingerprintIndex:
             self._frozen = self._recent
         self._recent = {}
 
-    def commit(self, txn: lmdb.Transaction) -> None:
-        """Puts what is frozen into the caller's write transaction; it counts when that is committed."""
+    def commit(self, txn: Txn, watermark: Watermark | None = None) -> None:
+        """Puts what is due into the caller's write transaction; it counts when that is committed.
+
+        `watermark` is what it covers; without one (a rebuild of the index) everything goes into LMDB.
+        """
+        if watermark is None or self.merged is None:
+            for number in range(SLICES):
+                self._put(txn, self._unmerged.slice(number))
+            self._put(txn, sorted(self._frozen.items()))
+            merged = None if watermark is None else Merged(watermark, watermark, 0)
+        else:
+            merged = self._merge(txn, self.merged, len(self._unmerged) + len(self._frozen) - UNMERGED_MAX)
+        self._next = merged, watermark or self._covered
+        if merged is not None and merged != self.merged:
+            self._index.put_merged(txn, merged)
+
+    def _merge(self, txn: Txn, merged: Merged, excess: int) -> Merged:
+        """The next slices, until so many fingerprints are in."""
+        for _ in range(_SLICES_PER_COMMIT):
+            if excess <= 0:
+                break
+            if merged.slices == 0:
+                merged = Merged(merged.whole, self._covered, 0)
+            part = self._unmerged.slice(merged.slices)
+            self._put(txn, part)
+            excess -= len(part)
+            merged = Merged(merged.whole, merged.round, merged.slices + 1)
+            if merged.slices == SLICES:
+                merged = Merged(merged.round, merged.round, 0)
+                self._index.forget_gone(txn, merged.whole)
+        return merged
+
+    def _put(self, txn: Txn, entries: Sequence[tuple[bytes, Address]]) -> None:
         pack = FINGERPRINT_VALUE.pack
-        items = [(fingerprint, pack(where)) for fingerprint, where in sorted(self._frozen.items())]
-        if items:
-            txn.cursor(self._db).putmulti(items, overwrite=False)
+        if entries:
+            txn.cursor(self._db).putmulti([(mark, pack(where)) for mark, where in entries], overwrite=False)
 
     def committed(self) -> None:
-        """The caller's transaction is committed: forgets what was frozen, and reads what LMDB holds now."""
+        """The caller's transaction is committed: forgets what LMDB holds now, and reads it there."""
+        assert self._next is not None, "commit comes first"
         self._end_reading()
+        (now, covered), before, self._next = self._next, self.merged, None
+        if now is None or before is None:
+            self._unmerged = FingerprintTable()
+        else:
+            number = before.slices
+            while number != now.slices:
+                self._unmerged.drop_slice(number)
+                number = (number + 1) % SLICES
+            if self._frozen:
+                addresses = np.fromiter(self._frozen.values(), np.uint64, len(self._frozen))
+                self._unmerged.add(b"".join(self._frozen), addresses)
         self._frozen = {}
+        self.merged, self._covered = now or before, covered
 
-    def remove(self, txn: lmdb.Transaction, entries: Iterable[tuple[bytes, Address]]) -> None:
+    def remove(self, txn: Txn, entries: Iterable[tuple[bytes, Address]]) -> None:
         """Takes out, in the caller's write transaction, each fingerprint that still stands for that address.
 
         Nobody may look up until the caller has ended the transaction and called `reread`.
         """
+        entries = list(entries)
+        self._unmerged.drop(entries)
         cursor = txn.cursor(self._db)
         for fingerprint, where in entries:
-            if self._recent.get(fingerprint) == where:
-                del self._recent[fingerprint]
-            if self._frozen.get(fingerprint) == where:
-                del self._frozen[fingerprint]
+            for layer in (self._recent, self._frozen):
+                if layer.get(fingerprint) == where:
+                    del layer[fingerprint]
             if cursor.set_key(fingerprint) and _address(cursor.value()) == where:
                 cursor.delete()
+        if self.merged is not None and entries:
+            addresses = np.array([where for _, where in entries], np.uint64)
+            had = self.merged.has_each(b"".join([mark for mark, _ in entries]), addresses)
+            self._index.put_gone(txn, [where for (_, where), one in zip(entries, had, strict=True) if not one])
 
     def reread(self) -> None:
         """The next lookup sees what LMDB holds then."""
@@ -120,10 +230,10 @@ class FingerprintIndex:
         """Ends the read transaction. What is pending is dropped."""
         self._end_reading()
 
-    def _reading(self) -> lmdb.Cursor:
+    def _reading(self) -> lmdb.Cursor[bytes]:
         """The cursor of the long-lived read transaction, begun when it is first needed."""
         if self._cursor is None:
-            self._txn = self._env.begin(db=self._db)
+            self._txn = self._index.env.begin(db=self._db)
             self._cursor = self._txn.cursor(self._db)
         return self._cursor
 
@@ -133,6 +243,17 @@ class FingerprintIndex:
         if self._txn is not None:
             self._txn.abort()
         self._cursor = self._txn = None
+
+
+def _addresses(pairs: Sequence[tuple[bytes, bytes]]) -> dict[bytes, Address]:
+    """What LMDB has for each fingerprint that it knows. Damaged."""
+    if len(pairs) < _MANY:
+        return {mark: _address(value) for mark, value in pairs}
+    marks, values = zip(*pairs, strict=True)
+    if set(map(len, values)) != {_VALUE_BYTES}:
+        return {mark: _address(value) for mark, value in pairs}  # says which, and what is wrong with it
+    addresses: list[Address] = np.frombuffer(b"".join(values), "<u8").tolist()
+    return dict(zip(marks, addresses, strict=True))
 
 
 def _address(value: bytes | memoryview) -> Address:

@@ -55,6 +55,7 @@ from dedup.types import (
     VolumeId,
     VolumeState,
 )
+from dedup.write_run import WriteRun
 
 FINE = JournalSpec(FINE_JOURNAL, "fine", 0)
 """The every-write data journal that each group begins with."""
@@ -187,6 +188,9 @@ class GroupState:
 
     def apply(self, logged: Logged) -> None:
         """Takes one journal entry into the state. Damaged when it contradicts what came before."""
+        if logged.kind is _WRITE and logged.run == self.run and self.held:
+            self._apply_write(logged)
+            return
         previous_time = self.time
         kind = logged.kind
         self.records += 1
@@ -207,6 +211,24 @@ class GroupState:
             self._reach(extent.volume, extent.offset + extent.length)
         if kind not in _KEEPS_POINT:
             self.point = PointKind.CRASH
+
+    def _apply_write(self, logged: Logged) -> None:
+        """What `apply` does for nearly all entries there are."""
+        self.records += 1
+        self.held, self.time, self.point = logged.seq, logged.time, PointKind.CRASH
+        for extent in logged.extents:
+            self.overlay.put(extent.volume, extent.offset // BLOCK_BYTES, extent.addresses)
+            self.logical_bytes += extent.length
+            self._reach(extent.volume, extent.offset + extent.length)
+
+    def apply_run(self, run: WriteRun) -> None:
+        """As `apply` of each of its entries; their clock run is the state's. Damaged."""
+        self.records += len(run)
+        self.held, self.time, self.point = run.seq, run.writes.times[-1], PointKind.CRASH
+        self.logical_bytes += len(run) * BLOCK_BYTES
+        for volume, blocks, addresses in run.pointers():
+            self.overlay.put_each(volume, blocks, addresses)
+            self._reach(volume, (max(blocks) + 1) * BLOCK_BYTES)
 
     def pass_over(self, entry: Scanned) -> None:
         """As `apply`, of an entry of `ONLY_BLOCKS`, without its blocks: there is no overlay then. Damaged."""
@@ -404,6 +426,7 @@ def owner_entry(last: Logged, agent: str) -> Logged:
 
 ONLY_BLOCKS = frozenset({EntryKind.WRITE, EntryKind.AGGREGATE, EntryKind.RECONCILE})
 """Entries that change the bytes of volumes, and their sizes, and nothing else."""
+_WRITE = EntryKind.WRITE
 _CONSOLIDATED = frozenset({EntryKind.CONSOLIDATED, EntryKind.CONSOLIDATED_MORE})
 _KEEPS_POINT = frozenset({EntryKind.FLUSH, EntryKind.BOOKMARK}) | {kind for kind in EntryKind if not kind.consumes_seq}
 

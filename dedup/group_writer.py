@@ -55,6 +55,7 @@ from dedup.types import (
     VolumeId,
     VolumeState,
 )
+from dedup.write_run import WriteRun
 
 if TYPE_CHECKING:
     from dedup.store import Store
@@ -221,14 +222,18 @@ class GroupWriter:
         for entry in entries:
             self.state.apply(entry)
 
+    def append_run(self, run: WriteRun) -> None:
+        """The same for a run of small writes: never the first that a group gets."""
+        self._journal.append_run(run)
+        self.state.apply_run(run)
+
     def sync(self, held: Seq, position: JournalPosition) -> None:
         """Syncs the journal; what was held before the call is durable. Called by the store, containers first."""
         self._journal.sync()
         self._durable, self._durable_position = held, position
 
     def discard_after_durable(self, why: str) -> None:
-        """After a failed sync: nothing is journalled any more, and the journal is cut to what is durable: nothing
-        else can pass for kept."""
+        """After a failed sync: nothing is journalled any more, and what is not durable is cut off: it was not kept."""
         try:
             self._journal.give_up(why, self._durable_position)
         except StoreError as error:

@@ -58,6 +58,7 @@ from dedup.types import (
     VolumeId,
     Write,
 )
+from dedup.write_run import SmallWrites, WriteRun
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ _KINDS: Final[dict[type, EntryKind]] = {
     ReconcileBegin: EntryKind.RECONCILE_BEGIN,
     ReconcileEnd: EntryKind.RECONCILE_END,
 }
+_WRITE: Final = EntryKind.WRITE
 _WITHOUT_BODY: Final = (Write, Aggregate, Reconcile)
 
 
@@ -262,6 +264,16 @@ class Ingest:
         self._place_all(records, pieces, journal)
         return [_logged(record, found, journal_id) for record, found in zip(records, pieces, strict=True)]
 
+    def log_run(
+        self, records: Sequence[Record], state: GroupState, journal: DataJournal, journal_id: JournalId
+    ) -> WriteRun | None:
+        """The same for a run of small writes that follow the last record; None when they are anything else."""
+        writes = SmallWrites.of(records, Seq(state.held + 1), state.run) if state.held else None
+        if writes is None or not state.volumes.keys() >= set(writes.volumes):
+            return None
+        addresses, fingerprints = self._place(list(writes.data), journal)
+        return WriteRun(writes, journal_id, addresses, b"".join(fingerprints))
+
     def _log_plain(self, records: Sequence[Record], journal: DataJournal, journal_id: JournalId) -> list[Logged]:
         """The same for records that are `_all_plain`: nothing has to be completed from the head, nor staged."""
         blocks: list[Bytes] = []
@@ -280,11 +292,16 @@ class Ingest:
             seq = record.seq
             if type(record) is Write:
                 extent = record.extent
-                end = at + len(extent.data) // BLOCK_BYTES
-                marks = fingerprints[at] if end == at + 1 else b"".join(fingerprints[at:end])
-                logged = LoggedExtent(extent.volume, extent.offset, len(extent.data), addresses[at:end], marks)
+                length = len(extent.data)
+                if length == BLOCK_BYTES:
+                    marks = fingerprints[at]
+                    end = at + 1
+                else:
+                    end = at + length // BLOCK_BYTES
+                    marks = b"".join(fingerprints[at:end])
+                logged = LoggedExtent(extent.volume, extent.offset, length, addresses[at:end], marks)
                 at = end
-                entries.append(Logged(EntryKind.WRITE, seq, seq, record.time, record.run, journal_id, (logged,), None))
+                entries.append(Logged(_WRITE, seq, seq, record.time, record.run, journal_id, (logged,), None))
             else:
                 kind = _KINDS[type(record)]
                 entries.append(Logged(kind, seq, seq, record.time, record.run, journal_id, (), record))
@@ -320,47 +337,71 @@ class Ingest:
 
     def _place(self, blocks: list[Bytes], journal: DataJournal) -> tuple[Addresses, list[bytes]]:
         """An address for each block: a hole, a block the store has, or a new one in `journal`."""
-        fingerprints = [xxh3_128_digest(block) for block in blocks]
-        found: list[int] = []
+        fingerprints = list(map(xxh3_128_digest, blocks))
+        found = self._index.lookup(fingerprints)
+        if found.count(None) == len(found) and ZEROS_FINGERPRINT not in fingerprints and _all_differ(fingerprints):
+            return self._append(blocks, fingerprints, journal), fingerprints
+        placed = self._known(blocks, fingerprints, found)
         fresh: dict[bytes, int] = {}
         twins: list[tuple[int, int]] = []
         new: list[int] = []
-        for index, (mark, address) in enumerate(zip(fingerprints, self._index.lookup(fingerprints), strict=True)):
-            found.append(HOLE)
-            if address is not None and self._same(address, mark, blocks[index]):
-                found[index] = address
-            elif mark == ZEROS_FINGERPRINT and bytes(blocks[index]) == ZERO_BLOCK:
+        for index, mark in enumerate(fingerprints):
+            if placed[index] != HOLE:
+                continue
+            if mark == ZEROS_FINGERPRINT and bytes(blocks[index]) == ZERO_BLOCK:
                 fingerprints[index] = ZERO_FINGERPRINT
             elif (first := fresh.setdefault(mark, index)) != index and bytes(blocks[first]) == bytes(blocks[index]):
                 twins.append((index, first))
             else:
                 new.append(index)
+        if new:
+            got = self._append([blocks[index] for index in new], [fingerprints[index] for index in new], journal)
+            placed[new] = got
+        for index, first in twins:
+            placed[index] = placed[first]
+        return placed, fingerprints
+
+    def _append(self, blocks: list[Bytes], fingerprints: list[bytes], journal: DataJournal) -> Addresses:
+        addresses = journal.append(blocks, fingerprints)
+        self._index.note_each(fingerprints, addresses.tolist())
+        return addresses
+
+    def _known(self, blocks: list[Bytes], fingerprints: list[bytes], found: list[Address | None]) -> Addresses:
+        """The address of each block that the store has, its bytes compared; HOLE for the others."""
+        candidates = [index for index, address in enumerate(found) if address is not None and address != HOLE]
+        placed = np.zeros(len(blocks), np.uint64)
+        if not candidates:
+            return placed
+        if len(candidates) == 1:
+            same = [False]  # read below: reading one by one is quicker than reading many as one
+        else:
+            same = self._pool.same_each(
+                np.array([found[index] for index in candidates], np.uint64),
+                [blocks[index] for index in candidates],
+                [fingerprints[index] for index in candidates],
+            )
+        for index, is_same in zip(candidates, same, strict=True):
+            address = found[index]
+            assert address is not None
+            placed[index] = address if is_same or self._same(address, fingerprints[index], blocks[index]) else HOLE
         shared = self.shared  # looked at once: a collection may end beside this
         if shared is not None:
-            shared.add_each(where for where in found if where != HOLE)
-        if new and len(new) == len(blocks):
-            addresses = journal.append(blocks, fingerprints)
-            for mark, where in zip(fingerprints, addresses.tolist(), strict=True):
-                self._index.note(mark, where)
-            return addresses, fingerprints
-        if new:
-            got = journal.append([blocks[index] for index in new], [fingerprints[index] for index in new])
-            for index, where in zip(new, got.tolist(), strict=True):
-                found[index] = where
-                self._index.note(fingerprints[index], where)
-        for index, first in twins:
-            found[index] = found[first]
-        return np.array(found, dtype=np.uint64), fingerprints
+            shared.add_each(where for where in placed.tolist() if where != HOLE)
+        return placed
 
     def _same(self, address: Address, mark: bytes, block: Bytes) -> bool:
         """Whether the stored block has these very bytes; a damaged one is healed with them, or they are stored anew."""
         try:
-            return address != HOLE and self._pool.read_block(address) == bytes(block)
+            return self._pool.read_block(address) == bytes(block)
         except Damaged as damage:
             if self._healer.heal(address, mark, block):
                 return True
             log.warning("not shared: %s", damage)
             return False
+
+
+def _all_differ(fingerprints: list[bytes]) -> bool:
+    return len(fingerprints) == 1 or len(set(fingerprints)) == len(fingerprints)
 
 
 def _all_plain(records: Sequence[Record], state: GroupState) -> bool:

@@ -115,6 +115,7 @@ class EntryKind(IntEnum):
 
 KINDS: Final[tuple[EntryKind | None, ...]] = (None, *EntryKind)
 """EntryKind by its number."""
+_WRITE: Final = EntryKind.WRITE  # told by identity: the hash of an enum's member is made in Python
 _BARE_KINDS: Final = frozenset({EntryKind.WRITE, EntryKind.AGGREGATE, EntryKind.RECONCILE, EntryKind.CONSOLIDATED_MORE})
 _EXTENT_KINDS: Final = _BARE_KINDS | {EntryKind.CORRECT, EntryKind.RESIZE, EntryKind.CONSOLIDATED}
 _SPANNING_KINDS: Final = frozenset({EntryKind.AGGREGATE, EntryKind.CONSOLIDATED})
@@ -372,7 +373,9 @@ def encode(logged: Logged, seed: int) -> bytes:
 def _encode_lone(logged: Logged, extent: LoggedExtent, seed: int) -> bytes:
     """`encode` for the entries that are nearly all there are: one extent, no body. They need no padding."""
     spans = logged.seq - logged.first_seq
-    if logged.kind not in _BARE_KINDS or spans < 0 or (spans and logged.kind not in _SPANNING_KINDS):
+    if (logged.kind is not _WRITE or spans) and (
+        logged.kind not in _BARE_KINDS or spans < 0 or (spans and logged.kind not in _SPANNING_KINDS)
+    ):
         raise ValueError(f"the entry of seq {logged.seq} is not well made: its kind needs a body, or one seq")
     blocks = _check_extent(logged, extent)
     length = ENTRY_HEADER_BYTES + EXTENT_HEADER_BYTES + blocks * (ADDRESS_BYTES + FINGERPRINT_BYTES)

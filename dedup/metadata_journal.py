@@ -53,6 +53,7 @@ from dedup.layout import (
 )
 from dedup.storage import Storage
 from dedup.types import Seq, TimeNs
+from dedup.write_run import WriteRun
 
 __all__ = [
     "FIRST_POSITION",
@@ -153,20 +154,37 @@ class JournalWriter:
             self._check_usable()
             last = self._last
             for entry in entries:
-                if last is not None and not follows(last, entry.kind, entry.first_seq, entry.seq):
+                if (
+                    last is not None
+                    and (entry.kind is not EntryKind.WRITE or entry.first_seq != last + 1)
+                    and not follows(last, entry.kind, entry.first_seq, entry.seq)
+                ):
                     seqs = f"{entry.first_seq}..{entry.seq}"
                     raise OutOfOrder(f"seq {seqs} ({entry.kind.name}) does not follow seq {last}")
                 last = entry.seq
             if self._position.offset >= SEGMENT_BYTES_MAX:
                 self._rotate(Seq(entries[0].first_seq - 1 if entries[0].kind.consumes_seq else entries[0].seq))
-            encoded = [encode(entry, self._seed) for entry in entries]
-            try:
-                self._storage.pwritev(self._fd, encoded, self._position.offset)
-            except StoreError as error:
-                self._take_back(error)
-                raise
+            self._write([encode(entry, self._seed) for entry in entries])
             self._last = last
-            self._position = JournalPosition(self._position.segment, self._position.offset + sum(map(len, encoded)))
+
+    def append_run(self, run: WriteRun) -> None:
+        """As `append` of its entries."""
+        with self._append_lock:
+            self._check_usable()
+            if self._last is not None and run.first_seq != self._last + 1:
+                raise OutOfOrder(f"seq {run.first_seq}..{run.seq} (WRITE) does not follow seq {self._last}")
+            if self._position.offset >= SEGMENT_BYTES_MAX:
+                self._rotate(Seq(run.first_seq - 1))
+            self._write([run.encode(self._seed)])
+            self._last = run.seq
+
+    def _write(self, encoded: list[bytes]) -> None:
+        try:
+            self._storage.pwritev(self._fd, encoded, self._position.offset)
+        except StoreError as error:
+            self._take_back(error)
+            raise
+        self._position = JournalPosition(self._position.segment, self._position.offset + sum(map(len, encoded)))
 
     def _take_back(self, cause: StoreError) -> None:
         """After a failed write: cuts off what it left. Synced, so that it cannot return under what is written next."""

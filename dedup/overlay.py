@@ -9,7 +9,8 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -40,6 +41,11 @@ class Overlay:
         else:
             blocks.update(zip(range(first_block, first_block + count), addresses.tolist(), strict=True))
         self.count += count
+
+    def put_each(self, volume: VolumeId, blocks: Sequence[int], addresses: Sequence[int]) -> None:
+        """The blocks now have these addresses; of one that is twice in there, the last."""
+        self.blocks.setdefault(volume, {}).update(zip(blocks, addresses, strict=True))
+        self.count += len(blocks)
 
     def cut(self, volume: VolumeId, block: int) -> None:
         """From `block` on the volume is holes."""
@@ -78,18 +84,20 @@ class Overlay:
             if changed is not None:
                 addresses[index] = changed
 
-    def leaves(self, volume: VolumeId) -> Iterator[tuple[int, np.ndarray[tuple[int], np.dtype[np.uint16]], Addresses]]:
-        """What a checkpoint writes: (leaf, indexes within it, addresses), ascending."""
-        blocks = self.blocks.get(volume)
-        if not blocks:
-            return
+    def pointers(self, volume: VolumeId) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Addresses]:
+        """What a checkpoint writes: the blocks that changed, ascending, and their addresses."""
+        blocks = self.blocks.get(volume, {})
         numbers = np.fromiter(blocks.keys(), dtype=np.int64, count=len(blocks))
         addresses = np.fromiter(blocks.values(), dtype=np.uint64, count=len(blocks))
         order = np.argsort(numbers)
-        numbers, addresses = numbers[order], addresses[order]
+        return numbers[order], addresses[order]
+
+    def leaves(self, volume: VolumeId) -> Iterator[tuple[int, np.ndarray[tuple[int], np.dtype[np.uint16]], Addresses]]:
+        """The same by leaves: (leaf, indexes within it, addresses), ascending."""
+        numbers, addresses = self.pointers(volume)
         leaf_of = numbers // LEAF_BLOCKS
-        starts = np.concatenate(([0], np.flatnonzero(np.diff(leaf_of)) + 1, [len(numbers)]))
-        for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        starts = np.flatnonzero(np.diff(leaf_of, prepend=-1))
+        for start, end in pairwise([*starts.tolist(), len(numbers)]):
             leaf = int(leaf_of[start])
             yield leaf, (numbers[start:end] - leaf * LEAF_BLOCKS).astype(np.uint16), addresses[start:end]
 

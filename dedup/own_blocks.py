@@ -29,6 +29,7 @@ from dedup.metadata_journal import Logged
 from dedup.pointer_map import Addresses, named_by
 from dedup.slot_marks import SlotMarks
 from dedup.types import HOLE
+from dedup.write_run import WriteRun
 
 if TYPE_CHECKING:
     from dedup.group_writer import GroupWriter
@@ -57,12 +58,17 @@ class OwnBlocks:
 
     def note(self, group: GroupWriter, entries: Sequence[Logged]) -> None:
         """The group has journalled them."""
-        if len(self._store.groups) < 2:
+        if self._store.has_one_group:
             return
         marks = self._of(group).marks
         for entry in entries:
             for extent in entry.extents:
                 marks.add(extent.addresses)
+
+    def note_run(self, group: GroupWriter, run: WriteRun) -> None:
+        """The same of a run of small writes."""
+        if not self._store.has_one_group:
+            self._of(group).marks.add(run.addresses)
 
     def candidates(self, group: GroupWriter, fingerprints: Sequence[bytes]) -> Addresses:
         """For each fingerprint the address of a block of the group's own that may be the same; HOLE where there is

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -47,6 +48,9 @@ DELTAS_MAX: Final = 8
 DELTA_POINTERS_MAX: Final = LEAF_BLOCKS // 4
 """Past this many changed pointers a whole leaf is about as small as the delta, and quicker to read."""
 SEQ_MAX: Final = Seq((1 << 64) - 1)
+_FEW_POINTERS: Final = 16
+_RUN: Final = Struct("<HQ")
+"""POINTER_RUN_DTYPE, for one run."""
 _POINTER_BYTES: Final = POINTER_RUN_DTYPE.itemsize
 """Of a run, and of a delta's pointer with its index: versions have 2 bytes and some of these, then the checksum."""
 _PLACES: Final[Addresses] = np.arange(LEAF_BLOCKS, dtype=np.uint64)
@@ -62,6 +66,25 @@ def encode_whole(addresses: Addresses) -> bytes:
     runs["count"] = np.diff(np.concatenate((starts, [len(addresses)])))
     runs["address"] = addresses[starts]
     return bytes((POINTER_WHOLE, 0)) + runs.tobytes()
+
+
+def _encode_few(indexes: npt.NDArray[np.uint16], addresses: Addresses) -> bytes:
+    """As encode_whole, of a leaf of holes but for these: numpy costs more than few of them."""
+    runs: list[tuple[int, int]] = []
+    at = 0
+    for index, where in zip(indexes.tolist(), addresses.tolist(), strict=True):
+        if where == HOLE:
+            continue
+        if index > at:
+            runs.append((index - at, HOLE))
+        if index == at and runs and where == sum(runs[-1]) and runs[-1][1] != HOLE:
+            runs[-1] = runs[-1][0] + 1, runs[-1][1]
+        else:
+            runs.append((1, where))
+        at = index + 1
+    if at < LEAF_BLOCKS:
+        runs.append((LEAF_BLOCKS - at, HOLE))
+    return bytes((POINTER_WHOLE, 0)) + b"".join([_RUN.pack(*run) for run in runs])
 
 
 def decode_whole(value: bytes) -> Addresses:
@@ -84,7 +107,8 @@ def decode_whole(value: bytes) -> Addresses:
 
 def encode_delta(indexes: npt.NDArray[np.uint16], addresses: Addresses, depth: int) -> bytes:
     """The pointers that changed: `depth` is this delta's number on its whole leaf, from 1."""
-    return bytes((POINTER_DELTA, depth)) + indexes.astype("<u2").tobytes() + addresses.astype("<u8").tobytes()
+    head = bytes((POINTER_DELTA, depth))
+    return head + indexes.astype("<u2", copy=False).tobytes() + addresses.astype("<u8", copy=False).tobytes()
 
 
 def _decode_delta(value: bytes) -> tuple[npt.NDArray[np.uint16], Addresses]:
@@ -154,10 +178,9 @@ class PointerMap:
     def leaf(self, txn: lmdb.Transaction[bytes], volume: VolumeId, leaf: int, seq: Seq) -> Addresses | None:
         """The leaf as of `seq`: LEAF_BLOCKS addresses, or None where there is no version (all holes)."""
         with txn.cursor(self._db) as cursor:
-            return self._leaf(cursor, volume, leaf, seq)
+            return self._leaf(cursor, POINTER_KEY.pack(self._group_id, volume, leaf, 0)[:-8], seq)
 
-    def _leaf(self, cursor: lmdb.Cursor[bytes], volume: VolumeId, leaf: int, seq: Seq) -> Addresses | None:
-        prefix = POINTER_KEY.pack(self._group_id, volume, leaf, 0)[:-8]
+    def _leaf(self, cursor: lmdb.Cursor[bytes], prefix: bytes, seq: Seq) -> Addresses | None:
         deltas: list[tuple[npt.NDArray[np.uint16], Addresses]] = []
         found = self._seek_back(cursor, prefix, seq)
         while found:
@@ -198,21 +221,58 @@ class PointerMap:
         """
         prefix = POINTER_KEY.pack(self._group_id, volume, leaf, 0)[:-8]
         with txn.cursor(self._db) as cursor:
-            depth = DELTAS_MAX
-            # A version of this very checkpoint (a cut, just before) cannot carry a delta: both have one key.
-            if self._seek_back(cursor, prefix, seq) and not cursor.key().endswith(seq.to_bytes(8, "big")):
-                value = _opened(cursor.key(), cursor.value())
-                depth = 0 if _is_whole(value) else value[1]
-            if depth >= DELTAS_MAX or len(indexes) > DELTA_POINTERS_MAX:
-                whole = self._leaf(cursor, volume, leaf, seq)
-                if whole is None:
-                    whole = np.zeros(LEAF_BLOCKS, dtype=np.uint64)
-                whole[indexes] = addresses
-                encoded = encode_whole(whole)
-            else:
-                encoded = encode_delta(indexes, addresses, depth + 1)
-            key = prefix + seq.to_bytes(8, "big")
-            cursor.put(key, _checked(key, encoded))
+            cursor.put(*self._version(cursor, prefix, seq, indexes, addresses))
+
+    def put_each(
+        self,
+        txn: lmdb.Transaction[bytes],
+        volume: VolumeId,
+        seq: Seq,
+        blocks: npt.NDArray[np.int64],
+        addresses: Addresses,
+    ) -> None:
+        """`put` for every leaf of `blocks`, which ascend and now have `addresses`."""
+        leaf_of = blocks // LEAF_BLOCKS
+        starts = np.flatnonzero(np.diff(leaf_of, prepend=-1))
+        indexes = (blocks % LEAF_BLOCKS).astype(np.uint16)
+        edges = itertools.pairwise([*starts.tolist(), len(blocks)])
+        volume_prefix = POINTER_KEY.pack(self._group_id, volume, 0, 0)[:-12]
+        with txn.cursor(self._db) as cursor:
+            versions = [
+                self._version(
+                    cursor, volume_prefix + leaf.to_bytes(4, "big"), seq, indexes[start:end], addresses[start:end]
+                )
+                for leaf, (start, end) in zip(leaf_of[starts].tolist(), edges, strict=True)
+            ]
+            cursor.putmulti(versions)
+
+    def _version(
+        self,
+        cursor: lmdb.Cursor[bytes],
+        prefix: bytes,
+        seq: Seq,
+        indexes: npt.NDArray[np.uint16],
+        addresses: Addresses,
+    ) -> tuple[bytes, bytes]:
+        """Key and value of a leaf's version of checkpoint `seq`."""
+        key = prefix + seq.to_bytes(8, "big")
+        depth = DELTAS_MAX
+        found = self._seek_back(cursor, prefix, seq)
+        # A version of this very checkpoint (a cut, just before) cannot carry a delta: both have one key.
+        if found and cursor.key() != key:
+            value = _opened(cursor.key(), cursor.value())
+            depth = 0 if _is_whole(value) else value[1]
+        if depth < DELTAS_MAX and len(indexes) <= DELTA_POINTERS_MAX:
+            encoded = encode_delta(indexes, addresses, depth + 1)
+        elif not found and len(indexes) <= _FEW_POINTERS:
+            encoded = _encode_few(indexes, addresses)
+        else:
+            whole = self._leaf(cursor, prefix, seq)
+            if whole is None:
+                whole = np.zeros(LEAF_BLOCKS, dtype=np.uint64)
+            whole[indexes] = addresses
+            encoded = encode_whole(whole)
+        return key, _checked(key, encoded)
 
     def leaves(self, txn: lmdb.Transaction[bytes], volume: VolumeId, first: int = 0) -> Iterator[int]:
         """The numbers of all leaves of `volume`, from `first` on, that have any version, ascending."""

@@ -14,11 +14,12 @@ import os
 from pathlib import Path
 
 from dedup import layout
-from dedup.catalog import Catalog, Index, Watermark
+from dedup.catalog import Catalog, Index
 from dedup.journal_reader import segments
 from dedup.pointer_map import SEQ_MAX
 from dedup.storage import Storage
 from dedup.types import Seq
+from dedup.watermark import Watermark
 
 
 def settle(storage: Storage, path: Path, index: Index, watermark: Watermark) -> None:

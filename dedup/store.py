@@ -17,15 +17,18 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dedup import layout
-from dedup.catalog import Index, Watermark
-from dedup.container import ContainerPool
+from dedup.catalog import Index
+from dedup.container import ContainerPool, marks_of
 from dedup.data_journal import DataJournal
-from dedup.errors import NameRefused, StoreBusy, StoreError, StoreFailed
+from dedup.errors import Damaged, NameRefused, StoreBusy, StoreError, StoreFailed, UnknownFormat
 from dedup.fingerprint_index import FingerprintIndex
 from dedup.group_writer import GroupWriter
 from dedup.healing import Healer
@@ -37,6 +40,7 @@ from dedup.settling import settle
 from dedup.storage import Storage
 from dedup.types import BASE_JOURNAL, FINE_JOURNAL, ContainerId, JournalId, Record
 from dedup.usage import StoreUsage, measure
+from dedup.watermark import Watermark
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +83,7 @@ class Store:
             self.index.close()
             raise
         self.pool = ContainerPool(storage, containers)
-        self.fingerprints = FingerprintIndex(self.index.env, self.index.db["fingerprints"])
+        self.fingerprints = FingerprintIndex(self.index)
         self._next_container = max(found + 1, self.watermark.next_container)
         self.base_journal = DataJournal(storage, containers, BASE_JOURNAL, "base", self._allocate)
         self.fine_journal = DataJournal(storage, containers, FINE_JOURNAL, "fine", self._allocate)
@@ -112,6 +116,7 @@ class Store:
             raise
         try:
             settle(storage, path, store.index, store.watermark)
+            store.fingerprints.load(store._unmerged_fingerprints())
             for name in sorted(storage.listdir(path / layout.GROUPS_NAME)):
                 store.group(name)
             store.checkpoint()
@@ -119,6 +124,21 @@ class Store:
             store.abandon()
             raise
         return store
+
+    def _unmerged_fingerprints(self) -> Iterator[tuple[bytes, NDArray[np.uint64]]]:
+        """Those that LMDB may not have, from the containers' own tables. What cannot be read costs deduplication."""
+        merged = self.fingerprints.merged
+        containers = self.path / layout.CONTAINERS_NAME
+        for name in self.storage.listdir(containers) if merged is not None else ():
+            container = layout.container_named(name)
+            if merged is None or container is None or merged.whole.covers_whole(container):
+                continue
+            try:
+                slots, fingerprints = marks_of(self.storage, containers, container)
+            except (Damaged, UnknownFormat) as damage:
+                log.warning("blocks of a container are stored once more when they come again: %s", damage)
+                continue
+            yield fingerprints, slots + np.uint64(layout.address(container, 0))
 
     def spent(self, container: ContainerId) -> None:
         """An entry names it: its number is not given again, though its file and the index may be lost."""
@@ -157,6 +177,11 @@ class Store:
     def groups(self) -> Sequence[GroupWriter]:
         """Every group of the store."""
         return list(self._groups.values())
+
+    @property
+    def has_one_group(self) -> bool:
+        """Whether every block of the store is one group's, or nobody's."""
+        return len(self._groups) < 2
 
     def refuse_if_failed(self) -> None:
         """StoreFailed once a sync or a write has failed; open the store anew."""
@@ -207,12 +232,13 @@ class Store:
         self.fingerprints.freeze()
         dirty = [group for group in self._groups.values() if group.state.records]
         if dirty or self.fingerprints.pending_count:
+            now = self._watermark_now()
             with self.index.write() as txn:
                 for group in dirty:
                     group.catalog.put(txn, group.state, group.position)
-                self.fingerprints.commit(txn)
-                self.index.put_watermark(txn, self._watermark_now())
-        self.fingerprints.committed()
+                self.fingerprints.commit(txn, now)
+                self.index.put_watermark(txn, now)
+            self.fingerprints.committed()
         for group in dirty:
             group.checkpointed()
         self._checkpointed_at = time.monotonic()
@@ -244,13 +270,21 @@ class Store:
         """GroupWriter.ingest's work; here because blocks and fingerprints are the store's."""
         self.refuse_if_failed()
         chosen = group.state.journal
-        entries = self.ingest.log(records, group.state, group, self.data_journal(chosen), chosen)
+        journal = self.data_journal(chosen)
+        run = self.ingest.log_run(records, group.state, journal, chosen)
+        entries = [] if run else self.ingest.log(records, group.state, group, journal, chosen)
         try:
-            group.append(entries)
+            if run:
+                group.append_run(run)
+            else:
+                group.append(entries)
         except StoreFailed as error:
             self.fail(str(error))
             raise
-        self.own_blocks.note(group, entries)
+        if run:
+            self.own_blocks.note_run(group, run)
+        else:
+            self.own_blocks.note(group, entries)
 
     def usage(self) -> StoreUsage:
         """Sizes now; walks the store's files."""

@@ -184,6 +184,8 @@ class StoreWriter:
         while True:
             await self._checkpoint_due.wait()
             try:
+                # Beside ingest: the checkpoint, which has the store to itself, then finds little left to sync.
+                await self.sync()
                 await self.checkpoint()
             except StoreFull as error:
                 log.error("cannot checkpoint, trying again in %d s: %s", CHECKPOINT_RETRY_SECONDS, error)

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dedup import catalog
-from dedup.catalog import Catalog, Index, Watermark
+from dedup.catalog import Catalog, Index
 from dedup.errors import StoreError
 from dedup.group_state import Checkpoint
 from dedup.layout import LEAF_BLOCKS
@@ -41,6 +41,7 @@ from dedup.types import (
     VolumeId,
     VolumeState,
 )
+from dedup.watermark import Merged, Watermark
 from tests.dedup.model import Model
 from tests.dedup.mutations import FEW, either, mutated, outcome
 
@@ -183,6 +184,7 @@ VALUES: Final = (
     _GAP,
     RunStart(ClockRun(1), Seq(5), TimeNs(6), TimeNs(7)),
     Watermark(ContainerId(9), {ContainerId(7): 100}),
+    Merged(Watermark(ContainerId(9), {}), Watermark(ContainerId(12), {ContainerId(11): 5}), 17),
 )
 
 

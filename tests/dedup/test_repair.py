@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -93,7 +94,7 @@ def build(path: Path) -> Built:
     group.ingest([model.write(A, block * BLOCK + 7, dice.randbytes(BLOCK)) for block in range(3, 6)])
     group.ingest([model.resize(A, 18 * BLOCK), model.flush(A)])
     twin = model.content[A][BLOCK : 2 * BLOCK]
-    store.ingest._same = lambda *_: False  # type: ignore[method-assign]
+    store.ingest._known = lambda blocks, *_: np.zeros(len(blocks), np.uint64)  # type: ignore[method-assign]
     group.ingest([model.write(A, 12 * BLOCK, twin)])  # stored a second time
     store.close()
     return Built(path, model)
@@ -181,7 +182,7 @@ def copied_block(built: Built) -> None:
 def base_gone(built: Built) -> None:
     """All that the base holds was stored again, and then the base's container was lost."""
     store = Store.open(built.path)
-    store.ingest._same = lambda *_: False  # type: ignore[method-assign]
+    store.ingest._known = lambda blocks, *_: np.zeros(len(blocks), np.uint64)  # type: ignore[method-assign]
     for seq in (5, built.model.seq):
         content = built.model.history[seq][0][A]
         records = [built.model.write(VolumeId(2), at, content[at : at + BLOCK]) for at in range(0, len(content), BLOCK)]
