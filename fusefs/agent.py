@@ -277,11 +277,12 @@ class Agent:
         the same time. OutageError, and the source is not synced, where nothing can be recorded and that is to fail.
         """
         seq = _NO_SEQ
-        if volume is not None and self.volumes.get(volume) is not None and await self.link.room(RECORD_BYTES):
-            # Room may have been waited for: the volume may be gone by now.
-            if (known := self.volumes.get(volume)) is not None and known.known:
-                seq = self.link.put(lambda seq, time, run: Flush(seq, time, run, volume))
-                self.first.flush_soon(seq)
+        recorded = volume is not None and self.volumes.get(volume) is not None and await self.link.room(RECORD_BYTES)
+        # Room may have been waited for: the volume may be gone by now.
+        known = self.volumes.get(volume) if recorded and volume is not None else None
+        if known is not None and known.known:
+            seq = self.link.put(lambda seq, time, run: Flush(seq, time, run, known.id))
+            self.first.flush_soon(seq)
         token = self.tracker.token()
         await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fd)
         if volume is not None and self.volumes.get(volume) is not None:

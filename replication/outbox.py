@@ -16,9 +16,10 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Final
+
+import msgspec
 
 from dedup.types import Aggregate, Heartbeat, Record, Seq, TimeNs
 from replication.errors import HistoryLost, LocalProtocolError
@@ -31,8 +32,7 @@ FRAME_OVERHEAD_BYTES: Final = 512
 """What a frame costs in memory beside its payload: its objects and its head."""
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(msgspec.Struct, frozen=True, gc=False):
     """One encoded record, or aggregate of records, first_seq..seq. The buffers must not change while it is kept."""
 
     kind: type

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +54,8 @@ class Played:
             if step_back and number == 200:
                 run, back = ClockRun(1), 100 * STEP_NS
             record = self._record()
-            record = replace(record, run=run, time=TimeNs(record.time - back))
+            changed = msgspec.structs.replace if isinstance(record, msgspec.Struct) else replace
+            record = changed(record, run=run, time=TimeNs(record.time - back))
             self._note(record)
             group.ingest([record])
             if self.random.random() < 0.03:

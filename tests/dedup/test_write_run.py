@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -118,7 +119,9 @@ def test_whatever_else_there_is_in_a_batch_makes_it_no_run() -> None:
         Extent(A, 0, b"", BLOCK_BYTES),
         Extent(A, VOLUME_BYTES_MAX, ZERO_BLOCK),
     ):
-        assert SmallWrites.of([*records[:-1], replace(last, extent=extent)], Seq(5), ClockRun(0)) is None
+        assert (
+            SmallWrites.of([*records[:-1], msgspec.structs.replace(last, extent=extent)], Seq(5), ClockRun(0)) is None
+        )
 
 
 def filled(path: Path) -> tuple[Store, Model]:
@@ -166,10 +169,10 @@ def test_a_run_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -
     held = group.held
     records = [model.write(A, at * BLOCK_BYTES, ZERO_BLOCK) for at in range(RUN_MIN)]
     with pytest.raises(OutOfOrder):
-        group.ingest([replace(record, seq=Seq(record.seq + 1)) for record in records])
+        group.ingest([msgspec.structs.replace(record, seq=Seq(record.seq + 1)) for record in records])
     nowhere = Extent(VolumeId(9), 0, ZERO_BLOCK)
     with pytest.raises(StoreError, match="volume 9"):
-        group.ingest([*records[:-1], replace(records[-1], extent=nowhere)])
+        group.ingest([*records[:-1], msgspec.structs.replace(records[-1], extent=nowhere)])
     assert group.held == held
     group.ingest(records)
     check_moment(group.reader(), model, model.seq)

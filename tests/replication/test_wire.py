@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 import msgspec
 import pytest
@@ -64,7 +63,7 @@ def frame(message: Message) -> bytes:
 
 
 def write_of(data: bytes, **changes: object) -> Write:
-    return Write(ONE, NOW, RUN, replace(Extent(DISK, 0, data), **changes))
+    return Write(ONE, NOW, RUN, msgspec.structs.replace(Extent(DISK, 0, data), **changes))
 
 
 @given(messages)
