@@ -33,7 +33,7 @@ from dedup.fingerprint_filter import FILTER_NAME, FingerprintFilter
 from dedup.fingerprint_table import SLICE_BITS, SLICES, U64, FingerprintTable, halves
 from dedup.layout import FINGERPRINT_BYTES, FINGERPRINT_VALUE
 from dedup.storage import Storage
-from dedup.types import HOLE, Address
+from dedup.types import Address
 from dedup.watermark import Merged, Watermark
 
 if TYPE_CHECKING:
@@ -111,15 +111,14 @@ class FingerprintIndex:
             return found
         stored: dict[bytes, Address] = {}
         if len(self._unmerged):
-            held = self._unmerged.find(unknown)
-            stored = {mark: Address(where) for mark, where in zip(unknown, held, strict=True) if where != HOLE}
+            stored = self._unmerged.find(unknown)
             if stored:
                 unknown = [mark for mark in unknown if mark not in stored]
         if self._filter is not None and unknown:
             maybe = self._filter.may_have(*halves(b"".join(unknown)))
             unknown = [unknown[at] for at in np.flatnonzero(maybe).tolist()]
-        if unknown:
-            stored |= _addresses(self._reading().getmulti(unknown))
+        if unknown and (cursor := self._reading()) is not None:
+            stored |= _addresses(cursor.getmulti(unknown))
         if stored:
             return [
                 stored.get(mark) if where is None else where for mark, where in zip(fingerprints, found, strict=True)
@@ -263,11 +262,12 @@ class FingerprintIndex:
             self._filter.close()
             self._filter = None
 
-    def _reading(self) -> lmdb.Cursor[bytes]:
-        """The cursor of the long-lived read transaction, begun when it is first needed."""
-        if self._cursor is None:
+    def _reading(self) -> lmdb.Cursor[bytes] | None:
+        """The cursor of the long-lived read transaction, begun when it is first needed; None where LMDB has nothing."""
+        if self._txn is None:
             self._txn = self._index.env.begin(db=self._db)
-            self._cursor = self._txn.cursor(self._db)
+            if self._txn.stat(self._db)["entries"]:
+                self._cursor = self._txn.cursor(self._db)
         return self._cursor
 
     def _end_reading(self) -> None:

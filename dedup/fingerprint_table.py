@@ -49,15 +49,13 @@ class FingerprintTable:
     def __len__(self) -> int:
         return len(self._high)
 
-    def find(self, fingerprints: Sequence[bytes]) -> list[int]:
-        """The address of each, HOLE for one that is not there."""
-        if not len(self._high):
-            return [HOLE] * len(fingerprints)
+    def find(self, fingerprints: Sequence[bytes]) -> dict[bytes, Address]:
+        """The addresses of those that are there."""
         if len(fingerprints) <= _FEW:
-            return [self._find_one(mark) for mark in fingerprints]
-        high, low = halves(b"".join(fingerprints))
-        found: list[int] = self._find(high, low).tolist()
-        return found
+            each = [(mark, self._find_one(mark)) for mark in fingerprints]
+            return {mark: Address(where) for mark, where in each if where != HOLE}
+        found = self._find(*halves(b"".join(fingerprints)))
+        return {fingerprints[at]: Address(int(found[at])) for at in np.flatnonzero(found).tolist()}
 
     def _find_one(self, mark: bytes) -> int:
         high = int.from_bytes(mark[:_HALF_BYTES], "big")
@@ -128,7 +126,7 @@ class FingerprintTable:
     def drop(self, entries: Sequence[tuple[bytes, Address]]) -> None:
         """Takes out each fingerprint that still has that address."""
         found = self.find([mark for mark, _ in entries])
-        gone = [where for (_, where), at in zip(entries, found, strict=True) if where == at]
+        gone = [where for mark, where in entries if found.get(mark) == where]
         if gone:
             self._keep(~np.isin(self._where, np.array(gone, np.uint64)))
 

@@ -255,7 +255,7 @@ def test_a_table_equals_a_dict(added: list[list[tuple[int, int]]]) -> None:
         for mark, place in zip(marks, places, strict=True):
             model.setdefault(mark, place)
     every = [high.to_bytes(8, "little") + low.to_bytes(8, "big") for high in range(4) for low in range(4)]
-    assert table.find(every) == [model.get(mark, 0) for mark in every]
-    assert [table.find([mark]) for mark in every] == [[model.get(mark, 0)] for mark in every]
+    assert table.find(every) == model
+    assert [table.find([mark]).get(mark) for mark in every] == [model.get(mark) for mark in every]
     entries = [entry for number in range(SLICES) for entry in table.slice(number)]
     assert dict(entries) == model and len(entries) == len(model)
