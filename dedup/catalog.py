@@ -62,6 +62,7 @@ STATES_MAX: Final = 8192
 _CHECKED: Final = b"\xc1"
 _WATERMARK: Final = b"watermark"
 _MERGED: Final = b"merged"
+_FILTER: Final = b"filter"
 _GONE: Final = b"gone"
 """First part of keys in `store`; an address follows, u64 big-endian."""
 _MANIFEST: Final = b"manifest"
@@ -171,6 +172,15 @@ class Index:
 
     def put_merged(self, txn: Txn, merged: Merged) -> None:
         txn.put(_MERGED, _encode(merged), db=self.db["store"])
+
+    def filter_tag(self) -> int | None:
+        """The tag of the filter that knows what is in `fingerprints`; None: there is none."""
+        with self.read() as txn:
+            value = txn.get(_FILTER, db=self.db["store"])
+        return None if value is None else _number(value, 8)
+
+    def put_filter_tag(self, txn: Txn, tag: int) -> None:
+        txn.put(_FILTER, tag.to_bytes(8, "big"), db=self.db["store"])
 
     def gone(self) -> list[Address]:
         """Slots whose fingerprints were removed before they were in `fingerprints`."""

@@ -272,8 +272,12 @@ class ContainerReader:
         """Whether the slots from `slot` on hold these very blocks, under these fingerprints. Damaged."""
         count = len(blocks)
         # The bytes that the fingerprints were made of: what equals them need not be hashed again.
-        stored = bytearray(count * BLOCK_BYTES)
-        self._form.load(slot, count, memoryview(stored))
+        stored: bytes | bytearray
+        if self.header.form is ContainerForm.RAW:
+            stored = self._storage.pread(self._fd, count * BLOCK_BYTES, RAW_SLOTS_OFFSET + slot * BLOCK_BYTES)
+        else:
+            stored = bytearray(count * BLOCK_BYTES)
+            self._form.load(slot, count, memoryview(stored))
         wanted = bytes(blocks[0]) if count == 1 else b"".join(blocks)
         return stored == wanted and self._form.fingerprints(slot, count) == fingerprints
 

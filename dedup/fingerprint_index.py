@@ -1,7 +1,8 @@
 """The fingerprint index: fingerprint â†’ address of a block that may be the same. A hit is a candidate, never a proof.
 
 Four layers, looked through in this order: `recent` (noted since the last checkpoint began), `frozen` (being committed
-by it), `unmerged` (of older checkpoints, in memory) and LMDB. Losing any of it costs deduplication, never data.
+by it), `unmerged` (of older checkpoints, in memory) and LMDB, unless its filter says that it is not there. Losing any
+of it costs deduplication, never data.
 
 Fingerprints are random: each one put into LMDB changes a page of its own, and in a store with a long history that is as
 many bytes as the block has. So they gather in memory, where they are found again from the tables of the containers when
@@ -20,16 +21,19 @@ Called by one thread at a time. `lookup` of a stored fingerprint costs about 1 Â
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import lmdb
 import numpy as np
 
 from dedup.errors import Damaged
-from dedup.fingerprint_table import SLICES, U64, FingerprintTable
+from dedup.fingerprint_filter import FILTER_NAME, FingerprintFilter
+from dedup.fingerprint_table import SLICE_BITS, SLICES, U64, FingerprintTable, halves
 from dedup.layout import FINGERPRINT_BYTES, FINGERPRINT_VALUE
-from dedup.types import HOLE, Address
+from dedup.storage import Storage
+from dedup.types import Address
 from dedup.watermark import Merged, Watermark
 
 if TYPE_CHECKING:
@@ -48,8 +52,12 @@ _VALUE_BYTES: Final = FINGERPRINT_VALUE.size
 class FingerprintIndex:
     """Over the index that the caller opened and closes (after `close`)."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, storage: Storage) -> None:
         self._index = index
+        self._storage = storage
+        self._filter_path = Path(index.env.path()) / FILTER_NAME
+        tag = index.filter_tag()
+        self._filter = None if tag is None else FingerprintFilter.open(storage, self._filter_path, tag)
         self._db = index.db["fingerprints"]
         self._recent: dict[bytes, Address] = {}
         self._frozen: dict[bytes, Address] = {}
@@ -103,12 +111,14 @@ class FingerprintIndex:
             return found
         stored: dict[bytes, Address] = {}
         if len(self._unmerged):
-            held = self._unmerged.find(unknown)
-            stored = {mark: Address(where) for mark, where in zip(unknown, held, strict=True) if where != HOLE}
+            stored = self._unmerged.find(unknown)
             if stored:
                 unknown = [mark for mark in unknown if mark not in stored]
-        if unknown:
-            stored |= _addresses(self._reading().getmulti(unknown))
+        if self._filter is not None and unknown:
+            maybe = self._filter.may_have(*halves(b"".join(unknown)))
+            unknown = [unknown[at] for at in np.flatnonzero(maybe).tolist()]
+        if unknown and (cursor := self._reading()) is not None:
+            stored |= _addresses(cursor.getmulti(unknown))
         if stored:
             return [
                 stored.get(mark) if where is None else where for mark, where in zip(fingerprints, found, strict=True)
@@ -154,6 +164,8 @@ class FingerprintIndex:
         `watermark` is what it covers; without one (a rebuild of the index) everything goes into LMDB.
         """
         if watermark is None or self.merged is None:
+            if self._filter is not None:
+                self._filter.forget()
             for number in range(SLICES):
                 self._put(txn, self._unmerged.slice(number))
             self._put(txn, sorted(self._frozen.items()))
@@ -172,6 +184,7 @@ class FingerprintIndex:
             if merged.slices == 0:
                 merged = Merged(merged.whole, self._covered, 0)
             part = self._unmerged.slice(merged.slices)
+            self.announce(txn, merged.slices, b"".join([mark for mark, _ in part]))
             self._put(txn, part)
             excess -= len(part)
             merged = Merged(merged.whole, merged.round, merged.slices + 1)
@@ -179,6 +192,22 @@ class FingerprintIndex:
                 merged = Merged(merged.round, merged.round, 0)
                 self._index.forget_gone(txn, merged.whole)
         return merged
+
+    def announce(self, txn: Txn, number: int, fingerprints: bytes) -> None:
+        """Those of one slice that are put into LMDB by the caller's write transaction: the filter must let them by."""
+        if self._filter is None:
+            self._filter = FingerprintFilter.make(self._storage, self._filter_path)
+        self._index.put_filter_tag(txn, self._filter.tag)
+        self._filter.add(number, fingerprints, self._stored(txn, number))
+
+    def _stored(self, txn: Txn, number: int) -> Iterator[bytes]:
+        """What LMDB has of a slice."""
+        with txn.cursor(self._db) as cursor:
+            if cursor.set_range(bytes([number << (8 - SLICE_BITS)])):
+                for key in cursor.iternext(keys=True, values=False):
+                    if key[0] >> (8 - SLICE_BITS) != number:
+                        return
+                    yield key
 
     def _put(self, txn: Txn, entries: Sequence[tuple[bytes, Address]]) -> None:
         pack = FINGERPRINT_VALUE.pack
@@ -229,12 +258,16 @@ class FingerprintIndex:
     def close(self) -> None:
         """Ends the read transaction. What is pending is dropped."""
         self._end_reading()
+        if self._filter is not None:
+            self._filter.close()
+            self._filter = None
 
-    def _reading(self) -> lmdb.Cursor[bytes]:
-        """The cursor of the long-lived read transaction, begun when it is first needed."""
-        if self._cursor is None:
+    def _reading(self) -> lmdb.Cursor[bytes] | None:
+        """The cursor of the long-lived read transaction, begun when it is first needed; None where LMDB has nothing."""
+        if self._txn is None:
             self._txn = self._index.env.begin(db=self._db)
-            self._cursor = self._txn.cursor(self._db)
+            if self._txn.stat(self._db)["entries"]:
+                self._cursor = self._txn.cursor(self._db)
         return self._cursor
 
     def _end_reading(self) -> None:

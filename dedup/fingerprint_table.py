@@ -2,6 +2,7 @@
 
 Invariants:
 - `_high` ascends; `_high`, `_low` and `_where` have the same length, and stand for the same fingerprint at each place;
+- `_seen` is true at the first bits of every fingerprint that is there: most of those that are not end with that look;
 - a fingerprint is there once, with the first address that was added for it.
 """
 
@@ -26,14 +27,19 @@ SLICE_BITS: Final = 6
 SLICES: Final = 1 << SLICE_BITS
 """Parts of all fingerprints there may be, by their first bits: they are spread evenly."""
 _SLICE_SHIFT: Final = 64 - SLICE_BITS
+_SEEN_BITS: Final = 23
+"""8 MiB, an eighth of it true with a million fingerprints."""
+_SEEN_SHIFT: Final = np.uint64(64 - _SEEN_BITS)
+_SEEN_SLICE_BITS: Final = _SEEN_BITS - SLICE_BITS
 
 
 class FingerprintTable:
     """Not thread-safe. Adding costs a copy of the whole; so add many at a time."""
 
-    __slots__ = ("_high", "_low", "_sought", "_where")
+    __slots__ = ("_high", "_low", "_seen", "_sought", "_where")
 
     def __init__(self) -> None:
+        self._seen = np.zeros(1 << _SEEN_BITS, bool)
         self._set(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.uint64))
 
     def _set(self, high: U64, low: U64, where: U64) -> None:
@@ -43,18 +49,18 @@ class FingerprintTable:
     def __len__(self) -> int:
         return len(self._high)
 
-    def find(self, fingerprints: Sequence[bytes]) -> list[int]:
-        """The address of each, HOLE for one that is not there."""
-        if not len(self._high):
-            return [HOLE] * len(fingerprints)
+    def find(self, fingerprints: Sequence[bytes]) -> dict[bytes, Address]:
+        """The addresses of those that are there."""
         if len(fingerprints) <= _FEW:
-            return [self._find_one(mark) for mark in fingerprints]
-        high, low = _halves(b"".join(fingerprints))
-        found: list[int] = self._find(high, low).tolist()
-        return found
+            each = [(mark, self._find_one(mark)) for mark in fingerprints]
+            return {mark: Address(where) for mark, where in each if where != HOLE}
+        found = self._find(*halves(b"".join(fingerprints)))
+        return {fingerprints[at]: Address(int(found[at])) for at in np.flatnonzero(found).tolist()}
 
     def _find_one(self, mark: bytes) -> int:
         high = int.from_bytes(mark[:_HALF_BYTES], "big")
+        if not self._seen[high >> (64 - _SEEN_BITS)]:
+            return HOLE
         at = bisect_left(self._sought, high)
         while at < len(self._sought) and self._sought[at] == high:
             if self._low[at] == int.from_bytes(mark[_HALF_BYTES:], "big"):
@@ -63,24 +69,24 @@ class FingerprintTable:
         return HOLE
 
     def _find(self, high: U64, low: U64) -> U64:
-        places = np.searchsorted(self._high, high)
         found = np.zeros(len(high), np.uint64)
-        if not len(self._high):
+        maybe = np.flatnonzero(self._seen[high >> _SEEN_SHIFT])
+        if not len(maybe) or not len(self._high):
             return found
+        high, low = high[maybe], low[maybe]
+        places = np.searchsorted(self._high, high)
         inside = np.minimum(places, len(self._high) - 1)
-        hits = np.flatnonzero(self._high[inside] == high)
-        for hit in hits.tolist():
-            at = int(places[hit])
-            while at < len(self._high) and self._high[at] == high[hit]:
-                if self._low[at] == low[hit]:
-                    found[hit] = self._where[at]
-                    break
-                at += 1
+        alike = self._high[inside] == high
+        same = alike & (self._low[inside] == low)
+        found[maybe[same]] = self._where[inside[same]]
+        for other in np.flatnonzero(alike & ~same).tolist():  # half of it is the same, which hardly happens
+            mark = int(high[other]).to_bytes(_HALF_BYTES, "big") + int(low[other]).to_bytes(_HALF_BYTES, "big")
+            found[maybe[other]] = self._find_one(mark)
         return found
 
     def add(self, fingerprints: bytes, addresses: U64) -> None:
         """Adds those that are not there yet; `fingerprints` are FINGERPRINT_BYTES for each address, none a HOLE."""
-        high, low = _halves(fingerprints)
+        high, low = halves(fingerprints)
         order = np.argsort(high, kind="stable")
         if (np.diff(high[order]) == 0).any():
             order = np.lexsort((low, high))  # stable: of those that are twice in there the first one stays
@@ -90,6 +96,7 @@ class FingerprintTable:
         if not new.all():
             high, low, where = high[new], low[new], where[new]
         places = np.searchsorted(self._high, high)
+        self._seen[high >> _SEEN_SHIFT] = True
         self._set(
             np.insert(self._high, places, high),
             np.insert(self._low, places, low),
@@ -113,14 +120,13 @@ class FingerprintTable:
     def drop_slice(self, number: int) -> None:
         """Part `number` is not in there any more."""
         start, end = self._bounds(number)
-        kept = np.ones(len(self._high), bool)
-        kept[start:end] = False
-        self._keep(kept)
+        self._set(*(np.concatenate((one[:start], one[end:])) for one in (self._high, self._low, self._where)))
+        self._seen[number << _SEEN_SLICE_BITS : (number + 1) << _SEEN_SLICE_BITS] = False
 
     def drop(self, entries: Sequence[tuple[bytes, Address]]) -> None:
         """Takes out each fingerprint that still has that address."""
         found = self.find([mark for mark, _ in entries])
-        gone = [where for (_, where), at in zip(entries, found, strict=True) if where == at]
+        gone = [where for mark, where in entries if found.get(mark) == where]
         if gone:
             self._keep(~np.isin(self._where, np.array(gone, np.uint64)))
 
@@ -132,7 +138,8 @@ class FingerprintTable:
         self._set(self._high[kept], self._low[kept], self._where[kept])
 
 
-def _halves(fingerprints: bytes) -> tuple[U64, U64]:
+def halves(fingerprints: bytes) -> tuple[U64, U64]:
+    """The first and the last 8 bytes of each, as numbers in their order."""
     rows = np.frombuffer(fingerprints, ">u8").reshape(-1, 2)
     return rows[:, 0].astype(np.uint64), rows[:, 1].astype(np.uint64)
 
@@ -143,4 +150,4 @@ def _joined(high: U64, low: U64) -> bytes:
 
 def slice_numbers(fingerprints: bytes) -> U64:
     """Which of SLICES each is in."""
-    return _halves(fingerprints)[0] >> np.uint64(_SLICE_SHIFT)
+    return halves(fingerprints)[0] >> np.uint64(_SLICE_SHIFT)

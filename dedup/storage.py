@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,6 +94,13 @@ class Storage:
                 break
             pending = _after(pending, count)
         return total
+
+    def map_to_read(self, fd: int, length: int) -> mmap.mmap:
+        """The file's first bytes, which it has, as memory that shows what is written to them. StoreFailed."""
+        try:
+            return mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ)
+        except OSError as error:
+            _refused(error, self.path_of(fd), "cannot be mapped")
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
         """Writes all the buffers one after the other. Not durable. StoreFull, StoreFailed: any part may be written."""

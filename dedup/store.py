@@ -83,7 +83,7 @@ class Store:
             self.index.close()
             raise
         self.pool = ContainerPool(storage, containers)
-        self.fingerprints = FingerprintIndex(self.index)
+        self.fingerprints = FingerprintIndex(self.index, storage)
         self._next_container = max(found + 1, self.watermark.next_container)
         self.base_journal = DataJournal(storage, containers, BASE_JOURNAL, "base", self._allocate)
         self.fine_journal = DataJournal(storage, containers, FINE_JOURNAL, "fine", self._allocate)

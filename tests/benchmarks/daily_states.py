@@ -4,7 +4,8 @@
 
 The image (`debian_image`) lies in a rewindfs mount and is changed there, through a loop device, for 20 days, of which
 the first is the base snapshot; at the end of each, unmounted, it is a snapshot of ours by name, a `borg create` with
-the default compression (lz4) and one with zstd, and a `restic backup` with the default compression and one with `max`.
+the default compression (lz4) and one with zstd, and a `restic backup` with the default compression and one with `max`
+(the latter not with --quick).
 All of them have the same 20 states then, and are compared by what their files occupy on the disk. Borg's and restic's
 caches are not counted; our index is.
 
@@ -45,21 +46,19 @@ OURS: Final = "rewindfs"
 class Peers:
     """The others' repositories, and the backups that each of them makes of a day."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, quick: bool) -> None:
         borg, borg_zstd = BorgRepository.create(place / "borg"), BorgRepository.create(place / "borg-zstd")
-        restic, restic_max = ResticRepository.create(place / "restic"), ResticRepository.create(place / "restic-max")
-        self._paths = {
-            "borg": borg.path,
-            "borg, zstd": borg_zstd.path,
-            "restic": restic.path,
-            "restic, max": restic_max.path,
-        }
+        restic = ResticRepository.create(place / "restic")
+        self._paths = {"borg": borg.path, "borg, zstd": borg_zstd.path, "restic": restic.path}
         self._backups: list[Callable[[str, Path], None]] = [
             borg.backup,
             lambda day, image: borg_zstd.backup(day, image, "--compression=zstd"),
             lambda day, image: restic.backup(image),
-            lambda day, image: restic_max.backup(image, "--compression=max"),
         ]
+        if not quick:
+            restic_max = ResticRepository.create(place / "restic-max")
+            self._paths["restic, max"] = restic_max.path
+            self._backups.append(lambda day, image: restic_max.backup(image, "--compression=max"))
 
     def backup(self, day: str, image: Path) -> None:
         """All of them, side by side: their time is not what is compared."""
@@ -144,7 +143,7 @@ def measure(report: Report, quick: bool) -> None:
     days = 5 if quick else 20
     with workplace() as directory:
         store = directory / "store"
-        peers = Peers(directory / "peers")
+        peers = Peers(directory / "peers", quick)
         image = DebianImage(SMALL_SYSTEM if quick else SYSTEM, days, (192 if quick else 512) * MIB)
         states = _live(directory, image, days, store, peers)
         seal_all(store)

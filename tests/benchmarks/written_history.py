@@ -14,6 +14,7 @@ import numpy as np
 
 from dedup import layout
 from dedup.fingerprint_index import UNMERGED_MAX
+from dedup.fingerprint_table import SLICES
 from dedup.metadata_journal import EntryKind, Logged, LoggedExtent
 from dedup.store import Store
 from dedup.types import BLOCK_BYTES, FINE_JOURNAL, ContainerForm, ContainerId, TimeNs
@@ -21,7 +22,6 @@ from tests.benchmarks.recorded_stream import VOLUME, stamp
 
 MIB: Final = 1 << 20
 BLOCKS_PER_MIB: Final = MIB // BLOCK_BYTES
-SLICES: Final = 256
 
 
 def write_history(store: Store, group_name: str, mib: int) -> None:
@@ -72,14 +72,15 @@ def _stored_fingerprints(store: Store, count: int, first: int) -> None:
     done = 0
     for number in range(SLICES):
         take = count * (number + 1) // SLICES - done
-        marks = random.integers(0, 1 << 56, (take, 2), dtype=np.uint64)
-        marks[:, 0] += np.uint64(number << 56)
+        marks = random.integers(0, (1 << 64) // SLICES, (take, 2), dtype=np.uint64)
+        marks[:, 0] += np.uint64(number * ((1 << 64) // SLICES))
         marks = marks[np.argsort(marks[:, 0])].astype(">u8")
         keys = marks.tobytes()
         places = np.arange(done, done + take, dtype=np.uint64)
         where = (np.uint64(first) + places // layout.SLOTS_MAX) << np.uint64(layout.SLOT_BITS)
         values = (where | places % layout.SLOTS_MAX).astype("<u8").tobytes()
         with store.index.write() as txn:
+            store.fingerprints.announce(txn, number, keys)
             txn.cursor(database).putmulti(
                 [(keys[at * 16 : at * 16 + 16], values[at * 8 : at * 8 + 8]) for at in range(take)], append=True
             )
