@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,9 +30,10 @@ from dedup.sealed import seal
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES
 from tests.benchmarks.borg import BorgRepository
-from tests.benchmarks.mounts import BARE, ENVIRONMENT, ROOT, drop_caches, fio, rewindfs, rss_anon, workplace
+from tests.benchmarks.mounts import BARE, drop_caches, fio, rewindfs, rss_anon, workplace
 from tests.benchmarks.report import Report, ratio, run_subject
 from tests.benchmarks.restic import ResticRepository
+from tests.benchmarks.served import browsed, served
 
 SOURCE: Final = "the source file"
 RAW: Final = "snapshot, raw containers"
@@ -91,25 +90,6 @@ def seal_all(store: Path) -> None:
 
 
 @contextmanager
-def served(mountpoint: Path, *command: str | Path) -> Iterator[int]:
-    """A FUSE mount by a process of ours in the foreground; gives its pid."""
-    mountpoint.mkdir()
-    arguments = [sys.executable, "-m", *map(str, command), str(mountpoint)]
-    process = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stdin=subprocess.DEVNULL)
-    try:
-        while not os.path.ismount(mountpoint):
-            if process.poll() is not None:
-                raise RuntimeError(f"{mountpoint} was not mounted")
-        yield process.pid
-    finally:
-        if os.path.ismount(mountpoint):
-            subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True)
-        else:
-            process.kill()
-        process.wait()
-
-
-@contextmanager
 def borg_reader(repository: BorgRepository, mountpoint: Path, volume: str) -> Iterator[Path]:
     with repository.mounted("base", mountpoint) as archive:
         yield archive / "source" / volume
@@ -147,8 +127,8 @@ def compared(directory: Path, size: int) -> Iterator[Compared]:
     bare, raw_mount, sealed_mount = (directory / f"mnt-{name}" for name in ("bare", "raw", "sealed"))
     with (
         served(bare, "tests.benchmarks.bare_passthrough", source),
-        served(raw_mount, "fusefs", "browse", "--foreground", store) as raw_pid,
-        served(sealed_mount, "fusefs", "browse", "--foreground", sealed) as sealed_pid,
+        browsed(store, raw_mount) as raw_pid,
+        browsed(sealed, sealed_mount) as sealed_pid,
     ):
         yield Compared(
             {
