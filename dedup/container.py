@@ -19,6 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -47,10 +48,13 @@ from dedup.types import BLOCK_BYTES, LOST_CONTAINER, Address, ContainerForm, Con
 
 _TABLE_PAGE_SLOTS: Final = 256
 """Fingerprints cached at a time: 4096 bytes of the table."""
+_TABLE_PAGE_BYTES: Final = _TABLE_PAGE_SLOTS * FINGERPRINT_BYTES
 _RUN_BLOCKS_MAX: Final = 1024
 """Blocks of one read."""
 IDLE_SECONDS: Final = 60.0
 """A descriptor that nobody used for so long is closed: if its file was replaced, it keeps the old one on the disk."""
+AHEAD_RUNS_MAX: Final = 64
+"""Stretches that are asked for at once: each is a system call or two."""
 CURRENT_SECONDS: Final = 5.0
 """And one in use is held against its name so often."""
 
@@ -142,6 +146,8 @@ class _Form(Protocol):
 
     def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None: ...
 
+    def prefetch(self, slot: int, count: int) -> None: ...
+
 
 class _RawForm:
     """An open raw file, which another may still be appending to: table pages are read when they are first needed."""
@@ -174,9 +180,8 @@ class _RawForm:
         return pages[start * FINGERPRINT_BYTES : end * FINGERPRINT_BYTES]
 
     def _page(self, number: int, wait: bool) -> bytes:
-        length = _TABLE_PAGE_SLOTS * FINGERPRINT_BYTES
-        page = bytearray(length)
-        self._storage.pread_into(self._fd, [memoryview(page)], RAW_TABLE_OFFSET + number * length, wait=wait)
+        page = bytearray(_TABLE_PAGE_BYTES)
+        self._storage.pread_into(self._fd, [memoryview(page)], RAW_TABLE_OFFSET + number * _TABLE_PAGE_BYTES, wait=wait)
         kept = self._pages[number] = bytes(page)
         return kept
 
@@ -190,6 +195,12 @@ class _RawForm:
         offset = RAW_SLOTS_OFFSET + slot * BLOCK_BYTES
         if slot + count > SLOTS_MAX or self._storage.pread_into(self._fd, [out], offset, wait=wait) != len(out):
             raise Damaged(f"{self._path}: offset {offset}: slots {slot}..{slot + count - 1} are past the file's end")
+
+    def prefetch(self, slot: int, count: int) -> None:
+        self._storage.prefetch(self._fd, RAW_SLOTS_OFFSET + slot * BLOCK_BYTES, count * BLOCK_BYTES)
+        for number in range(slot // _TABLE_PAGE_SLOTS, (slot + count - 1) // _TABLE_PAGE_SLOTS + 1):
+            if number not in self._pages:
+                self._storage.prefetch(self._fd, RAW_TABLE_OFFSET + number * _TABLE_PAGE_BYTES, _TABLE_PAGE_BYTES)
 
 
 class ContainerReader:
@@ -261,6 +272,11 @@ class ContainerReader:
                 f"the block in slot {slot + bad} does not match its fingerprint"
             )
 
+    def prefetch(self, slot: int, count: int) -> None:
+        """Has the disk bring the slots' bytes into memory, without waiting for it. Says nothing of slots that are not
+        there: `read_into` does."""
+        self._form.prefetch(slot, count)
+
     def read_block(self, slot: int) -> bytes:
         """One slot's block, verified. Damaged."""
         block = bytearray(BLOCK_BYTES)
@@ -288,6 +304,16 @@ def _first_mismatch(blocks: memoryview, fingerprints: bytes) -> int | None:
         if found[at : at + FINGERPRINT_BYTES] != fingerprints[at : at + FINGERPRINT_BYTES]:
             return index
     raise ValueError(f"{len(fingerprints)} bytes of fingerprints for {len(blocks)} bytes of blocks")
+
+
+def _runs(addresses: NDArray[np.uint64]) -> list[tuple[int, int]]:
+    """(start, end) of each stretch of consecutive addresses, or of holes; a hole is one of its own."""
+    count = len(addresses)
+    if count <= 1:
+        return [(0, 1)] if count else []
+    before = addresses[:-1]
+    starts = [0, *(np.flatnonzero((addresses[1:] != before + np.uint64(1)) | (before == 0)) + 1).tolist()]
+    return list(zip(starts, [*starts[1:], count], strict=True))
 
 
 class ContainerPool:
@@ -318,14 +344,7 @@ class ContainerPool:
         Runs of consecutive addresses are one read. Damaged names file and offset. With `wait` False: WouldBlock when
         anything of it needs the disk, or a container is not open; `out` is undefined then.
         """
-        count = len(addresses)
-        if count == 0:
-            return
-        starts = [0]
-        if count > 1:
-            before = addresses[:-1]
-            starts += (np.flatnonzero((addresses[1:] != before + np.uint64(1)) | (before == 0)) + 1).tolist()
-        for start, end in zip(starts, [*starts[1:], count], strict=True):
+        for start, end in _runs(addresses):
             where = int(addresses[start])
             if where == 0:
                 out[start * BLOCK_BYTES : end * BLOCK_BYTES] = ZERO_BLOCK
@@ -336,6 +355,22 @@ class ContainerPool:
                     take = min(end - at, _RUN_BLOCKS_MAX)
                     part = out[at * BLOCK_BYTES : (at + take) * BLOCK_BYTES]
                     reader.read_into((where & SLOT_MASK) + at - start, take, part, wait=wait)
+            finally:
+                self._give_back(reader)
+
+    def prefetch(self, addresses: NDArray[np.uint64]) -> None:
+        """Has the disk bring the blocks into memory, without waiting for it: the first AHEAD_RUNS_MAX runs of them, in
+        containers that are open. Says nothing of damage: who reads the blocks meets it."""
+        for start, end in islice(_runs(addresses), AHEAD_RUNS_MAX):
+            where = int(addresses[start])
+            if where == 0:
+                continue
+            try:
+                reader = self._borrow(where >> SLOT_BITS, False)
+            except WouldBlock:
+                continue
+            try:
+                reader.prefetch(where & SLOT_MASK, end - start)
             finally:
                 self._give_back(reader)
 

@@ -160,6 +160,13 @@ class SealedForm:
             done += take
             start = 0
 
+    def prefetch(self, slot: int, count: int) -> None:
+        """Has the disk bring the slots' groups into memory. Says nothing of slots that are not there."""
+        start, end = np.searchsorted(self._slots, (slot, slot + count)).tolist()
+        if start < end:
+            first, last = self._groups[start // SEALED_GROUP_BLOCKS], self._groups[(end - 1) // SEALED_GROUP_BLOCKS]
+            self._storage.prefetch(self._fd, first[0], max(0, last[0] + last[1] - first[0]))
+
     def _index(self, slot: int, count: int) -> int:
         """Where the slot is in the table; the following ones come after it."""
         index = int(np.searchsorted(self._slots, slot))

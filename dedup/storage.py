@@ -21,13 +21,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
-from dedup.errors import StoreFailed, StoreFull, Unreadable, WouldBlock
+from dedup.errors import OnItsWay, StoreFailed, StoreFull, Unreadable, WouldBlock
 
 Buffer = bytes | bytearray | memoryview
 
 IOV_MAX: Final = 1024
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-_NOT_NOW: Final = frozenset({errno.EAGAIN, errno.EOPNOTSUPP})
 
 
 class Storage:
@@ -73,8 +72,9 @@ class Storage:
     def pread_into(self, fd: int, buffers: list[memoryview], offset: int, *, wait: bool = True) -> int:
         """Fills the buffers in order and returns the bytes read, short only at the end of the file.
 
-        With `wait` False nothing is read from the disk: WouldBlock when not all of it is in memory, or when the file
-        system cannot tell; the buffers' content is then undefined. Unreadable when the disk refuses.
+        With `wait` False nothing is waited for: OnItsWay when not all of it is in memory, and then the disk has been
+        asked for it; WouldBlock when the file system cannot tell. The buffers' content is then undefined. Unreadable
+        when the disk refuses.
         """
         flags = 0 if wait else os.RWF_NOWAIT
         total = 0
@@ -83,8 +83,12 @@ class Storage:
             try:
                 count = os.preadv(fd, pending[:IOV_MAX], offset + total, flags)
             except OSError as error:
-                if not wait and error.errno in _NOT_NOW:
-                    raise WouldBlock from error
+                if not wait and error.errno == errno.EAGAIN:
+                    # Newer kernels have asked for some of it by now.
+                    self.prefetch(fd, offset + total, sum(buffer.nbytes for buffer in pending))
+                    raise OnItsWay from None
+                if not wait and error.errno == errno.EOPNOTSUPP:
+                    raise WouldBlock from None
                 self._unread(error, fd, offset + total)
             if count == 0:
                 break
@@ -93,6 +97,13 @@ class Storage:
                 break
             pending = _after(pending, count)
         return total
+
+    def prefetch(self, fd: int, offset: int, length: int) -> None:
+        """Has the disk bring these bytes into memory, without waiting for it. Unreadable."""
+        try:
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+        except OSError as error:
+            self._unread(error, fd, offset)
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
         """Writes all the buffers one after the other. Not durable. StoreFull, StoreFailed: any part may be written."""

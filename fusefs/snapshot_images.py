@@ -8,13 +8,15 @@ Invariants:
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
 from typing import Final, TypeVar
 
 import trio
 
-from dedup.errors import Damaged, MomentGone, WouldBlock
+from dedup.errors import Damaged, MomentGone, OnItsWay, WouldBlock
 from dedup.history import PastImage
 from dedup.image import room_for
 from fusefs.snapshot_tree import SnapshotFile
@@ -23,6 +25,8 @@ READERS_MAX: Final = 16
 """Reads that wait for disks at one time."""
 IMAGES_MAX: Final = 32
 """Images kept for reading, each at most some 4 MiB of decoded pointers and the overlay of its moment."""
+SOON_SECONDS: Final = 0.0002
+"""For so long a disk is looked at again and again before a thread waits for it, which costs about as much by itself."""
 READ_BYTES_MAX: Final = 1 << 20
 """Largest read request of the kernel: 256 pages."""
 
@@ -45,15 +49,32 @@ class SnapshotImages:
         await self._image(node)
 
     def read_now(self, node: SnapshotFile, off: int, size: int) -> memoryview | None:
-        """The bytes, in the one buffer of all such reads: no await before they are given away. None: `read` them."""
+        """The bytes, in the one buffer of all such reads: no await before they are given away. None: `read` them.
+
+        OnItsWay: `read_soon`.
+        """
         image = self._images.get(node.key)
         if image is None or size > READ_BYTES_MAX:
             return None
         self._images.move_to_end(node.key)
         try:
             return image.read_into(off, size, self._buffer, wait=False)
+        except OnItsWay:
+            raise
         except (WouldBlock, MomentGone, Damaged):
             return None
+
+    async def read_soon(self, node: SnapshotFile, off: int, size: int) -> memoryview | None:
+        """As `read_now`, of what is on its way from the disk: looks again whenever other tasks have run.
+
+        A disk is often quicker than a thread would be to begin waiting for it. None when it is not.
+        """
+        end = time.perf_counter() + SOON_SECONDS
+        while time.perf_counter() < end:
+            await trio.lowlevel.checkpoint()
+            with suppress(OnItsWay):
+                return self.read_now(node, off, size)
+        return None
 
     async def read(self, node: SnapshotFile, off: int, size: int) -> bytes:
         """The bytes, fewer past the end; may wait. Damaged, MomentGone."""

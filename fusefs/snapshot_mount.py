@@ -30,7 +30,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
-from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, UnknownName
+from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, OnItsWay, UnknownName
 from dedup.history import History, PastImage
 from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq
 from fusefs.errors import fuse_error, handler
@@ -126,12 +126,15 @@ class SnapshotMount(ReadOnlyOperations):
     # Reading
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        # No await behind `read_now`: pyfuse3 hands what is returned to the kernel before another task runs.
+        # No await behind what `read_now` or `read_soon` gave: pyfuse3 hands it to the kernel before another task runs.
         try:
             node = self._open_files[fh]
             if isinstance(node, InsideNode):
                 return await self.inside.read(node, off, size)
-            part = self._images.read_now(node, off, size)
+            try:
+                part = self._images.read_now(node, off, size)
+            except OnItsWay:
+                part = await self._images.read_soon(node, off, size)
             return part if part is not None else await self._read_waiting(node, off, size)  # type: ignore[return-value]
         except Exception as error:  # noqa: BLE001 - must become an errno
             raise fuse_error("read", error) from None
