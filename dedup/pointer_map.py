@@ -27,7 +27,7 @@ from dedup.layout import (
     LEAF_BLOCKS,
     POINTER_DELTA,
     POINTER_KEY,
-    POINTER_RUN_DTYPE,
+    POINTER_RUN,
     POINTER_WHOLE,
     checksum,
 )
@@ -47,6 +47,7 @@ DELTAS_MAX: Final = 8
 DELTA_POINTERS_MAX: Final = LEAF_BLOCKS // 4
 """Past this many changed pointers a whole leaf is about as small as the delta, and quicker to read."""
 SEQ_MAX: Final = Seq((1 << 64) - 1)
+POINTER_RUN_DTYPE: Final = np.dtype(list(POINTER_RUN))
 _POINTER_BYTES: Final = POINTER_RUN_DTYPE.itemsize
 """Of a run, and of a delta's pointer with its index: versions have 2 bytes and some of these, then the checksum."""
 _PLACES: Final[Addresses] = np.arange(LEAF_BLOCKS, dtype=np.uint64)
