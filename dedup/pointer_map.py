@@ -151,6 +151,7 @@ class PointerMap:
     def __init__(self, db: lmdb._Database, group_id: int) -> None:
         self._db = db
         self._group_id = group_id
+        self._all_leaves: tuple[VolumeId, int, Leaves] | None = None
 
     def leaf(self, txn: lmdb.Transaction[bytes], volume: VolumeId, leaf: int, seq: Seq) -> Addresses | None:
         """The leaf as of `seq`: LEAF_BLOCKS addresses, or None where there is no version (all holes)."""
@@ -227,6 +228,14 @@ class PointerMap:
                 _, _, leaf, _ = split_key(key)
                 yield leaf
                 leaf += 1
+
+    def all_leaves(self, txn: lmdb.Transaction[bytes], volume: VolumeId) -> Leaves:
+        """As `leaves`, in an array that is kept: the next call costs nothing while nothing is committed. Not to be
+        changed; not for a transaction that has written to the map."""
+        kept, commit = self._all_leaves, txn.id()
+        if kept is None or kept[:2] != (volume, commit):
+            kept = self._all_leaves = volume, commit, distinct_leaves(self.leaves(txn, volume))
+        return kept[2]
 
     def changed_leaves(self, txn: lmdb.Transaction[bytes], volume: VolumeId, after: Seq, last: Seq) -> Iterator[int]:
         """The leaves of `volume` with a version of a checkpoint in after+1..last, ascending: a look at each leaf."""
