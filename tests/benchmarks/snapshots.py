@@ -42,10 +42,11 @@ from typing import Final
 
 import trio
 
+from dedup.layout import TEMPORARY_SUFFIX
+from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES
 from replication.control import request
 from tests.benchmarks.borg import BorgRepository
-from tests.benchmarks.footprint import size_on_disk
 from tests.benchmarks.mounts import ENVIRONMENT, ROOT, rewindfs, workplace
 from tests.benchmarks.report import Report, ratio, run_subject
 from tests.benchmarks.restic import ResticRepository
@@ -96,6 +97,13 @@ def write_stretches(file: Path, shape: Shape) -> None:
         data.truncate(shape.volume_bytes)
         data.flush()
         os.fsync(data.fileno())
+
+
+def stored_bytes(directory: Path) -> int:
+    """What the files occupy. A container that is just being sealed is there twice: what is not yet in place of the old
+    one does not count."""
+    files = Storage().walk(directory)
+    return sum(status.st_blocks * 512 for path, status in files if not path.name.endswith(TEMPORARY_SUFFIX))
 
 
 def change(file: Path, places: Sequence[int], blocks: memoryview) -> None:
@@ -150,7 +158,7 @@ class Runs:
         self.seconds.setdefault(name, []).append(seconds(call))
 
     def grown(self, name: str, store: Path, before: int, changed: int) -> None:
-        self.growth.setdefault(name, []).append((size_on_disk(store) - before) / changed)
+        self.growth.setdefault(name, []).append((stored_bytes(store) - before) / changed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +202,7 @@ def measured(directory: Path, shape: Shape, rounds: int, peers: Peers) -> Runs:
                 places = shape.places(chosen)
                 for name, call in ((OPERATION, by_socket), (COMMAND, by_command)):
                     blocks = memoryview(os.urandom(len(places) * BLOCK_BYTES))
-                    before = size_on_disk(store)
+                    before = stored_bytes(store)
                     change(mountpoint / "data", places, blocks)
                     change(subvolumes / "now" / "data", places, blocks)
                     runs.taken(name, partial(call, store))
@@ -204,11 +212,11 @@ def measured(directory: Path, shape: Shape, rounds: int, peers: Peers) -> Runs:
                 )
                 runs.taken(FLOOR, floor)
                 if number < peers.borg_runs:
-                    before = size_on_disk(peers.borg.path)
+                    before = stored_bytes(peers.borg.path)
                     runs.taken(BORG, partial(peers.borg.backup, f"{shape.text} {number}".replace(" ", "-"), volume))
                     runs.grown("borg", peers.borg.path, before, len(blocks))
                 if number < peers.restic_runs:
-                    before = size_on_disk(peers.restic.path)
+                    before = stored_bytes(peers.restic.path)
                     runs.taken(RESTIC, partial(peers.restic.backup, volume))
                     runs.grown("restic", peers.restic.path, before, len(blocks))
         finally:
