@@ -56,7 +56,7 @@ _RUN_BLOCKS_MAX: Final = 1024
 IDLE_SECONDS: Final = 60.0
 """A descriptor that nobody used for so long is closed: if its file was replaced, it keeps the old one on the disk."""
 AHEAD_RUNS_MAX: Final = 64
-"""Stretches that are asked for at once: each is a system call or two."""
+"""Stretches that are looked at for one call."""
 DECODERS: Final = 2
 """Threads that decode ahead of sequential readers; zstd leaves the others at their work meanwhile."""
 DECODING_MAX: Final = 8
@@ -152,7 +152,7 @@ class _Form(Protocol):
 
     def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None: ...
 
-    def prefetch(self, slot: int, count: int) -> Callable[[], None] | None: ...
+    def begin_decoding(self, slot: int, count: int) -> Callable[[], None] | None: ...
 
 
 class ContainerReader:
@@ -224,14 +224,13 @@ class ContainerReader:
                 f"the block in slot {slot + bad} does not match its fingerprint"
             )
 
-    def prefetch(self, slot: int, count: int) -> Callable[[], None] | None:
-        """Has the disk bring the slots' bytes into memory, without waiting for it. Says nothing of slots that are not
-        there: `read_into` does.
+    def begin_decoding(self, slot: int, count: int) -> Callable[[], None] | None:
+        """What is left to do before the slots can be read at once, None where nothing of them is compressed or all of
+        that is decoded. To be called once, in a thread, before `close`; until it is, who reads them waits.
 
-        What is given back, if anything, must be called once, in a thread, before `close`: it decodes them. Until then
-        who reads them waits.
+        Says nothing of damage, or of slots that are not there: `read_into` does.
         """
-        return self._form.prefetch(slot, count)
+        return self._form.begin_decoding(slot, count)
 
     def read_block(self, slot: int) -> bytes:
         """One slot's block, verified. Damaged."""
@@ -316,11 +315,12 @@ class ContainerPool:
             finally:
                 self._give_back(reader)
 
-    def prefetch(self, addresses: NDArray[np.uint64]) -> None:
-        """Has the disk bring the blocks into memory, and what is compressed decoded, without waiting for either: the
-        first AHEAD_RUNS_MAX runs of them, in containers that are open; nothing while DECODING_MAX are being decoded.
+    def decode_ahead(self, addresses: NDArray[np.uint64]) -> None:
+        """Has those of the blocks that are compressed decoded in the background, for who reads them next: of the first
+        AHEAD_RUNS_MAX runs of them, in containers that are open; nothing while DECODING_MAX are being decoded.
 
-        Says nothing of damage: who reads the blocks meets it.
+        What is not compressed the kernel reads ahead better than this could: asked for its bytes in advance it takes
+        them in page by page, at several times the cost. Says nothing of damage: who reads the blocks meets it.
         """
         for start, end in islice(_runs(addresses), AHEAD_RUNS_MAX):
             where = int(addresses[start])
@@ -334,7 +334,7 @@ class ContainerPool:
                 continue
             decode = None
             try:
-                decode = reader.prefetch(where & SLOT_MASK, end - start)
+                decode = reader.begin_decoding(where & SLOT_MASK, end - start)
             finally:
                 if decode is None:
                     self._give_back(reader)

@@ -18,7 +18,7 @@ from dedup.synthesis import VolumePointers
 from dedup.types import BLOCK_BYTES, HOLE, TimeNs
 
 CHUNK_BLOCKS: Final = 256
-"""What is asked for at a time ahead of a sequential reader: as much as the kernel's largest request."""
+"""What is decoded at a time ahead of a sequential reader: as much as the kernel's largest request."""
 AHEAD_CHUNKS: Final = 4
 
 
@@ -72,7 +72,7 @@ class Image:
         first, skip = divmod(offset, BLOCK_BYTES)
         count = -(-(skip + length) // BLOCK_BYTES)
         for chunk in self._reading.chunks(first, count, -(-self.size // BLOCK_BYTES)):
-            self._prefetch(chunk)
+            self._decode_ahead(chunk)
         try:
             addresses = self.addresses(first, count, wait=wait)
             self._pool.read_addresses(addresses, buffer[: count * BLOCK_BYTES], wait=wait)
@@ -80,12 +80,12 @@ class Image:
             raise Damaged(f"{self.label}, bytes {offset}..{offset + length}: {damage}") from damage
         return buffer[skip : skip + length]
 
-    def _prefetch(self, chunk: int) -> None:
-        """Asks for what a sequential reader will want next; that nothing of it is amiss he finds out himself."""
+    def _decode_ahead(self, chunk: int) -> None:
+        """For a sequential reader, who finds out himself whether anything of it is amiss."""
         first = chunk * CHUNK_BLOCKS
         count = min(CHUNK_BLOCKS, -(-self.size // BLOCK_BYTES) - first)
         with suppress(WouldBlock, Damaged, MomentGone):
-            self._pool.prefetch(self.addresses(first, count, wait=False))
+            self._pool.decode_ahead(self.addresses(first, count, wait=False))
 
     def addresses(self, first: int, count: int, *, wait: bool = True) -> Addresses:
         """Where the blocks first..first+count (1 or more) lie; not to be changed. WouldBlock, MomentGone, Damaged."""

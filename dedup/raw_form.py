@@ -71,9 +71,5 @@ class RawForm:
         if slot + count > SLOTS_MAX or self._storage.pread_into(self._fd, [out], offset, wait=wait) != len(out):
             raise Damaged(f"{self._path}: offset {offset}: slots {slot}..{slot + count - 1} are past the file's end")
 
-    def prefetch(self, slot: int, count: int) -> None:
-        """As the one of `ContainerReader`; there is nothing to decode."""
-        self._storage.prefetch(self._fd, RAW_SLOTS_OFFSET + slot * BLOCK_BYTES, count * BLOCK_BYTES)
-        for number in range(slot // _TABLE_PAGE_SLOTS, (slot + count - 1) // _TABLE_PAGE_SLOTS + 1):
-            if number not in self._pages:
-                self._storage.prefetch(self._fd, RAW_TABLE_OFFSET + number * _TABLE_PAGE_BYTES, _TABLE_PAGE_BYTES)
+    def begin_decoding(self, slot: int, count: int) -> None:
+        """As the one of `ContainerReader`: there is nothing to decode."""

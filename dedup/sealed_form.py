@@ -230,21 +230,16 @@ class SealedForm:
             raise Damaged(f"{self._path}: offset {offset}: the group is cut short")
         return take
 
-    def prefetch(self, slot: int, count: int) -> Callable[[], None] | None:
-        """Has the disk bring the slots' groups into memory. Says nothing of slots that are not there.
-
-        What is given back is to be called in a thread, once: it decodes those that are compressed, into the cache.
-        """
+    def begin_decoding(self, slot: int, count: int) -> Callable[[], None] | None:
+        """As the one of `ContainerReader`."""
         start = int(np.searchsorted(self._slots, np.uint16(slot)))
         end = min(len(self._slots), start + count)
         if start >= end:
             return None
         numbers = range(start // SEALED_GROUP_BLOCKS, (end - 1) // SEALED_GROUP_BLOCKS + 1)
-        first, last = self._group(numbers[0]), self._group(numbers[-1])
-        self._storage.prefetch(self._fd, first.offset, max(0, last.offset + last.stored_bytes - first.offset))
-        coded = [(number, group) for number in numbers if (group := self._group(number)).coding == CODING_ZSTD]
-        begun = [(number, group) for number, group in coded if self._cache.begin((self._serial, number))]
-        return partial(self._decode_begun, begun) if begun else None
+        groups = [(number, self._group(number)) for number in numbers]
+        coded = [one for one in groups if one[1].coding == CODING_ZSTD and self._cache.begin((self._serial, one[0]))]
+        return partial(self._decode_begun, coded) if coded else None
 
     def _decode_begun(self, begun: list[tuple[int, _Group]]) -> None:
         """One that is damaged is left: who reads it finds that out."""

@@ -72,9 +72,9 @@ class Storage:
     def pread_into(self, fd: int, buffers: list[memoryview], offset: int, *, wait: bool = True) -> int:
         """Fills the buffers in order and returns the bytes read, short only at the end of the file.
 
-        With `wait` False nothing is waited for: OnItsWay when not all of it is in memory, and then the disk has been
-        asked for it; WouldBlock when the file system cannot tell. The buffers' content is then undefined. Unreadable
-        when the disk refuses.
+        With `wait` False nothing is waited for: OnItsWay when not all of it is in memory; then the kernel has asked the
+        disk, for what it reads ahead, too. WouldBlock when the file system cannot tell. The buffers' content is then
+        undefined. Unreadable when the disk refuses.
         """
         flags = 0 if wait else os.RWF_NOWAIT
         total = 0
@@ -84,8 +84,6 @@ class Storage:
                 count = os.preadv(fd, pending[:IOV_MAX], offset + total, flags)
             except OSError as error:
                 if not wait and error.errno == errno.EAGAIN:
-                    # Newer kernels have asked for some of it by now.
-                    self.prefetch(fd, offset + total, sum(buffer.nbytes for buffer in pending))
                     raise OnItsWay from None
                 if not wait and error.errno == errno.EOPNOTSUPP:
                     raise WouldBlock from None
@@ -97,13 +95,6 @@ class Storage:
                 break
             pending = _after(pending, count)
         return total
-
-    def prefetch(self, fd: int, offset: int, length: int) -> None:
-        """Has the disk bring these bytes into memory, without waiting for it. Unreadable."""
-        try:
-            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
-        except OSError as error:
-            self._unread(error, fd, offset)
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
         """Writes all the buffers one after the other. Not durable. StoreFull, StoreFailed: any part may be written."""

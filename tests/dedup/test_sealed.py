@@ -298,12 +298,12 @@ def test_what_is_decoded_ahead_is_not_read_again_and_is_waited_for(tmp_path: Pat
     seal(Storage(), tmp_path, ONE, None)
     storage = CountingStorage()
     reader = ContainerReader.open(storage, tmp_path, ONE, cache=GroupCache())
-    decode = reader.prefetch(0, 96)
+    decode = reader.begin_decoding(0, 96)
     assert decode is not None
     out = memoryview(bytearray(96 * BLOCK_BYTES))
     with pytest.raises(OnItsWay):
         reader.read_into(70, 1, out[:BLOCK_BYTES], wait=False)
-    assert reader.prefetch(0, 96) is None, "somebody decodes them already"
+    assert reader.begin_decoding(0, 96) is None, "somebody decodes them already"
     waiting = threading.Thread(target=reader.read_into, args=(0, 96, out))
     waiting.start()
     decode()
@@ -324,7 +324,7 @@ def test_damage_met_ahead_is_left_to_who_reads(tmp_path: Path) -> None:
     pool = ContainerPool(Storage(), tmp_path)
     first = address(ONE, 0)
     assert pool.read_block(first) == blocks[0]
-    pool.prefetch(np.arange(96, dtype=np.uint64) + np.uint64(first))
+    pool.decode_ahead(np.arange(96, dtype=np.uint64) + np.uint64(first))
     out = memoryview(bytearray(64 * BLOCK_BYTES))
     pool.read_addresses(np.arange(64, dtype=np.uint64) + np.uint64(first), out)
     assert bytes(out) == b"".join(blocks[:64])
@@ -335,7 +335,7 @@ def test_damage_met_ahead_is_left_to_who_reads(tmp_path: Path) -> None:
 
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 199), st.integers(1, 80), st.booleans()), max_size=12), st.integers(0, 9))
-def test_prefetching_changes_no_byte(
+def test_decoding_ahead_changes_no_byte(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int, bool]], seed: int
 ) -> None:
     directory = tmp_path_factory.mktemp("containers")
@@ -348,7 +348,7 @@ def test_prefetching_changes_no_byte(
         count = min(count, 200 - first)
         wanted = np.arange(first, first + count, dtype=np.uint64) + np.uint64(address(ONE, 0))
         if ahead:
-            pool.prefetch(wanted)
+            pool.decode_ahead(wanted)
         else:
             out = memoryview(bytearray(count * BLOCK_BYTES))
             pool.read_addresses(wanted, out)

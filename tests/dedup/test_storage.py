@@ -55,8 +55,6 @@ def test_short_reads_are_continued_and_the_end_is_short(
 def test_no_wait_gives_what_is_in_memory_or_says_so(storage: Storage, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.pwritev(fd, [bytes(8192)], 0)
     out = memoryview(bytearray(4096))
-    asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda *args: asked.append(args))
     for code, error in ((errno.EAGAIN, OnItsWay), (errno.EOPNOTSUPP, WouldBlock)):
 
         def refuse(*args: object, code: int = code) -> int:
@@ -67,7 +65,6 @@ def test_no_wait_gives_what_is_in_memory_or_says_so(storage: Storage, fd: int, m
             with pytest.raises(WouldBlock) as raised:
                 storage.pread_into(fd, [out], 0, wait=False)
             assert raised.type is error
-    assert asked == [(fd, 0, 4096, os.POSIX_FADV_WILLNEED)], "where it comes from a disk, it was asked for"
     with monkeypatch.context() as patched:
         real = os.preadv
         calls: list[int] = []
@@ -81,7 +78,6 @@ def test_no_wait_gives_what_is_in_memory_or_says_so(storage: Storage, fd: int, m
         patched.setattr(os, "preadv", half)
         with pytest.raises(OnItsWay):
             storage.pread_into(fd, [out], 0, wait=False)
-        assert asked[1:] == [(fd, 100, 3996, os.POSIX_FADV_WILLNEED)]
         assert calls == [os.RWF_NOWAIT, os.RWF_NOWAIT]
 
 

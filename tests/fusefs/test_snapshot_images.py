@@ -60,11 +60,12 @@ async def images_of(image: DiskImage) -> SnapshotImages:
 
 async def read(images: SnapshotImages, off: int, size: int) -> bytes:
     """As the handler does it."""
+    coming, part = False, None
     try:
         part = images.read_now(NODE, off, size)
     except OnItsWay:
-        part = await images.read_soon(NODE, off, size)
-    return bytes(part if part is not None else await images.read(NODE, off, size))
+        coming = True
+    return bytes(part if part is not None else await images.read(NODE, off, size, coming=coming))
 
 
 @pytest.mark.parametrize(
