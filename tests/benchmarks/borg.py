@@ -30,9 +30,9 @@ class BorgRepository:
         made._run("init", "--encryption=none", made.path)
         return made
 
-    def backup(self, archive: str, path: Path) -> None:
+    def backup(self, archive: str, path: Path, *options: str) -> None:
         """`borg create` of a file or directory, which is then `path.name` in the archive."""
-        self._run("create", f"{self.path}::{archive}", path.name, directory=path.parent)
+        self._run("create", *options, f"{self.path}::{archive}", path.name, directory=path.parent)
 
     @contextmanager
     def mounted(self, archive: str, mountpoint: Path) -> Iterator[Path]:

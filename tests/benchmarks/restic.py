@@ -34,9 +34,9 @@ class ResticRepository:
         made._run("init")
         return made
 
-    def backup(self, path: Path) -> None:
+    def backup(self, path: Path, *options: str) -> None:
         """`restic backup` of a file or directory, which is then `path.name` in the latest snapshot."""
-        self._run("backup", path.name, directory=path.parent)
+        self._run(*options, "backup", path.name, directory=path.parent)
 
     @contextmanager
     def mounted(self, mountpoint: Path) -> Iterator[Path]:
