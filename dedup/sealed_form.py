@@ -13,6 +13,7 @@ Invariants:
 from __future__ import annotations
 
 import itertools
+import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -58,36 +59,41 @@ _WORTHWHILE: Final = 15 / 16
 class GroupCache:
     """Decoded groups, the least recently used dropped first. Shared by the readers of a pool and between threads.
 
-    A group that somebody is about to decode is under way, from `begin` to `end`: others wait for it.
+    They lie in one piece of memory, so that it takes what it says and no more: allocated one by one, 128 KiB each, by
+    as many threads, they would take twice that. A group that somebody is about to decode is under way, from `begin` to
+    `end`: others wait for it.
     """
 
     def __init__(self, bytes_max: int = CACHE_BYTES_MAX) -> None:
-        self._bytes_max = bytes_max
-        self._bytes = 0
-        self._groups: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        """Keeps `bytes_max` // GROUP_BYTES_MAX groups, and takes no memory for those that it does not have yet."""
+        self._memory = memoryview(mmap.mmap(-1, bytes_max, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._places: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._free = list(range(bytes_max // GROUP_BYTES_MAX * GROUP_BYTES_MAX - GROUP_BYTES_MAX, -1, -GROUP_BYTES_MAX))
         self._under_way: dict[tuple[int, int], threading.Event] = {}
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[int, int]) -> bytes | None:
+    def read(self, key: tuple[int, int], start: int, out: memoryview) -> bool:
+        """Fills `out` with the group's bytes from `start` on; False when it is not here."""
         with self._lock:
-            found = self._groups.get(key)
-            if found is not None:
-                self._groups.move_to_end(key)
-            return found
+            place = self._places.get(key)
+            if place is None:
+                return False
+            self._places.move_to_end(key)
+            out[:] = self._memory[place + start : place + start + len(out)]
+            return True
 
     def put(self, key: tuple[int, int], group: bytes) -> None:
         with self._lock:
-            if key in self._groups:
+            if key in self._places:
                 return
-            self._groups[key] = group
-            self._bytes += len(group)
-            while self._bytes > self._bytes_max:
-                self._bytes -= len(self._groups.popitem(last=False)[1])
+            place = self._free.pop() if self._free else self._places.popitem(last=False)[1]
+            self._memory[place : place + len(group)] = group
+            self._places[key] = place
 
     def begin(self, key: tuple[int, int]) -> bool:
         """Whether the caller is to decode it, and to say so with `end`; False where it is here, or under way."""
         with self._lock:
-            if key in self._groups or key in self._under_way:
+            if key in self._places or key in self._under_way:
                 return False
             self._under_way[key] = threading.Event()
             return True
@@ -97,15 +103,14 @@ class GroupCache:
         with self._lock:
             self._under_way.pop(key).set()
 
-    def awaited(self, key: tuple[int, int], *, wait: bool) -> bytes | None:
-        """As `get`, once the group is not under way any more. With wait=False: OnItsWay instead of waiting."""
+    def await_end(self, key: tuple[int, int], *, wait: bool) -> None:
+        """Returns when it is not under way. With wait=False: OnItsWay instead of waiting."""
         with self._lock:
             event = self._under_way.get(key)
         if event is not None:
             if not wait:
                 raise OnItsWay
             event.wait()
-        return self.get(key)
 
 
 _threads = threading.local()
@@ -206,10 +211,8 @@ class SealedForm:
                 take = self._load_stored(number, start, group, out[done * BLOCK_BYTES : count * BLOCK_BYTES], wait)
             else:
                 take = min(count - done, group.blocks - start)
-                part = memoryview(self._decoded(number, group, wait))[
-                    start * BLOCK_BYTES : (start + take) * BLOCK_BYTES
-                ]
-                out[done * BLOCK_BYTES : (done + take) * BLOCK_BYTES] = part
+                part = out[done * BLOCK_BYTES : (done + take) * BLOCK_BYTES]
+                self._load_coded(number, start * BLOCK_BYTES, group, part, wait)
             done += take
 
     def _load_stored(self, number: int, start: int, group: _Group, out: memoryview, wait: bool) -> int:
@@ -261,13 +264,14 @@ class SealedForm:
             raise Damaged(f"{self._path}: offset {SEALED_TABLE_OFFSET}: slot {missing[0]} is not in the container")
         return index
 
-    def _decoded(self, number: int, group: _Group, wait: bool) -> bytes:
+    def _load_coded(self, number: int, start: int, group: _Group, out: memoryview, wait: bool) -> None:
+        """Bytes of a group that is compressed, from its byte `start` on."""
         key = self._serial, number
-        decoded = self._cache.awaited(key, wait=wait)
-        if decoded is None:
+        self._cache.await_end(key, wait=wait)
+        if not self._cache.read(key, start, out):
             decoded = self._read_group(group, wait)
             self._cache.put(key, decoded)
-        return decoded
+            out[:] = memoryview(decoded)[start : start + len(out)]
 
     def _read_group(self, group: _Group, wait: bool) -> bytes:
         coded = memoryview(bytearray(group.stored_bytes))

@@ -18,7 +18,7 @@ from dedup.container import ContainerPool, ContainerReader, RawContainerWriter
 from dedup.errors import Damaged, OnItsWay, StoreError, StoreFailed, StoreFull
 from dedup.layout import address, container_path, fingerprint
 from dedup.sealed import seal
-from dedup.sealed_form import GroupCache
+from dedup.sealed_form import GROUP_BYTES_MAX, GroupCache
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId
 from tests.dedup.faults import FaultyStorage, open_descriptors
@@ -236,16 +236,23 @@ def test_open_readers_and_the_pool_survive_sealing(tmp_path: Path) -> None:
 
 
 def test_group_cache_is_bounded() -> None:
-    cache = GroupCache(1000)
+    cache = GroupCache(3 * GROUP_BYTES_MAX + 5)
+    groups = [bytes([number]) * (GROUP_BYTES_MAX - number) for number in range(51)]
+
+    def holds(number: int) -> bool:
+        out = memoryview(bytearray(1000))
+        if not cache.read((1, number), 200, out):
+            return False
+        assert bytes(out) == groups[number][200:1200]
+        return True
+
     for number in range(50):
-        cache.put((1, number), bytes(300))
-        cache.put((1, number), bytes(300))
-    held = [number for number in range(50) if cache.get((1, number)) is not None]
-    assert held == [47, 48, 49]
-    cache.get((1, 47))
-    cache.put((1, 50), bytes(300))
-    assert cache.get((1, 47)) is not None
-    assert cache.get((1, 48)) is None
+        cache.put((1, number), groups[number])
+        cache.put((1, number), groups[number])
+    assert [number for number in range(50) if holds(number)] == [47, 48, 49]
+    assert holds(47)
+    cache.put((1, 50), groups[50])
+    assert [number for number in (47, 48, 49, 50) if holds(number)] == [47, 49, 50]
 
 
 class CountingStorage(Storage):
