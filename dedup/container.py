@@ -1,7 +1,7 @@
 """Containers: append-only files of unique blocks. The writer of the raw form, the reader of either, the pool.
 
-A raw file is header page | fingerprint table | slots; slot × 4096 is where a block is. `sealed` replaces it by the
-sealed form under the same name; addresses stay.
+A raw file (`raw_form`) is header page | fingerprint table | slots; slot × 4096 is where a block is. `sealed` replaces
+it by the sealed form under the same name; addresses stay.
 
 Invariants:
 - `no-wrong-bytes`: no block leaves a `ContainerReader` that does not match its stored fingerprint;
@@ -14,12 +14,14 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -42,16 +44,23 @@ from dedup.layout import (
     pack_container_header,
     unpack_container_header,
 )
+from dedup.raw_form import RawForm
 from dedup.sealed_form import GroupCache, SealedForm
 from dedup.storage import Buffer, Storage
 from dedup.types import BLOCK_BYTES, LOST_CONTAINER, Address, ContainerForm, ContainerId, JournalId, TimeNs
 
-_TABLE_PAGE_SLOTS: Final = 256
-"""Fingerprints cached at a time: 4096 bytes of the table."""
+log = logging.getLogger("rewindfs.container")
+
 _RUN_BLOCKS_MAX: Final = 1024
 """Blocks of one read."""
 IDLE_SECONDS: Final = 60.0
 """A descriptor that nobody used for so long is closed: if its file was replaced, it keeps the old one on the disk."""
+AHEAD_RUNS_MAX: Final = 64
+"""Stretches that are looked at for one call."""
+DECODERS: Final = 2
+"""Threads that decode ahead of sequential readers; zstd leaves the others at their work meanwhile."""
+DECODING_MAX: Final = 8
+"""Stretches that are being decoded, or wait for it."""
 CURRENT_SECONDS: Final = 5.0
 """And one in use is held against its name so often."""
 
@@ -143,54 +152,7 @@ class _Form(Protocol):
 
     def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None: ...
 
-
-class _RawForm:
-    """An open raw file, which another may still be appending to: table pages are read when they are first needed."""
-
-    def __init__(self, storage: Storage, path: Path, fd: int) -> None:
-        self._storage = storage
-        self._path = path
-        self._fd = fd
-        self._pages: dict[int, bytes] = {}
-
-    def slots(self) -> list[int]:
-        """The slots that were filled: inside the file, with a fingerprint."""
-        whole = max(0, self._storage.size(self._fd) - RAW_SLOTS_OFFSET) // BLOCK_BYTES
-        table = self._storage.pread(self._fd, min(whole, SLOTS_MAX) * FINGERPRINT_BYTES, RAW_TABLE_OFFSET)
-        rows = np.frombuffer(table, dtype="<u8").reshape(-1, 2)
-        slots: list[int] = np.flatnonzero(rows.any(axis=1)).tolist()
-        return slots
-
-    def offset_of(self, slot: int) -> int:
-        return RAW_SLOTS_OFFSET + slot * BLOCK_BYTES
-
-    def fingerprints(self, slot: int, count: int, *, wait: bool = True) -> bytes:
-        number, start = divmod(slot, _TABLE_PAGE_SLOTS)
-        end = start + count
-        if end <= _TABLE_PAGE_SLOTS:
-            page = self._pages.get(number) or self._page(number, wait)
-            return page[start * FINGERPRINT_BYTES : end * FINGERPRINT_BYTES]
-        last = (slot + count - 1) // _TABLE_PAGE_SLOTS
-        pages = b"".join([self._pages.get(n) or self._page(n, wait) for n in range(number, last + 1)])
-        return pages[start * FINGERPRINT_BYTES : end * FINGERPRINT_BYTES]
-
-    def _page(self, number: int, wait: bool) -> bytes:
-        length = _TABLE_PAGE_SLOTS * FINGERPRINT_BYTES
-        page = bytearray(length)
-        self._storage.pread_into(self._fd, [memoryview(page)], RAW_TABLE_OFFSET + number * length, wait=wait)
-        kept = self._pages[number] = bytes(page)
-        return kept
-
-    def refresh(self) -> bool:
-        """Drops what is cached; True when that was anything, so that a second look may differ."""
-        was_cached = bool(self._pages)
-        self._pages = {}
-        return was_cached
-
-    def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None:
-        offset = RAW_SLOTS_OFFSET + slot * BLOCK_BYTES
-        if slot + count > SLOTS_MAX or self._storage.pread_into(self._fd, [out], offset, wait=wait) != len(out):
-            raise Damaged(f"{self._path}: offset {offset}: slots {slot}..{slot + count - 1} are past the file's end")
+    def begin_decoding(self, slot: int, count: int) -> Callable[[], None] | None: ...
 
 
 class ContainerReader:
@@ -227,7 +189,7 @@ class ContainerReader:
             if header.container != container:
                 raise Damaged(f"{path}: offset 0: the file is container {header.container}")
             form: _Form = (
-                _RawForm(storage, path, fd)
+                RawForm(storage, path, fd)
                 if header.form is ContainerForm.RAW
                 else SealedForm(storage, path, fd, page, cache or GroupCache())
             )
@@ -261,6 +223,14 @@ class ContainerReader:
                 f"{self._path}: offset {self._form.offset_of(slot + bad)}: "
                 f"the block in slot {slot + bad} does not match its fingerprint"
             )
+
+    def begin_decoding(self, slot: int, count: int) -> Callable[[], None] | None:
+        """What is left to do before the slots can be read at once, None where nothing of them is compressed or all of
+        that is decoded. To be called once, in a thread, before `close`; until it is, who reads them waits.
+
+        Says nothing of damage, or of slots that are not there: `read_into` does.
+        """
+        return self._form.begin_decoding(slot, count)
 
     def read_block(self, slot: int) -> bytes:
         """One slot's block, verified. Damaged."""
@@ -315,6 +285,16 @@ def _first_mismatch(blocks: memoryview, fingerprints: bytes) -> int | None:
     raise ValueError(f"{len(fingerprints)} bytes of fingerprints for {len(blocks)} bytes of blocks")
 
 
+def _runs(addresses: NDArray[np.uint64]) -> list[tuple[int, int]]:
+    """(start, end) of each stretch of consecutive addresses, or of holes; a hole is one of its own."""
+    count = len(addresses)
+    if count <= 1:
+        return [(0, 1)] if count else []
+    before = addresses[:-1]
+    starts = [0, *(np.flatnonzero((addresses[1:] != before + np.uint64(1)) | (before == 0)) + 1).tolist()]
+    return list(zip(starts, [*starts[1:], count], strict=True))
+
+
 class ContainerPool:
     """Reads blocks by address through a bounded set of open containers. Safe between threads, `close` excepted.
 
@@ -328,6 +308,8 @@ class ContainerPool:
         self._cache = GroupCache()
         self._readers: OrderedDict[int, ContainerReader] = OrderedDict()
         self._lock = threading.Lock()
+        self._decoders: ThreadPoolExecutor | None = None
+        self._decoding = 0
 
     def read_block(self, where: Address) -> bytes:
         """One block that is not a hole, verified. Damaged."""
@@ -343,14 +325,7 @@ class ContainerPool:
         Runs of consecutive addresses are one read. Damaged names file and offset. With `wait` False: WouldBlock when
         anything of it needs the disk, or a container is not open; `out` is undefined then.
         """
-        count = len(addresses)
-        if count == 0:
-            return
-        starts = [0]
-        if count > 1:
-            before = addresses[:-1]
-            starts += (np.flatnonzero((addresses[1:] != before + np.uint64(1)) | (before == 0)) + 1).tolist()
-        for start, end in zip(starts, [*starts[1:], count], strict=True):
+        for start, end in _runs(addresses):
             where = int(addresses[start])
             if where == 0:
                 out[start * BLOCK_BYTES : end * BLOCK_BYTES] = ZERO_BLOCK
@@ -400,6 +375,50 @@ class ContainerPool:
             if reader is not None:
                 self._give_back(reader)
         return same
+
+    def decode_ahead(self, addresses: NDArray[np.uint64]) -> None:
+        """Has those of the blocks that are compressed decoded in the background, for who reads them next: of the first
+        AHEAD_RUNS_MAX runs of them, in containers that are open; nothing while DECODING_MAX are being decoded.
+
+        What is not compressed the kernel reads ahead better than this could: asked for its bytes in advance it takes
+        them in page by page, at several times the cost. Says nothing of damage: who reads the blocks meets it.
+        """
+        for start, end in islice(_runs(addresses), AHEAD_RUNS_MAX):
+            where = int(addresses[start])
+            if where == 0:
+                continue
+            if self._decoding >= DECODING_MAX:
+                return
+            try:
+                reader = self._borrow(where >> SLOT_BITS, False)
+            except WouldBlock:
+                continue
+            decode = None
+            try:
+                decode = reader.begin_decoding(where & SLOT_MASK, end - start)
+            finally:
+                if decode is None:
+                    self._give_back(reader)
+                else:
+                    self._decode(reader, decode)
+
+    def _decode(self, reader: ContainerReader, decode: Callable[[], None]) -> None:
+        """In a thread, which gives the reader back."""
+        with self._lock:
+            self._decoding += 1
+            if self._decoders is None:
+                self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+        self._decoders.submit(self._decode_here, reader, decode)
+
+    def _decode_here(self, reader: ContainerReader, decode: Callable[[], None]) -> None:
+        try:
+            decode()
+        except Exception:
+            log.exception("container %d could not be decoded ahead of its reader", reader.header.container)
+        finally:
+            self._give_back(reader)
+            with self._lock:
+                self._decoding -= 1
 
     def fingerprints(self, where: Address, count: int = 1) -> bytes:
         """The stored fingerprints of `count` slots from the address on. Damaged."""
@@ -481,5 +500,7 @@ class ContainerPool:
 
     def close(self) -> None:
         """Closes every descriptor; nothing may be reading."""
+        if self._decoders is not None:
+            self._decoders.shutdown()
         while self._readers:
             self._readers.popitem()[1].close()

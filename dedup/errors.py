@@ -77,3 +77,7 @@ class BadGranularity(StoreError):
 
 class WouldBlock(Exception):
     """A read would have to wait for the disk, and the caller asked not to wait. Never shown to a person."""
+
+
+class OnItsWay(WouldBlock):
+    """The same, and the disk has been asked: in a moment it may be there."""

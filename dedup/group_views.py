@@ -45,11 +45,15 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class DatedView:
-    """A view, and the number of the manifest that it was made under; `indexed`: the index was that manifest's."""
+    """A view, and the number of the manifest that it was made under; `indexed`: the index was that manifest's.
+
+    `whole`: it is what `at` would make for its own seq, from the same anchor.
+    """
 
     view: View
     number: int
     indexed: bool
+    whole: bool
 
 
 class GroupViews:
@@ -174,11 +178,14 @@ class GroupViews:
         dated = self._views.get(seq)
         if dated is None:
             dated = self._settled(partial(self._synthesize, lambda logged: logged.seq > seq, seq, seq))
-            self._views[seq] = dated
-            if len(self._views) > VIEWS_MAX:
-                self._views.popitem(last=False)
+            self._keep(seq, dated)
         self._views.move_to_end(seq)
         return dated
+
+    def _keep(self, seq: Seq, dated: DatedView) -> None:
+        self._views[seq] = dated
+        if len(self._views) > VIEWS_MAX:
+            self._views.popitem(last=False)
 
     def listed(self, seq: Seq) -> GroupState:
         """As the state of `at(seq)`, but for its overlay; only until the next call. Cheap for moments that ascend."""
@@ -212,7 +219,11 @@ class GroupViews:
         What is replayed is at most one checkpoint's entries when that seq is close. `stop` may be asked about an entry
         more than once.
         """
-        return self._settled(partial(self._synthesize, stop, after, None))
+        dated = self._settled(partial(self._synthesize, stop, after, None))
+        if dated.whole and dated.view.state.held not in self._views:
+            # Who has found a moment will ask for it.
+            self._keep(dated.view.state.held, dated)
+        return dated
 
     def _synthesize(self, stop: Callable[[Logged], bool], after: Seq, upto: Seq | None, manifest: int) -> DatedView:
         """`upto`: the seq that is asked for, if it is known; where an anchor has it, nothing is replayed."""
@@ -222,13 +233,16 @@ class GroupViews:
             manifest = max(manifest, indexed)
             anchor = self._anchor(txn, after, manifest)
             state, start = start_of(self._storage, self._directory, self._catalog, txn, anchor)
+            whole = True
             if anchor is None or anchor.held != upto:
                 files = self._files_from(start)
                 for logged, _ in read(self._storage, self._directory, start, files=files):
                     if stop(logged):
+                        whole = logged.seq > state.held
                         break
                     state.apply(logged)
-        return DatedView(View(Seq(0) if anchor is None else anchor.held, state), manifest, manifest == indexed)
+            whole = whole and self._anchor(txn, state.held, manifest) == anchor
+        return DatedView(View(Seq(0) if anchor is None else anchor.held, state), manifest, manifest == indexed, whole)
 
     def first_from(self, seq: Seq) -> View | None:
         """The group at the first record that ends at or after `seq`; None when there is none yet."""

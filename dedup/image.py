@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
+from typing import Final
 
 import numpy as np
 
 from dedup.catalog import Index
 from dedup.container import ContainerPool
-from dedup.errors import Damaged, WouldBlock
+from dedup.errors import Damaged, MomentGone, WouldBlock
 from dedup.layout import LEAF_BLOCKS
 from dedup.pointer_map import Addresses
+from dedup.read_ahead import ReadAhead
 from dedup.synthesis import VolumePointers
 from dedup.types import BLOCK_BYTES, HOLE, TimeNs
+
+CHUNK_BLOCKS: Final = 256
+"""What is decoded at a time ahead of a sequential reader: as much as the kernel's largest request."""
+AHEAD_CHUNKS: Final = 4
 
 
 def room_for(length: int) -> int:
@@ -40,6 +47,7 @@ class Image:
         self._pool = pool
         self._lock = lock
         self._pointers = pointers
+        self._reading = ReadAhead(CHUNK_BLOCKS, AHEAD_CHUNKS)
         self.size = size
         self.time = time
         self.label = label
@@ -63,12 +71,21 @@ class Image:
             return buffer[:0]
         first, skip = divmod(offset, BLOCK_BYTES)
         count = -(-(skip + length) // BLOCK_BYTES)
+        for chunk in self._reading.chunks(first, count, -(-self.size // BLOCK_BYTES)):
+            self._decode_ahead(chunk)
         try:
             addresses = self.addresses(first, count, wait=wait)
             self._pool.read_addresses(addresses, buffer[: count * BLOCK_BYTES], wait=wait)
         except Damaged as damage:
             raise Damaged(f"{self.label}, bytes {offset}..{offset + length}: {damage}") from damage
         return buffer[skip : skip + length]
+
+    def _decode_ahead(self, chunk: int) -> None:
+        """For a sequential reader, who finds out himself whether anything of it is amiss."""
+        first = chunk * CHUNK_BLOCKS
+        count = min(CHUNK_BLOCKS, -(-self.size // BLOCK_BYTES) - first)
+        with suppress(WouldBlock, Damaged, MomentGone):
+            self._pool.decode_ahead(self.addresses(first, count, wait=False))
 
     def addresses(self, first: int, count: int, *, wait: bool = True) -> Addresses:
         """Where the blocks first..first+count (1 or more) lie; not to be changed. WouldBlock, MomentGone, Damaged."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import xxhash
 
 from dedup.errors import Damaged, NotAStore, UnknownFormat
@@ -482,9 +481,9 @@ POINTER_KEY: Final = struct.Struct(">HIIQ")
 """Key of `pointers`: group, volume, leaf, seq of the checkpoint that wrote the version."""
 POINTER_WHOLE: Final = 0
 POINTER_DELTA: Final = 1
-"""First byte of a pointer-map value. WHOLE: a zero byte, then POINTER_RUN_DTYPE runs that make up the leaf. DELTA: its
+"""First byte of a pointer-map value. WHOLE: a zero byte, then POINTER_RUN runs that make up the leaf. DELTA: its
 number on the whole leaf (u8), then n indexes (u16), then n addresses (u64)."""
-POINTER_RUN_DTYPE: Final = np.dtype([("count", "<u2"), ("address", "<u8")])
+POINTER_RUN: Final = (("count", "<u2"), ("address", "<u8"))
 """`count` blocks: holes if `address` is HOLE, else consecutive addresses from it."""
 
 GROUP_KEY: Final = struct.Struct(">H")

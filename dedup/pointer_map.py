@@ -28,7 +28,7 @@ from dedup.layout import (
     LEAF_BLOCKS,
     POINTER_DELTA,
     POINTER_KEY,
-    POINTER_RUN_DTYPE,
+    POINTER_RUN,
     POINTER_WHOLE,
     checksum,
 )
@@ -48,6 +48,7 @@ DELTAS_MAX: Final = 8
 DELTA_POINTERS_MAX: Final = LEAF_BLOCKS // 4
 """Past this many changed pointers a whole leaf is about as small as the delta, and quicker to read."""
 SEQ_MAX: Final = Seq((1 << 64) - 1)
+POINTER_RUN_DTYPE: Final = np.dtype(list(POINTER_RUN))
 _FEW_POINTERS: Final = 16
 _RUN: Final = Struct("<HQ")
 """POINTER_RUN_DTYPE, for one run."""
@@ -174,6 +175,7 @@ class PointerMap:
     def __init__(self, db: lmdb._Database, group_id: int) -> None:
         self._db = db
         self._group_id = group_id
+        self._all_leaves: tuple[VolumeId, int, Leaves] | None = None
 
     def leaf(self, txn: lmdb.Transaction[bytes], volume: VolumeId, leaf: int, seq: Seq) -> Addresses | None:
         """The leaf as of `seq`: LEAF_BLOCKS addresses, or None where there is no version (all holes)."""
@@ -286,6 +288,14 @@ class PointerMap:
                 _, _, leaf, _ = split_key(key)
                 yield leaf
                 leaf += 1
+
+    def all_leaves(self, txn: lmdb.Transaction[bytes], volume: VolumeId) -> Leaves:
+        """As `leaves`, in an array that is kept: the next call costs nothing while nothing is committed. Not to be
+        changed; not for a transaction that has written to the map."""
+        kept, commit = self._all_leaves, txn.id()
+        if kept is None or kept[:2] != (volume, commit):
+            kept = self._all_leaves = volume, commit, distinct_leaves(self.leaves(txn, volume))
+        return kept[2]
 
     def changed_leaves(self, txn: lmdb.Transaction[bytes], volume: VolumeId, after: Seq, last: Seq) -> Iterator[int]:
         """The leaves of `volume` with a version of a checkpoint in after+1..last, ascending: a look at each leaf."""

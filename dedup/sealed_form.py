@@ -6,22 +6,26 @@ table of the slots that are there with their fingerprints. What says whether a b
 
 Invariants:
 - the table is read and verified once, when the form is opened; a sealed file never changes (a new one replaces it);
+- a group that is stored as it is is not checked as one, and not kept: only its blocks that are asked for are read;
 - decoded groups live in a `GroupCache` of bounded bytes, keyed by this object, not by the container's number.
 """
 
 from __future__ import annotations
 
 import itertools
+import mmap
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import zstandard
 
-from dedup.errors import Damaged
+from dedup.errors import Damaged, OnItsWay
 from dedup.layout import (
     CODING_STORED,
     CODING_ZSTD,
@@ -54,29 +58,60 @@ _WORTHWHILE: Final = 15 / 16
 
 
 class GroupCache:
-    """Decoded groups, the least recently used dropped first. Shared by the readers of a pool and between threads."""
+    """Decoded groups, the least recently used dropped first. Shared by the readers of a pool and between threads.
+
+    They lie in one piece of memory, so that it takes what it says and no more: allocated one by one, 128 KiB each, by
+    as many threads, they would take twice that. A group that somebody is about to decode is under way, from `begin` to
+    `end`: others wait for it.
+    """
 
     def __init__(self, bytes_max: int = CACHE_BYTES_MAX) -> None:
-        self._bytes_max = bytes_max
-        self._bytes = 0
-        self._groups: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        """Keeps `bytes_max` // GROUP_BYTES_MAX groups, and takes no memory for those that it does not have yet."""
+        self._memory = memoryview(mmap.mmap(-1, bytes_max, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._places: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._free = list(range(bytes_max // GROUP_BYTES_MAX * GROUP_BYTES_MAX - GROUP_BYTES_MAX, -1, -GROUP_BYTES_MAX))
+        self._under_way: dict[tuple[int, int], threading.Event] = {}
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[int, int]) -> bytes | None:
+    def read(self, key: tuple[int, int], start: int, out: memoryview) -> bool:
+        """Fills `out` with the group's bytes from `start` on; False when it is not here."""
         with self._lock:
-            found = self._groups.get(key)
-            if found is not None:
-                self._groups.move_to_end(key)
-            return found
+            place = self._places.get(key)
+            if place is None:
+                return False
+            self._places.move_to_end(key)
+            out[:] = self._memory[place + start : place + start + len(out)]
+            return True
 
     def put(self, key: tuple[int, int], group: bytes) -> None:
         with self._lock:
-            if key in self._groups:
+            if key in self._places:
                 return
-            self._groups[key] = group
-            self._bytes += len(group)
-            while self._bytes > self._bytes_max:
-                self._bytes -= len(self._groups.popitem(last=False)[1])
+            place = self._free.pop() if self._free else self._places.popitem(last=False)[1]
+            self._memory[place : place + len(group)] = group
+            self._places[key] = place
+
+    def begin(self, key: tuple[int, int]) -> bool:
+        """Whether the caller is to decode it, and to say so with `end`; False where it is here, or under way."""
+        with self._lock:
+            if key in self._places or key in self._under_way:
+                return False
+            self._under_way[key] = threading.Event()
+            return True
+
+    def end(self, key: tuple[int, int]) -> None:
+        """It was put, or will not be."""
+        with self._lock:
+            self._under_way.pop(key).set()
+
+    def await_end(self, key: tuple[int, int], *, wait: bool) -> None:
+        """Returns when it is not under way. With wait=False: OnItsWay instead of waiting."""
+        with self._lock:
+            event = self._under_way.get(key)
+        if event is not None:
+            if not wait:
+                raise OnItsWay
+            event.wait()
 
 
 _threads = threading.local()
@@ -88,6 +123,16 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     if found is None:
         found = _threads.decompressor = zstandard.ZstdDecompressor()
     return found
+
+
+class _Group(NamedTuple):
+    """A row of the table of groups."""
+
+    offset: int
+    stored_bytes: int
+    blocks: int
+    coding: int
+    checksum: int
 
 
 class SealedForm:
@@ -106,25 +151,33 @@ class SealedForm:
         table = storage.pread(fd, header.table_end - SEALED_TABLE_OFFSET, SEALED_TABLE_OFFSET)
         if checksum(table) != header.table_checksum:
             raise Damaged(f"{path}: offset {SEALED_TABLE_OFFSET}: the slot table does not match its checksum")
-        self._slots = np.frombuffer(table, dtype="<u2", count=header.slots).astype(np.int64)
-        groups_at = header.groups_offset - SEALED_TABLE_OFFSET
-        self._fingerprints = table[header.fingerprints_offset - SEALED_TABLE_OFFSET : groups_at]
-        self._groups = list(SEALED_GROUP.struct.iter_unpack(table[groups_at:]))
+        self._slots = np.frombuffer(table, dtype="<u2", count=header.slots)
+        self._table = memoryview(table)
+        self._fingerprints_at = header.fingerprints_offset - SEALED_TABLE_OFFSET
+        self._groups_at = header.groups_offset - SEALED_TABLE_OFFSET
         self._check_table(header)
 
     def _check_table(self, header: SealedHeader) -> None:
-        ascending = bool((np.diff(self._slots) > 0).all()) and (header.slots == 0 or int(self._slots[-1]) < SLOTS_MAX)
+        slots = self._slots.astype(np.int64)
+        ascending = bool((np.diff(slots) > 0).all()) and (header.slots == 0 or int(slots[-1]) < SLOTS_MAX)
         blocks = [min(SEALED_GROUP_BLOCKS, header.slots - i * SEALED_GROUP_BLOCKS) for i in range(header.groups)]
         begin, end = header.table_end, header.table_end + header.groups * GROUP_BYTES_MAX
         sound = all(
             row[2] == expected
             and begin <= row[0] <= end
             and row[1] <= GROUP_BYTES_MAX
-            and row[3] in (CODING_STORED, CODING_ZSTD)
-            for row, expected in zip(self._groups, blocks, strict=True)
+            and (row[3] == CODING_ZSTD or (row[3] == CODING_STORED and row[1] == expected * BLOCK_BYTES))
+            for row, expected in zip(
+                SEALED_GROUP.struct.iter_unpack(self._table[self._groups_at :]), blocks, strict=True
+            )
         )
         if not ascending or not sound:
             raise Damaged(f"{self._path}: offset {SEALED_TABLE_OFFSET}: the slot table says what cannot be")
+
+    def _group(self, number: int) -> _Group:
+        return _Group(
+            *SEALED_GROUP.struct.unpack_from(self._table, self._groups_at + number * SEALED_GROUP.struct.size)
+        )
 
     def slots(self) -> list[int]:
         """The slots that are there, ascending."""
@@ -133,16 +186,16 @@ class SealedForm:
 
     def offset_of(self, slot: int) -> int:
         """For messages: where the bytes of the slot's group start, 0 when it is not there."""
-        index = int(np.searchsorted(self._slots, slot))
+        index = int(np.searchsorted(self._slots, np.uint16(slot)))
         if index == len(self._slots) or self._slots[index] != slot:
             return 0
-        offset: int = self._groups[index // SEALED_GROUP_BLOCKS][0]
-        return offset
+        return self._group(index // SEALED_GROUP_BLOCKS).offset
 
     def fingerprints(self, slot: int, count: int, *, wait: bool = True) -> bytes:
         """16 bytes for each of the slots. Damaged when one is not there."""
         index = self._index(slot, count)
-        return self._fingerprints[index * FINGERPRINT_BYTES : (index + count) * FINGERPRINT_BYTES]
+        at = self._fingerprints_at + index * FINGERPRINT_BYTES
+        return bytes(self._table[at : at + count * FINGERPRINT_BYTES])
 
     def refresh(self) -> bool:
         """Whether the fingerprints may differ now from those given before: never."""
@@ -151,19 +204,60 @@ class SealedForm:
     def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None:
         """Puts the slots' bytes into `out`. Damaged, WouldBlock."""
         index = self._index(slot, count)
-        number, start = divmod(index, SEALED_GROUP_BLOCKS)
-        last = (index + count - 1) // SEALED_GROUP_BLOCKS
         done = 0
-        for group in self._decoded(number, last, wait):
-            take = min(count - done, SEALED_GROUP_BLOCKS - start)
-            part = memoryview(group)[start * BLOCK_BYTES : (start + take) * BLOCK_BYTES]
-            out[done * BLOCK_BYTES : (done + take) * BLOCK_BYTES] = part
+        while done < count:
+            number, start = divmod(index + done, SEALED_GROUP_BLOCKS)
+            group = self._group(number)
+            if group.coding == CODING_STORED:
+                take = self._load_stored(number, start, group, out[done * BLOCK_BYTES : count * BLOCK_BYTES], wait)
+            else:
+                take = min(count - done, group.blocks - start)
+                part = out[done * BLOCK_BYTES : (done + take) * BLOCK_BYTES]
+                self._load_coded(number, start * BLOCK_BYTES, group, part, wait)
             done += take
-            start = 0
+
+    def _load_stored(self, number: int, start: int, group: _Group, out: memoryview, wait: bool) -> int:
+        """Blocks of a group that is stored as it is, from its block `start` on, and of such groups right behind it, as
+        far as `out` goes: one read of just these. Returns how many. Each will be held against its own fingerprint."""
+        wanted = len(out) // BLOCK_BYTES
+        take = min(wanted, group.blocks - start)
+        end = group
+        while take < wanted:
+            number += 1
+            following = self._group(number)
+            if following.coding != CODING_STORED or following.offset != end.offset + end.stored_bytes:
+                break
+            take, end = min(wanted, take + following.blocks), following
+        offset = group.offset + start * BLOCK_BYTES
+        length = take * BLOCK_BYTES
+        if self._storage.pread_into(self._fd, [out[:length]], offset, wait=wait) != length:
+            raise Damaged(f"{self._path}: offset {offset}: the group is cut short")
+        return take
+
+    def begin_decoding(self, slot: int, count: int) -> Callable[[], None] | None:
+        """As the one of `ContainerReader`."""
+        start = int(np.searchsorted(self._slots, np.uint16(slot)))
+        end = min(len(self._slots), start + count)
+        if start >= end:
+            return None
+        numbers = range(start // SEALED_GROUP_BLOCKS, (end - 1) // SEALED_GROUP_BLOCKS + 1)
+        groups = [(number, self._group(number)) for number in numbers]
+        coded = [one for one in groups if one[1].coding == CODING_ZSTD and self._cache.begin((self._serial, one[0]))]
+        return partial(self._decode_begun, coded) if coded else None
+
+    def _decode_begun(self, begun: list[tuple[int, _Group]]) -> None:
+        """One that is damaged is left: who reads it finds that out."""
+        for number, group in begun:
+            key = self._serial, number
+            try:
+                with suppress(Damaged):
+                    self._cache.put(key, self._read_group(group, True))
+            finally:
+                self._cache.end(key)
 
     def _index(self, slot: int, count: int) -> int:
         """Where the slot is in the table; the following ones come after it."""
-        index = int(np.searchsorted(self._slots, slot))
+        index = int(np.searchsorted(self._slots, np.uint16(slot)))
         # Ascending slots: the run is whole when its last one is where it must be.
         last = index + count - 1
         if last >= len(self._slots) or self._slots[index] != slot or self._slots[last] != slot + count - 1:
@@ -171,54 +265,35 @@ class SealedForm:
             raise Damaged(f"{self._path}: offset {SEALED_TABLE_OFFSET}: slot {missing[0]} is not in the container")
         return index
 
-    def _decoded(self, first: int, last: int, wait: bool) -> Iterator[bytes]:
-        """The groups first..last; those that are not in the cache and lie side by side are one read."""
-        found = [self._cache.get((self._serial, number)) for number in range(first, last + 1)]
-        number = first
-        while number <= last:
-            group = found[number - first]
-            if group is not None:
-                yield group
-                number += 1
-                continue
-            end = number
-            while end < last and found[end + 1 - first] is None:
-                end += 1
-            for group in self._read_groups(number, end, wait):
-                self._cache.put((self._serial, number), group)
-                yield group
-                number += 1
+    def _load_coded(self, number: int, start: int, group: _Group, out: memoryview, wait: bool) -> None:
+        """Bytes of a group that is compressed, from its byte `start` on."""
+        key = self._serial, number
+        self._cache.await_end(key, wait=wait)
+        if not self._cache.read(key, start, out):
+            decoded = self._read_group(group, wait)
+            self._cache.put(key, decoded)
+            out[:] = memoryview(decoded)[start : start + len(out)]
 
-    def _read_groups(self, first: int, last: int, wait: bool) -> Iterator[bytes]:
-        start = self._groups[first][0]
-        end = self._groups[last][0] + self._groups[last][1]
-        if not 0 <= end - start <= (last - first + 1) * GROUP_BYTES_MAX:
-            raise Damaged(f"{self._path}: offset {SEALED_TABLE_OFFSET}: the slot table says what cannot be")
-        stored = memoryview(bytearray(end - start))
-        have = self._storage.pread_into(self._fd, [stored], start, wait=wait)
-        for offset, stored_bytes, blocks, coding, expected in self._groups[first : last + 1]:
-            if not start <= offset <= offset + stored_bytes <= start + have:
-                raise Damaged(f"{self._path}: offset {offset}: the group is cut short")
-            coded = stored[offset - start : offset - start + stored_bytes]
-            if checksum(coded) != expected:
-                raise Damaged(f"{self._path}: offset {offset}: the group does not match its checksum")
-            yield self._decode(coded, offset, blocks * BLOCK_BYTES, coding)
+    def _read_group(self, group: _Group, wait: bool) -> bytes:
+        coded = memoryview(bytearray(group.stored_bytes))
+        if self._storage.pread_into(self._fd, [coded], group.offset, wait=wait) != len(coded):
+            raise Damaged(f"{self._path}: offset {group.offset}: the group is cut short")
+        if checksum(coded) != group.checksum:
+            raise Damaged(f"{self._path}: offset {group.offset}: the group does not match its checksum")
+        return self._decode(coded, group.offset, group.blocks * BLOCK_BYTES)
 
-    def _decode(self, coded: memoryview, offset: int, length: int, coding: int) -> bytes:
-        if coding == CODING_ZSTD:
-            try:
-                # What a frame says of its length is what would be allocated for it.
-                said = zstandard.frame_content_size(coded)
-                if said != length:
-                    raise Damaged(f"{self._path}: offset {offset}: the group has {said} bytes, not {length}")
-                group = _decompressor().decompress(coded, max_output_size=length)
-            except zstandard.ZstdError as error:
-                raise Damaged(f"{self._path}: offset {offset}: the group cannot be decoded: {error}") from error
-        else:
-            group = bytes(coded)
-        if len(group) != length:
-            raise Damaged(f"{self._path}: offset {offset}: the group has {len(group)} bytes, not {length}")
-        return group
+    def _decode(self, coded: memoryview, offset: int, length: int) -> bytes:
+        try:
+            # What a frame says of its length is what would be allocated for it.
+            said = zstandard.frame_content_size(coded)
+            if said != length:
+                raise Damaged(f"{self._path}: offset {offset}: the group has {said} bytes, not {length}")
+            decoded = _decompressor().decompress(coded, max_output_size=length)
+        except zstandard.ZstdError as error:
+            raise Damaged(f"{self._path}: offset {offset}: the group cannot be decoded: {error}") from error
+        if len(decoded) != length:
+            raise Damaged(f"{self._path}: offset {offset}: the group has {len(decoded)} bytes, not {length}")
+        return decoded
 
 
 def write_sealed(

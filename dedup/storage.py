@@ -22,13 +22,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
-from dedup.errors import StoreFailed, StoreFull, Unreadable, WouldBlock
+from dedup.errors import OnItsWay, StoreFailed, StoreFull, Unreadable, WouldBlock
 
 Buffer = bytes | bytearray | memoryview
 
 IOV_MAX: Final = 1024
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-_NOT_NOW: Final = frozenset({errno.EAGAIN, errno.EOPNOTSUPP})
 
 
 class Storage:
@@ -74,8 +73,9 @@ class Storage:
     def pread_into(self, fd: int, buffers: list[memoryview], offset: int, *, wait: bool = True) -> int:
         """Fills the buffers in order and returns the bytes read, short only at the end of the file.
 
-        With `wait` False nothing is read from the disk: WouldBlock when not all of it is in memory, or when the file
-        system cannot tell; the buffers' content is then undefined. Unreadable when the disk refuses.
+        With `wait` False nothing is waited for: OnItsWay when not all of it is in memory; then the kernel has asked the
+        disk, for what it reads ahead, too. WouldBlock when the file system cannot tell. The buffers' content is then
+        undefined. Unreadable when the disk refuses.
         """
         flags = 0 if wait else os.RWF_NOWAIT
         total = 0
@@ -84,8 +84,10 @@ class Storage:
             try:
                 count = os.preadv(fd, pending[:IOV_MAX], offset + total, flags)
             except OSError as error:
-                if not wait and error.errno in _NOT_NOW:
-                    raise WouldBlock from error
+                if not wait and error.errno == errno.EAGAIN:
+                    raise OnItsWay from None
+                if not wait and error.errno == errno.EOPNOTSUPP:
+                    raise WouldBlock from None
                 self._unread(error, fd, offset + total)
             if count == 0:
                 break

@@ -140,5 +140,6 @@ class VolumePointers:
         """Every leaf that may hold a pointer which is not a hole, ascending."""
         if self._check is not None:
             self._check(txn)
-        indexed = self._catalog.pointers.leaves(txn, self.volume)
-        return distinct_leaves(indexed, self.view.state.overlay.leaf_numbers(self.volume))
+        indexed = self._catalog.pointers.all_leaves(txn, self.volume)
+        followed = self.view.state.overlay.leaf_numbers(self.volume)
+        return distinct_leaves(indexed.tolist(), followed) if followed else indexed

@@ -8,13 +8,16 @@ Invariants:
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 import trio
 
-from dedup.errors import Damaged, MomentGone, WouldBlock
+from dedup.errors import Damaged, MomentGone, OnItsWay, WouldBlock
 from dedup.history import PastImage
 from dedup.image import room_for
 from fusefs.snapshot_tree import SnapshotFile
@@ -23,10 +26,21 @@ READERS_MAX: Final = 16
 """Reads that wait for disks at one time."""
 IMAGES_MAX: Final = 32
 """Images kept for reading, each at most some 4 MiB of decoded pointers and the overlay of its moment."""
+SOON_SECONDS: Final = 0.0002
+"""For so long a disk is looked at again and again before a thread waits for it, which costs about as much by itself."""
+SOON_BYTES_MAX: Final = 128 << 10
+"""More comes in pieces: to look at them again and again costs more than a thread does."""
 READ_BYTES_MAX: Final = 1 << 20
 """Largest read request of the kernel: 256 pages."""
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    image: PastImage
+    turn: trio.Lock = field(default_factory=trio.Lock)
+    """Of large reads that wait for the disk."""
 
 
 class SnapshotImages:
@@ -35,7 +49,7 @@ class SnapshotImages:
     def __init__(self, make: Callable[[SnapshotFile], Awaitable[PastImage]]) -> None:
         """`make` looks an image up. MomentGone."""
         self._make = make
-        self._images: OrderedDict[Hashable, PastImage] = OrderedDict()
+        self._images: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._readers = trio.CapacityLimiter(READERS_MAX)
         self._buffer = _new_buffer()
         self._spare_buffers: list[memoryview] = []
@@ -45,18 +59,56 @@ class SnapshotImages:
         await self._image(node)
 
     def read_now(self, node: SnapshotFile, off: int, size: int) -> memoryview | None:
-        """The bytes, in the one buffer of all such reads: no await before they are given away. None: `read` them."""
-        image = self._images.get(node.key)
-        if image is None or size > READ_BYTES_MAX:
+        """The bytes, in the one buffer of all such reads: no await before they are given away. None: `read` them.
+
+        OnItsWay: `read` them, and say that they are coming.
+        """
+        kept = self._images.get(node.key)
+        if kept is None or size > READ_BYTES_MAX:
             return None
         self._images.move_to_end(node.key)
+        if size > SOON_BYTES_MAX and kept.turn.locked():
+            raise OnItsWay
+        return self._now(kept.image, off, size)
+
+    def _now(self, image: PastImage, off: int, size: int) -> memoryview | None:
         try:
             return image.read_into(off, size, self._buffer, wait=False)
+        except OnItsWay:
+            raise
         except (WouldBlock, MomentGone, Damaged):
             return None
 
-    async def read(self, node: SnapshotFile, off: int, size: int) -> bytes:
-        """The bytes, fewer past the end; may wait. Damaged, MomentGone."""
+    async def read(self, node: SnapshotFile, off: int, size: int, *, coming: bool = False) -> bytes | memoryview:
+        """The bytes, fewer past the end; may wait. No await before they are given away. Damaged, MomentGone.
+
+        What is `coming` from the disk is looked at again whenever other tasks have run: a disk is often quicker than a
+        thread would be to begin waiting for it. Large reads of one image wait for each other: side by side they would
+        look like jumps to the kernel, which reads ahead of who reads on.
+        """
+        kept = self._images.get(node.key) if coming else None
+        if kept is None:
+            return await self._read_waiting(node, off, size)
+        if size <= SOON_BYTES_MAX:
+            part = await self._read_soon(node, off, size)
+            return part if part is not None else await self._read_waiting(node, off, size)
+        async with kept.turn:
+            with suppress(OnItsWay):
+                part = self._now(kept.image, off, size)
+                if part is not None:
+                    return part
+            return await self._read_waiting(node, off, size)
+
+    async def _read_soon(self, node: SnapshotFile, off: int, size: int) -> memoryview | None:
+        """None when it does not come soon, or not in this way."""
+        end = time.perf_counter() + SOON_SECONDS
+        while time.perf_counter() < end:
+            await trio.lowlevel.checkpoint()
+            with suppress(OnItsWay):
+                return self.read_now(node, off, size)
+        return None
+
+    async def _read_waiting(self, node: SnapshotFile, off: int, size: int) -> bytes | memoryview:
         return await self._with_image(node, lambda image: self._read_image(image, off, size))
 
     async def allocated(self, node: SnapshotFile) -> int:
@@ -72,27 +124,26 @@ class SnapshotImages:
             self._images.pop(node.key, None)
             return await use(await self._image(node))
 
-    async def _read_image(self, image: PastImage, off: int, size: int) -> bytes:
+    async def _read_image(self, image: PastImage, off: int, size: int) -> bytes | memoryview:
         async with self._readers:
             buffer = self._spare_buffers.pop() if self._spare_buffers else _new_buffer()
             if size > READ_BYTES_MAX:
                 return await trio.to_thread.run_sync(image.read, off, size)
             try:
-                part = await trio.to_thread.run_sync(image.read_into, off, size, buffer)
+                return await trio.to_thread.run_sync(image.read_into, off, size, buffer)
             finally:
                 # Nobody takes it before the reply is out: that needs another task to run.
                 self._spare_buffers.append(buffer)
-            return part  # type: ignore[return-value]  # pyfuse3 takes any buffer
 
     async def _image(self, node: SnapshotFile) -> PastImage:
-        image = self._images.get(node.key)
-        if image is None:
-            image = await self._make(node)
+        kept = self._images.get(node.key)
+        if kept is None:
+            kept = _Kept(await self._make(node))
             # Two tasks may both have come here: the later image stays, both are right.
-            self._images[node.key] = image
+            self._images[node.key] = kept
             if len(self._images) > IMAGES_MAX:
                 self._images.popitem(last=False)
-        return image
+        return kept.image
 
 
 async def _allocated(image: PastImage) -> int:

@@ -30,7 +30,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
-from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, UnknownName
+from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, OnItsWay, UnknownName
 from dedup.history import History, PastImage
 from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq
 from fusefs.errors import fuse_error, handler
@@ -126,19 +126,26 @@ class SnapshotMount(ReadOnlyOperations):
     # Reading
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        # No await behind `read_now`: pyfuse3 hands what is returned to the kernel before another task runs.
+        # No await behind what `read_now` and `read` gave: pyfuse3 hands it to the kernel before another task runs.
         try:
             node = self._open_files[fh]
             if isinstance(node, InsideNode):
                 return await self.inside.read(node, off, size)
-            part = self._images.read_now(node, off, size)
-            return part if part is not None else await self._read_waiting(node, off, size)  # type: ignore[return-value]
+            coming = False
+            part: bytes | memoryview | None = None
+            try:
+                part = self._images.read_now(node, off, size)
+            except OnItsWay:
+                coming = True
+            if part is None:
+                part = await self._read_waiting(node, off, size, coming)
+            return part  # type: ignore[return-value]  # pyfuse3 takes any buffer
         except Exception as error:  # noqa: BLE001 - must become an errno
             raise fuse_error("read", error) from None
 
-    async def _read_waiting(self, node: SnapshotFile, off: int, size: int) -> bytes:
+    async def _read_waiting(self, node: SnapshotFile, off: int, size: int, coming: bool) -> bytes | memoryview:
         try:
-            return await self._images.read(node, off, size)
+            return await self._images.read(node, off, size, coming=coming)
         except Damaged as damage:
             names = await self._names_of(node.moment.seq)
             raise Damaged(f"snapshot {names}: {damage}" if names else str(damage)) from damage

@@ -6,33 +6,21 @@ that it may take the store's lock and do the work itself. Over a network nobody 
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
-from typing import Final
 
 import trio
 
 from dedup.layout import SOCKET_NAME
-from dedup.types import Epoch
 from replication.address import UNIX_PREFIX, AddressError, UnixAddress, parse_address
 from replication.endpoint import connect
-from replication.errors import HandshakeRefused, LinkDown, LinkReset, ProtocolError, ReplicationError, RequestRefused
+from replication.errors import LinkDown
+from replication.exchange import REPLY_SECONDS, Exchange, NoAppliance, no_answer, nobody_there
 from replication.identity import Identity
-from replication.messages import PROTOCOL_VERSION, Failure, Hello, Message, Reply, Request, Role, Welcome
-from replication.session import Session, Side
+from replication.messages import Role
 from replication.tls import Untrusted
 from replication.transport import Connection
 
 __all__ = ["SOCKET_NAME", "UNIX_PREFIX", "NoAppliance", "exchange", "request", "socket_path"]
-
-REPLY_SECONDS: Final = 600.0
-"""How long a reply may take, unless the caller knows better: a sync or checkpoint on a slow disk."""
-
-_NOBODY: Final = frozenset({errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR})
-
-
-class NoAppliance(ReplicationError):
-    """No appliance runs there: the caller may take the store's lock itself."""
 
 
 def socket_path(address: str | Path) -> Path:
@@ -64,47 +52,28 @@ async def request(
     try:
         connection = await connect(place, identity=identity, insecure_tcp=insecure_tcp)
     except LinkDown as error:
-        cause = error.__cause__
-        if isinstance(place, UnixAddress) and isinstance(cause, OSError) and cause.errno in _NOBODY:
+        if isinstance(place, UnixAddress) and nobody_there(error.__cause__):
             raise NoAppliance(f"no appliance runs at {place.path}") from error
         raise
     async with connection:
         with trio.move_on_after(timeout):
             return await exchange(connection, group or "", command, body or {}, role=role)
-    raise LinkReset(
-        f"{command}: no answer from {place} within {timeout:g} s; look whether it was done before trying again"
-    )
+    raise no_answer(command, place, timeout)
 
 
 async def exchange(
     connection: Connection, group: str, command: str, body: dict[str, object], *, role: Role = Role.ADMIN
 ) -> dict[str, object]:
     """The same over a connection that is there. It serves this one request; the caller closes it."""
-    session = Session(Side.CLIENT)
-    await connection.send(session.send(Hello(PROTOCOL_VERSION, role, group, Epoch(0))))
-    welcome = await _next(connection, session, command)
-    if not isinstance(welcome, Welcome):
-        raise ProtocolError(f"{type(welcome).__name__} instead of a welcome")
-    await connection.send(session.send(Request(1, command, body)))
-    reply = await _next(connection, session, command)
-    if not isinstance(reply, Reply):
-        raise ProtocolError(f"{type(reply).__name__} instead of a reply")
-    if reply.error:
-        raise RequestRefused(reply.error)
-    return reply.body
-
-
-async def _next(connection: Connection, session: Session, command: str) -> Message:
-    while (message := session.next_event()) is None:
+    talk = Exchange(group, command, body, role)
+    await connection.send(talk.begin())
+    while talk.reply is None:
         try:
             data = await connection.receive()
         except Untrusted:
             raise  # before anything was asked
         except LinkDown as error:
-            raise LinkReset(f"{command}: {error}; look whether it was done before trying again") from error
-        if not data:
-            raise LinkReset(f"{command}: the appliance closed the connection; look whether it was done and try again")
-        session.receive_data(data)
-    if isinstance(message, Failure):
-        raise HandshakeRefused(message.code, message.text)
-    return message
+            raise talk.broken(str(error)) from error
+        if buffers := talk.receive(data):
+            await connection.send(buffers)
+    return talk.reply

@@ -134,10 +134,13 @@ class Reconciler:
         """
         todo = list(work)
         self.progress.total += sum(len(one.regions) for one in todo) * REGION_BYTES
-        jobs = ((one, region) for one in todo for region in one.regions)
+        compared = ((one, region) for one in todo if not one.fresh for region in one.regions)
+        fresh = ((one, region) for one in todo if one.fresh for region in one.regions)
         async with trio.open_nursery() as nursery:
+            # One after the other: what is sent together lies together, and who reads it later reads on.
+            nursery.start_soon(self._take_jobs, fresh, nursery.cancel_scope)
             for _ in range(REGIONS_AHEAD):
-                nursery.start_soon(self._take_jobs, jobs, nursery.cancel_scope)
+                nursery.start_soon(self._take_jobs, compared, nursery.cancel_scope)
         if self._failure is not None:
             raise self._failure
 

@@ -23,13 +23,13 @@ from dedup.errors import Damaged, MomentGone, RewindError, WouldBlock
 from dedup.image import room_for
 from dedup.layout import LEAF_BLOCKS
 from dedup.pointer_map import Addresses
+from dedup.read_ahead import ReadAhead
 from dedup.types import BLOCK_BYTES, TimeNs
 from replication import history_queries as said
 from replication.block_cache import BlockCache, Mask
 from replication.errors import LinkDown
 from replication.history_link import SESSIONS_MAX, HistoryLink, SessionChanged
 from replication.history_queries import FETCH_BLOCKS_MAX, addresses_of, marks_array
-from replication.read_ahead import ReadAhead
 
 log = logging.getLogger("rewindfs.history")
 
@@ -37,6 +37,8 @@ LEAVES_MAX: Final = 4096
 """Decoded leaves kept: 16 MiB, the pointers of 8 GiB."""
 LEAVES_TOGETHER: Final = 8
 """Leaves that are asked for at once."""
+AHEAD_CHUNKS: Final = 12
+"""Of them, for one who reads one after the other."""
 AHEAD_CHUNKS_MAX: Final = 24
 """Chunks of FETCH_BLOCKS_MAX blocks that are fetched ahead at a time, or wait for it."""
 FETCHERS: Final = 8
@@ -125,7 +127,7 @@ class RemoteImage:
         self._generation = generation
         self._one_asks = threading.Lock()
         """For pointers: who needs the same ones waits for them."""
-        self._reading = ReadAhead()
+        self._reading = ReadAhead(FETCH_BLOCKS_MAX, AHEAD_CHUNKS)
 
     @property
     def side(self) -> said.Side:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from replication.identity import Identity
+if TYPE_CHECKING:
+    from replication.identity import Identity
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,7 +45,11 @@ def route_options(command: F) -> Callable[..., Any]:
     )
     @wraps(command)
     def wrapped(*args: Any, identity_directory: Path | None, insecure_tcp: bool, **kwargs: Any) -> Any:
-        identity = None if identity_directory is None else Identity(identity_directory.absolute())
+        identity = None
+        if identity_directory is not None:
+            from replication.identity import Identity  # most commands are given none, and are quicker without it
+
+            identity = Identity(identity_directory.absolute())
         return command(*args, route=Route(identity, insecure_tcp), **kwargs)
 
     return wrapped

@@ -6,10 +6,10 @@ What changes the store goes through its second appliance where one runs, and tak
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import click
 
-from dedup.group_writer import GroupWriter
 from dedup.moment import duration_ns, rfc3339
 from dedup.terminal import (
     group_option,
@@ -23,9 +23,12 @@ from dedup.terminal import (
 )
 from dedup.types import TimeNs
 from replication.errors import ProtocolError
-from replication.reports import Report, Subject, open_report, whole_snapshots
 from replication.route import Route, route_options
 from replication.store_command import on_group
+
+if TYPE_CHECKING:
+    from dedup.group_writer import GroupWriter
+    from replication.reports import Report
 
 
 @click.group()
@@ -104,6 +107,8 @@ def _delete(writer: GroupWriter, name: str) -> dict[str, object]:
 @route_options
 def list_(store: str, group: str | None, as_json: bool, route: Route) -> None:
     """List the snapshots of STORE: the base, bookmarks and snapshots, and what changed from one to the next."""
+    from replication.reports import Subject, open_report, whole_snapshots
+
     with open_report(store, Subject("snapshots", group), route) as report:
         listed = whole_snapshots(report)
         if as_json:
@@ -139,6 +144,8 @@ def _print_list(listed: Iterable[dict[str, object]]) -> None:
 @route_options
 def map_(store: str, volume: str, at: str, group: str | None, as_json: bool, route: Route) -> None:
     """Show where each range of VOLUME lies at TIME: a hole, the base, or which data journal."""
+    from replication.reports import Subject, open_report
+
     with open_report(store, Subject("map", group, volume, at), route) as report:
         _print_map(report, as_json)
 

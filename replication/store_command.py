@@ -1,21 +1,24 @@
-"""A command that changes a store: asked of its second appliance, or done here where none runs."""
+"""A command that changes a store: asked of its second appliance, or done here where none runs.
+
+What the second way needs, and the way over a network, is imported when it is taken: it would double a user's wait.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import trio
+from typing import TYPE_CHECKING, Any
 
 from dedup.errors import StoreBusy, StoreError, UnknownName
-from dedup.group_writer import GroupWriter
-from dedup.store import Store
-from replication.address import store_path
-from replication.control import REPLY_SECONDS, NoAppliance, request
+from replication.address import UnixAddress, parse_address, store_path
+from replication.exchange import REPLY_SECONDS, NoAppliance, ask_here
 from replication.messages import Role
 from replication.route import Route
+
+if TYPE_CHECKING:
+    from dedup.group_writer import GroupWriter
+    from dedup.store import Store
 
 
 def on_store(
@@ -32,12 +35,19 @@ def on_store(
 
     StoreBusy when an appliance just starts or leaves; else what the command raises.
     """
+    place = parse_address(address)
     try:
+        if isinstance(place, UnixAddress):
+            return ask_here(place, group, command, body, timeout=timeout)
+        import trio
+
         return trio.run(partial(ask, address, group, command, body, route, timeout=timeout))
     except NoAppliance:
         path = store_path(address)
         if path is None:
             raise
+    from dedup.store import Store
+
     try:
         store = Store.open(path)
     except StoreBusy as error:
@@ -74,6 +84,8 @@ async def ask(
     timeout: float = REPLY_SECONDS,
 ) -> dict[str, Any]:
     """`control.request` by that route."""
+    from replication.control import request
+
     return await request(
         address,
         group,

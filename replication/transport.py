@@ -8,13 +8,11 @@ Invariants:
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -25,6 +23,7 @@ from replication.errors import LinkDown, ReplicationError
 from replication.identity import Peer
 from replication.linger import Linger
 from replication.patient_poll import PatientPoll
+from replication.unix_path import with_address
 from replication.wire import Buffer
 
 RECEIVE_BYTES_MAX: Final = 1 << 20
@@ -37,8 +36,6 @@ _SO_RCVBUFFORCE: Final = 33
 GATHER_BUFFERS_MAX: Final = 1024
 """IOV_MAX of Linux."""
 BACKLOG: Final = 16
-SOCKET_PATH_BYTES_MAX: Final = 107
-"""sun_path holds 108 bytes with its NUL."""
 
 
 T = TypeVar("T")
@@ -329,7 +326,7 @@ async def connect_unix(path: Path) -> SocketConnection:
     await trio.lowlevel.checkpoint()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        _with_address(path, sock.connect)
+        with_address(path, sock.connect)
     except OSError as error:
         sock.close()
         raise LinkDown(f"cannot connect to {path}: {error.strerror or error}") from error
@@ -351,7 +348,7 @@ def listen_unix(path: Path, *, replace_stale: bool = False) -> UnixListener:
         os.fchmod(sock.fileno(), stat.S_IRUSR | stat.S_IWUSR)
         if replace_stale and _is_socket(path):
             path.unlink(missing_ok=True)
-        _with_address(path, sock.bind)
+        with_address(path, sock.bind)
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
@@ -367,28 +364,6 @@ def _is_socket(path: Path) -> bool:
         return stat.S_ISSOCK(path.lstat().st_mode)
     except FileNotFoundError:
         return False
-
-
-def _with_address(path: Path, call: Callable[[bytes], None]) -> None:
-    """Calls with an address that the kernel takes for `path`, however long its directory is."""
-    plain = os.fsencode(path)
-    if len(plain) <= SOCKET_PATH_BYTES_MAX:
-        call(plain)
-        return
-    with _directory(path.parent) as descriptor:
-        short = f"/proc/self/fd/{descriptor}/".encode() + os.fsencode(path.name)
-        if len(short) > SOCKET_PATH_BYTES_MAX:
-            raise OSError(errno.ENAMETOOLONG, f"the name of the socket is too long: {path.name}")
-        call(short)
-
-
-@contextmanager
-def _directory(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _after(buffers: list[Buffer], sent: int) -> list[Buffer]:

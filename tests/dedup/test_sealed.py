@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 
 from dedup import container, layout
 from dedup.container import ContainerPool, ContainerReader, RawContainerWriter
-from dedup.errors import Damaged, StoreError, StoreFailed, StoreFull
+from dedup.errors import Damaged, OnItsWay, StoreError, StoreFailed, StoreFull
 from dedup.layout import address, container_path, fingerprint
 from dedup.sealed import seal
-from dedup.sealed_form import GroupCache
+from dedup.sealed_form import GROUP_BYTES_MAX, GroupCache
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId
 from tests.dedup.faults import FaultyStorage, open_descriptors
@@ -235,16 +236,131 @@ def test_open_readers_and_the_pool_survive_sealing(tmp_path: Path) -> None:
 
 
 def test_group_cache_is_bounded() -> None:
-    cache = GroupCache(1000)
+    cache = GroupCache(3 * GROUP_BYTES_MAX + 5)
+    groups = [bytes([number]) * (GROUP_BYTES_MAX - number) for number in range(51)]
+
+    def holds(number: int) -> bool:
+        out = memoryview(bytearray(1000))
+        if not cache.read((1, number), 200, out):
+            return False
+        assert bytes(out) == groups[number][200:1200]
+        return True
+
     for number in range(50):
-        cache.put((1, number), bytes(300))
-        cache.put((1, number), bytes(300))
-    held = [number for number in range(50) if cache.get((1, number)) is not None]
-    assert held == [47, 48, 49]
-    cache.get((1, 47))
-    cache.put((1, 50), bytes(300))
-    assert cache.get((1, 47)) is not None
-    assert cache.get((1, 48)) is None
+        cache.put((1, number), groups[number])
+        cache.put((1, number), groups[number])
+    assert [number for number in range(50) if holds(number)] == [47, 48, 49]
+    assert holds(47)
+    cache.put((1, 50), groups[50])
+    assert [number for number in (47, 48, 49, 50) if holds(number)] == [47, 49, 50]
+
+
+class CountingStorage(Storage):
+    """Says what was read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+
+    def pread_into(self, fd: int, buffers: list[memoryview], offset: int, *, wait: bool = True) -> int:
+        self.lengths.append(sum(buffer.nbytes for buffer in buffers))
+        return super().pread_into(fd, buffers, offset, wait=wait)
+
+
+def test_of_a_group_stored_as_it_is_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    blocks = mixed_blocks(160)  # groups 1 and 3 do not compress; 0, 2 and 4 do
+    make(tmp_path, blocks)
+    seal(Storage(), tmp_path, ONE, None)
+    storage = CountingStorage()
+    reader = ContainerReader.open(storage, tmp_path, ONE)
+    assert reader.read_block(40) == blocks[40]
+    assert storage.lengths == [BLOCK_BYTES]
+    data = bytearray(container_path(tmp_path, ONE).read_bytes())
+    at = data.index(blocks[41]) + 7
+    data[at] ^= 1
+    container_path(tmp_path, ONE).write_bytes(data)
+    assert reader.read_block(40) == blocks[40], "its neighbour's damage is not its own"
+    with pytest.raises(Damaged, match="slot 41 does not match its fingerprint"):
+        reader.read_block(41)
+    reader.close()
+
+
+def test_groups_stored_side_by_side_are_one_read(tmp_path: Path) -> None:
+    source = random.Random(1)
+    blocks = [source.randbytes(BLOCK_BYTES) for _ in range(100)]
+    make(tmp_path, blocks)
+    seal(Storage(), tmp_path, ONE, None)
+    storage = CountingStorage()
+    reader = ContainerReader.open(storage, tmp_path, ONE)
+    out = memoryview(bytearray(70 * BLOCK_BYTES))
+    reader.read_into(20, 70, out)
+    assert bytes(out) == b"".join(blocks[20:90])
+    assert storage.lengths == [70 * BLOCK_BYTES]
+    reader.close()
+
+
+def test_what_is_decoded_ahead_is_not_read_again_and_is_waited_for(tmp_path: Path) -> None:
+    blocks = mixed_blocks(96)
+    make(tmp_path, blocks)
+    seal(Storage(), tmp_path, ONE, None)
+    storage = CountingStorage()
+    reader = ContainerReader.open(storage, tmp_path, ONE, cache=GroupCache())
+    decode = reader.begin_decoding(0, 96)
+    assert decode is not None
+    out = memoryview(bytearray(96 * BLOCK_BYTES))
+    with pytest.raises(OnItsWay):
+        reader.read_into(70, 1, out[:BLOCK_BYTES], wait=False)
+    assert reader.begin_decoding(0, 96) is None, "somebody decodes them already"
+    waiting = threading.Thread(target=reader.read_into, args=(0, 96, out))
+    waiting.start()
+    decode()
+    waiting.join()
+    assert bytes(out) == b"".join(blocks)
+    assert len(storage.lengths) == 3, "two groups that are compressed, and one that is not"
+    reader.close()
+
+
+def test_damage_met_ahead_is_left_to_who_reads(tmp_path: Path) -> None:
+    blocks = mixed_blocks(96)
+    make(tmp_path, blocks)
+    seal(Storage(), tmp_path, ONE, None)
+    path = container_path(tmp_path, ONE)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    pool = ContainerPool(Storage(), tmp_path)
+    first = address(ONE, 0)
+    assert pool.read_block(first) == blocks[0]
+    pool.decode_ahead(np.arange(96, dtype=np.uint64) + np.uint64(first))
+    out = memoryview(bytearray(64 * BLOCK_BYTES))
+    pool.read_addresses(np.arange(64, dtype=np.uint64) + np.uint64(first), out)
+    assert bytes(out) == b"".join(blocks[:64])
+    with pytest.raises(Damaged, match="does not match its checksum"):
+        pool.read_block(address(ONE, 64))
+    pool.close()
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 199), st.integers(1, 80), st.booleans()), max_size=12), st.integers(0, 9))
+def test_decoding_ahead_changes_no_byte(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int, bool]], seed: int
+) -> None:
+    directory = tmp_path_factory.mktemp("containers")
+    blocks = mixed_blocks(200, seed)
+    make(directory, blocks)
+    if seed:
+        seal(Storage(), directory, ONE, None)
+    pool = ContainerPool(Storage(), directory)
+    for first, count, ahead in steps:
+        count = min(count, 200 - first)
+        wanted = np.arange(first, first + count, dtype=np.uint64) + np.uint64(address(ONE, 0))
+        if ahead:
+            pool.decode_ahead(wanted)
+        else:
+            out = memoryview(bytearray(count * BLOCK_BYTES))
+            pool.read_addresses(wanted, out)
+            assert bytes(out) == b"".join(blocks[first : first + count])
+    pool.close()
 
 
 def test_a_replaced_file_is_not_held_open_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dedup.errors import Damaged, StoreFailed, StoreFull, WouldBlock
+from dedup.errors import Damaged, OnItsWay, StoreFailed, StoreFull, WouldBlock
 from dedup.storage import IOV_MAX, Storage
 
 
@@ -55,15 +55,16 @@ def test_short_reads_are_continued_and_the_end_is_short(
 def test_no_wait_gives_what_is_in_memory_or_says_so(storage: Storage, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.pwritev(fd, [bytes(8192)], 0)
     out = memoryview(bytearray(4096))
-    for code in (errno.EAGAIN, errno.EOPNOTSUPP):
+    for code, error in ((errno.EAGAIN, OnItsWay), (errno.EOPNOTSUPP, WouldBlock)):
 
         def refuse(*args: object, code: int = code) -> int:
             raise OSError(code, os.strerror(code))
 
         with monkeypatch.context() as patched:
             patched.setattr(os, "preadv", refuse)
-            with pytest.raises(WouldBlock):
+            with pytest.raises(WouldBlock) as raised:
                 storage.pread_into(fd, [out], 0, wait=False)
+            assert raised.type is error
     with monkeypatch.context() as patched:
         real = os.preadv
         calls: list[int] = []
@@ -75,7 +76,7 @@ def test_no_wait_gives_what_is_in_memory_or_says_so(storage: Storage, fd: int, m
             return real(fd, [buffers[0][:100]], offset)
 
         patched.setattr(os, "preadv", half)
-        with pytest.raises(WouldBlock):
+        with pytest.raises(OnItsWay):
             storage.pread_into(fd, [out], 0, wait=False)
         assert calls == [os.RWF_NOWAIT, os.RWF_NOWAIT]
 

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
-from replication.address import AddressError
+from replication.address import AddressError, UnixAddress, parse_address
 from replication.control import NoAppliance, request, socket_path
 from replication.endpoint import listen
 from replication.errors import HandshakeRefused, LinkDown, LinkReset, RequestRefused
+from replication.exchange import ask_here
 from replication.messages import ErrorCode, Role
 from replication.second_appliance import SecondAppliance
 from replication.tls import Untrusted
 from replication.transport import listen_unix
 from tests.replication.fake_store import FakeStore
 from tests.replication.links import make_friends, make_identity
+
+Ask = Callable[..., Awaitable[dict[str, object]]]
+
+
+in_a_task: Ask = request
+
+
+async def in_a_thread(address: str | Path, *args: object, **options: object) -> dict[str, object]:
+    """`ask_here`, as `request` is called."""
+    place = parse_address(address)
+    assert isinstance(place, UnixAddress)
+    return await trio.to_thread.run_sync(partial(ask_here, place, *args, **options), abandon_on_cancel=True)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["trio", "blocking"])
+def ask(request: pytest.FixtureRequest) -> Ask:
+    """Both ways to ask an appliance of this machine."""
+    return in_a_task if request.param == "trio" else in_a_thread
 
 
 @pytest.fixture
@@ -47,57 +69,57 @@ def test_where_an_appliance_listens() -> None:
             socket_path(address)
 
 
-async def test_a_request_is_answered(place: Path) -> None:
-    made = await request(place, "g", "snapshot.create", {"name": "n"})
+async def test_a_request_is_answered(place: Path, ask: Ask) -> None:
+    made = await ask(place, "g", "snapshot.create", {"name": "n"})
     assert made["name"] == "n"
-    assert (await request(f"unix:{place}/socket", None, "name.check", {"name": "m"})) == {}
+    assert (await ask(f"unix:{place}/socket", None, "name.check", {"name": "m"})) == {}
     with pytest.raises(RequestRefused, match="already has"):
-        await request(f"unix:{place}/socket", None, "name.check", {"name": "n"})
-    status = await request(str(place), None, "status", role=Role.READER)
+        await ask(f"unix:{place}/socket", None, "name.check", {"name": "n"})
+    status = await ask(str(place), None, "status", {}, role=Role.READER)
     assert status["sessions"] == 1
 
 
-async def test_a_refusal_is_the_appliances_own_line(place: Path) -> None:
+async def test_a_refusal_is_the_appliances_own_line(place: Path, ask: Ask) -> None:
     with pytest.raises(RequestRefused, match="^no snapshot 'x'$"):
-        await request(place, "g", "snapshot.delete", {"name": "x"})
+        await ask(place, "g", "snapshot.delete", {"name": "x"})
     with pytest.raises(RequestRefused, match="no group 'other'"):
-        await request(place, "other", "snapshot.delete", {"name": "x"})
+        await ask(place, "other", "snapshot.delete", {"name": "x"})
     with pytest.raises(RequestRefused, match="not for the role reader"):
-        await request(place, "g", "snapshot.delete", {"name": "x"}, role=Role.READER)
+        await ask(place, "g", "snapshot.delete", {"name": "x"}, role=Role.READER)
 
 
-async def test_no_appliance_is_an_error_of_its_own(tmp_path: Path) -> None:
+async def test_no_appliance_is_an_error_of_its_own(tmp_path: Path, ask: Ask) -> None:
     with pytest.raises(NoAppliance, match="no appliance runs"):
-        await request(tmp_path, None, "status")
+        await ask(tmp_path, None, "status", {})
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(str(tmp_path / "socket"))
     stale.close()
     with pytest.raises(NoAppliance):
-        await request(tmp_path, None, "status")
+        await ask(tmp_path, None, "status", {})
     with pytest.raises(NoAppliance):
-        await request(tmp_path / "socket", None, "status")
+        await ask(tmp_path / "socket", None, "status", {})
 
 
-async def test_an_appliance_that_has_left_is_none(store: FakeStore, tmp_path: Path) -> None:
+async def test_an_appliance_that_has_left_is_none(store: FakeStore, tmp_path: Path, ask: Ask) -> None:
     appliance = SecondAppliance(store)  # type: ignore[arg-type]
     async with trio.open_nursery() as nursery:
         await nursery.start(appliance.serve, [listen_unix(tmp_path / "socket")])
         appliance.stop()
     with pytest.raises(NoAppliance):
-        await request(tmp_path, None, "status")
+        await ask(tmp_path, None, "status", {})
 
 
-async def test_too_many_sessions_is_said(store: FakeStore, tmp_path: Path) -> None:
+async def test_too_many_sessions_is_said(store: FakeStore, tmp_path: Path, ask: Ask) -> None:
     appliance = SecondAppliance(store, sessions_max=0)  # type: ignore[arg-type]
     async with trio.open_nursery() as nursery:
         await nursery.start(appliance.serve, [listen_unix(tmp_path / "socket")])
         with pytest.raises(HandshakeRefused) as refused:
-            await request(tmp_path, None, "status")
+            await ask(tmp_path, None, "status", {})
         assert refused.value.code is ErrorCode.REFUSED
         appliance.stop()
 
 
-async def test_an_appliance_that_breaks_off_or_says_nothing_is_no_refusal(tmp_path: Path) -> None:
+async def test_an_appliance_that_breaks_off_or_says_nothing_is_no_refusal(tmp_path: Path, ask: Ask) -> None:
     listener = listen_unix(tmp_path / "socket")
 
     async def accept_and(close: bool) -> None:
@@ -109,10 +131,10 @@ async def test_an_appliance_that_breaks_off_or_says_nothing_is_no_refusal(tmp_pa
     async with trio.open_nursery() as nursery:
         nursery.start_soon(accept_and, True)
         with pytest.raises(LinkReset, match="whether it was done"):
-            await request(tmp_path, None, "sync")
+            await ask(tmp_path, None, "sync", {})
         nursery.start_soon(accept_and, False)
         with pytest.raises(LinkReset, match="whether it was done"):
-            await request(tmp_path, None, "sync", timeout=0.05)
+            await ask(tmp_path, None, "sync", {}, timeout=0.05)
         nursery.cancel_scope.cancel()
     await listener.aclose()
 
@@ -159,3 +181,10 @@ async def test_the_default_identity_serves_commands_without_an_option(
         await nursery.start(appliance.serve, [listener])
         assert (await request(str(listener.address), None, "status"))["sessions"] == 1
         appliance.stop()
+
+
+def test_a_short_command_imports_no_more_than_it_needs() -> None:
+    """What takes longest to import is not: a user waits for it each time."""
+    code = "import sys, replication.snapshot_cli; print(*{'trio', 'numpy', 'lmdb', 'ssl', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout == "\n"

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import random
 
-from replication.history_queries import FETCH_BLOCKS_MAX
-from replication.read_ahead import AHEAD_CHUNKS, ReadAhead
+from dedup.read_ahead import ReadAhead
 
-END = 100 * FETCH_BLOCKS_MAX + 7
+CHUNK_BLOCKS, AHEAD_CHUNKS = 256, 12
+END = 100 * CHUNK_BLOCKS + 7
 
 
 def test_one_after_the_other() -> None:
-    reading = ReadAhead()
+    reading = ReadAhead(CHUNK_BLOCKS, AHEAD_CHUNKS)
     told: list[int] = []
     for first in range(0, END, 32):
         told += reading.chunks(first, 32, END)
-        at = (first + 32) // FETCH_BLOCKS_MAX
+        at = (first + 32) // CHUNK_BLOCKS
         assert all(chunk <= at + AHEAD_CHUNKS for chunk in told)
     assert told == sorted(set(told))
-    assert told[-1] == END // FETCH_BLOCKS_MAX
+    assert told[-1] == END // CHUNK_BLOCKS
     assert len(told) > 95
 
 
 def test_side_by_side_in_another_order() -> None:
-    reading = ReadAhead()
+    reading = ReadAhead(CHUNK_BLOCKS, AHEAD_CHUNKS)
     firsts = list(range(0, END, 64))
     for at in range(0, len(firsts) - 4, 4):
         random.Random(at).shuffle(firsts[at : at + 4])
@@ -32,7 +32,7 @@ def test_side_by_side_in_another_order() -> None:
 
 
 def test_two_streams_and_jumps() -> None:
-    reading = ReadAhead()
+    reading = ReadAhead(CHUNK_BLOCKS, AHEAD_CHUNKS)
     rng = random.Random(1)
     far = 1 << 40
     assert not [chunk for _ in range(200) for chunk in reading.chunks(rng.randrange(far), 1, far)]
@@ -44,7 +44,7 @@ def test_two_streams_and_jumps() -> None:
 
 
 def test_what_is_put_off_is_told_again() -> None:
-    reading = ReadAhead()
+    reading = ReadAhead(CHUNK_BLOCKS, AHEAD_CHUNKS)
     for first in range(0, 2048, 64):
         chunks = reading.chunks(first, 64, END)
     while not chunks:

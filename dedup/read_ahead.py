@@ -10,15 +10,12 @@ import threading
 from dataclasses import dataclass
 from typing import Final
 
-from replication.history_queries import FETCH_BLOCKS_MAX
-
 STREAMS_MAX: Final = 4
 """Places in one image that are read from at a time."""
 NEAR_BLOCKS: Final = 1024
 """As far as a request may be from the place that was reached."""
 BEGIN_BLOCKS: Final = 64
 """Blocks read in a row before anything is fetched ahead."""
-AHEAD_CHUNKS: Final = 12
 
 
 @dataclass(slots=True)
@@ -30,15 +27,18 @@ class _Stream:
 
 
 class ReadAhead:
-    """Of one image."""
+    """Of one image, which is fetched in chunks of `chunk_blocks`, at most `ahead_chunks` of them ahead."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunk_blocks: int, ahead_chunks: int) -> None:
+        self._chunk_blocks = chunk_blocks
+        self._ahead_chunks = ahead_chunks
         self._streams: list[_Stream] = []
         self._lock = threading.Lock()
 
     def chunks(self, first: int, count: int, end: int) -> list[int]:
-        """The chunks of FETCH_BLOCKS_MAX blocks to be fetched now that `count` blocks are read from `first` on, of an
-        image of `end` blocks. Each is told once for a stream."""
+        """The chunks to be fetched now that `count` blocks are read from `first` on, of an image of `end` blocks. Each
+        is told once for a stream."""
+        size = self._chunk_blocks
         with self._lock:
             stream = next((one for one in self._streams if abs(first - one.end) <= NEAR_BLOCKS), None)
             if stream is None:
@@ -50,9 +50,9 @@ class ReadAhead:
             if stream.row < BEGIN_BLOCKS:
                 return []
             # Longer ahead the longer it goes on.
-            ahead = min(AHEAD_CHUNKS, max(1, stream.row // FETCH_BLOCKS_MAX))
-            begin = max(stream.reached, -(-stream.end // FETCH_BLOCKS_MAX))
-            stop = min(-(-stream.end // FETCH_BLOCKS_MAX) + ahead, -(-end // FETCH_BLOCKS_MAX))
+            ahead = min(self._ahead_chunks, max(1, stream.row // size))
+            begin = max(stream.reached, -(-stream.end // size))
+            stop = min(-(-stream.end // size) + ahead, -(-end // size))
             stream.reached = max(stream.reached, stop)
             return list(range(begin, stop))
 
@@ -60,5 +60,5 @@ class ReadAhead:
         """It and those behind it are not fetched now: they are told again."""
         with self._lock:
             for stream in self._streams:
-                if stream.reached > chunk >= stream.end // FETCH_BLOCKS_MAX:
+                if stream.reached > chunk >= stream.end // self._chunk_blocks:
                     stream.reached = chunk

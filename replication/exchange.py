@@ -1,0 +1,131 @@
+"""One request to an appliance and its reply: what is said, without the link, and the plain way of it to a Unix socket.
+
+A command that asks an appliance of this machine needs no more than this: no trio, no TLS, nothing of the store. That is
+most of the time that a user waits for a short command.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from dedup.types import Epoch
+from replication.address import Address, UnixAddress
+from replication.errors import HandshakeRefused, LinkDown, LinkReset, ProtocolError, ReplicationError, RequestRefused
+from replication.messages import PROTOCOL_VERSION, Failure, Hello, Message, Reply, Request, Role, Welcome
+from replication.session import Session, Side
+from replication.unix_path import with_address
+from replication.wire import Buffer
+
+REPLY_SECONDS: Final = 600.0
+"""How long a reply may take, unless the caller knows better: a sync or checkpoint on a slow disk."""
+RECEIVE_BYTES: Final = 64 << 10
+
+_NOBODY: Final = frozenset({errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR})
+
+
+class NoAppliance(ReplicationError):
+    """No appliance runs there: the caller may take the store's lock itself."""
+
+
+def nobody_there(cause: BaseException | None) -> bool:
+    """Whether a connection to a Unix socket was refused because nobody listens."""
+    return isinstance(cause, OSError) and cause.errno in _NOBODY
+
+
+def no_answer(command: str, place: Address, timeout: float) -> LinkReset:
+    """What to raise when the reply did not come in time."""
+    return LinkReset(
+        f"{command}: no answer from {place} within {timeout:g} s; look whether it was done before trying again"
+    )
+
+
+class Exchange:
+    """One request on a connection of its own, which serves nothing else.
+
+    Send what `begin` gives, then give `receive` what arrives and send what it gives, until there is a `reply`.
+    """
+
+    def __init__(self, group: str, command: str, body: dict[str, object], role: Role) -> None:
+        self.reply: dict[str, object] | None = None
+        self._group = group
+        self._command = command
+        self._body = body
+        self._role = role
+        self._welcomed = False
+        self._session = Session(Side.CLIENT)
+
+    def begin(self) -> list[Buffer]:
+        return self._session.send(Hello(PROTOCOL_VERSION, self._role, self._group, Epoch(0)))
+
+    def receive(self, data: bytes) -> list[Buffer]:
+        """What is to be sent now; often nothing. b"" is the end of the stream.
+
+        HandshakeRefused, RequestRefused (the appliance's own line), ProtocolError; LinkReset at the end of the stream.
+        """
+        if not data:
+            raise self.broken("the appliance closed the connection")
+        self._session.receive_data(data)
+        buffers: list[Buffer] = []
+        while self.reply is None and (message := self._session.next_event()) is not None:
+            buffers += self._hear(message)
+        return buffers
+
+    def _hear(self, message: Message) -> list[Buffer]:
+        if isinstance(message, Failure):
+            raise HandshakeRefused(message.code, message.text)
+        if not self._welcomed:
+            if not isinstance(message, Welcome):
+                raise ProtocolError(f"{type(message).__name__} instead of a welcome")
+            self._welcomed = True
+            return self._session.send(Request(1, self._command, self._body))
+        if not isinstance(message, Reply):
+            raise ProtocolError(f"{type(message).__name__} instead of a reply")
+        if message.error:
+            raise RequestRefused(message.error)
+        self.reply = message.body
+        return []
+
+    def broken(self, reason: str) -> LinkReset:
+        """What to raise when the link broke before the reply: whether it was done is unknown."""
+        return LinkReset(f"{self._command}: {reason}; look whether it was done before trying again")
+
+
+def ask_here(
+    place: UnixAddress,
+    group: str | None,
+    command: str,
+    body: dict[str, object],
+    *,
+    role: Role = Role.ADMIN,
+    timeout: float = REPLY_SECONDS,
+) -> dict[str, object]:
+    """As `control.request`, of an appliance on this machine; blocks."""
+    talk = Exchange(group or "", command, body, role)
+    end = time.monotonic() + timeout
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(timeout)
+        try:
+            with_address(place.path, sock.connect)
+        except OSError as error:
+            if nobody_there(error):
+                raise NoAppliance(f"no appliance runs at {place.path}") from error
+            raise LinkDown(f"cannot connect to {place.path}: {error.strerror or error}") from error
+        try:
+            _send(sock, talk.begin())
+            while talk.reply is None:
+                sock.settimeout(max(0.001, end - time.monotonic()))
+                _send(sock, talk.receive(sock.recv(RECEIVE_BYTES)))
+        except TimeoutError:
+            raise no_answer(command, place, timeout) from None
+        except OSError as error:
+            raise talk.broken(f"the link to the peer broke: {error}") from error
+    return talk.reply
+
+
+def _send(sock: socket.socket, buffers: Sequence[Buffer]) -> None:
+    for buffer in buffers:
+        sock.sendall(buffer)

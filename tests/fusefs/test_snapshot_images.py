@@ -1,0 +1,114 @@
+"""Reads of the snapshot mount: at once from memory, soon from a quick disk, in a thread from anything slower."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import trio
+
+from dedup.errors import Damaged, MomentGone, OnItsWay, WouldBlock
+from dedup.image import room_for
+from dedup.types import BLOCK_BYTES, Moment, PointKind, Seq, TimeNs, VolumeId, VolumeState
+from fusefs import snapshot_images
+from fusefs.snapshot_images import READ_BYTES_MAX, SnapshotImages
+from fusefs.snapshot_tree import SnapshotFile
+
+CONTENT = bytes(range(256)) * 64
+NODE = SnapshotFile(
+    VolumeState(VolumeId(1), "data", len(CONTENT), 0o644, 0, 0), Moment("g", Seq(5), TimeNs(1), PointKind.CRASH)
+)
+
+
+class DiskImage:
+    """A past image whose reads without waiting end as `answers` say, one after the other; None is bytes."""
+
+    size, time, label = len(CONTENT), TimeNs(1), "bytes"
+
+    def __init__(self, *answers: type[Exception] | None) -> None:
+        self.answers = list(answers)
+        self.waited = 0
+
+    def read(self, offset: int, length: int, *, wait: bool = True) -> bytes:
+        return bytes(self.read_into(offset, length, memoryview(bytearray(room_for(length))), wait=wait))
+
+    def read_into(self, offset: int, length: int, buffer: memoryview, *, wait: bool = True) -> memoryview:
+        if wait:
+            assert threading.current_thread() is not threading.main_thread()
+            self.waited += 1
+        elif self.answers and (answer := self.answers.pop(0)) is not None:
+            raise answer
+        part = CONTENT[offset : offset + length]
+        buffer[: len(part)] = part
+        return buffer[: len(part)]
+
+    def next_data(self, offset: int) -> int:
+        return offset
+
+    def allocated(self) -> int:
+        return self.size
+
+
+async def images_of(image: DiskImage) -> SnapshotImages:
+    async def make(node: SnapshotFile) -> DiskImage:
+        return image
+
+    images = SnapshotImages(make)
+    await images.ready(NODE)
+    return images
+
+
+async def read(images: SnapshotImages, off: int, size: int) -> bytes:
+    """As the handler does it."""
+    coming, part = False, None
+    try:
+        part = images.read_now(NODE, off, size)
+    except OnItsWay:
+        coming = True
+    return bytes(part if part is not None else await images.read(NODE, off, size, coming=coming))
+
+
+@pytest.mark.parametrize(
+    ("answers", "waited"),
+    [
+        ((), 0),
+        ((OnItsWay,), 0),
+        ((OnItsWay, OnItsWay, OnItsWay), 0),
+        ((WouldBlock,), 1),
+        ((OnItsWay, WouldBlock), 1),
+        ((OnItsWay, MomentGone), 1),
+        ((Damaged,), 1),
+    ],
+)
+async def test_who_waits_for_what(
+    answers: tuple[type[Exception], ...], waited: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot_images, "SOON_SECONDS", 10.0)
+    image = DiskImage(*answers)
+    images = await images_of(image)
+    assert await read(images, 100, BLOCK_BYTES) == CONTENT[100 : 100 + BLOCK_BYTES]
+    assert (image.waited, image.answers) == (waited, [])
+
+
+async def test_a_disk_that_is_not_quick_is_waited_for_in_a_thread() -> None:
+    image = DiskImage(*[OnItsWay] * 100_000)
+    images = await images_of(image)
+    assert await read(images, 0, BLOCK_BYTES) == CONTENT[:BLOCK_BYTES]
+    assert image.waited == 1
+    assert await images.read(NODE, 0, READ_BYTES_MAX + 1) == CONTENT
+
+
+async def test_others_run_while_one_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And have the buffer to themselves: the bytes of either are its own."""
+    monkeypatch.setattr(snapshot_images, "SOON_SECONDS", 10.0)
+    images = await images_of(DiskImage(OnItsWay, OnItsWay))
+    got: dict[int, bytes] = {}
+
+    async def reader(off: int) -> None:
+        got[off] = await read(images, off, BLOCK_BYTES)
+
+    async with trio.open_nursery() as nursery:
+        for off in (0, BLOCK_BYTES, 2 * BLOCK_BYTES):
+            nursery.start_soon(reader, off)
+    assert got == {off: CONTENT[off : off + BLOCK_BYTES] for off in got}
+    assert len(got) == 3
