@@ -14,7 +14,8 @@ from typing import Final
 import numpy as np
 
 from dedup import layout
-from dedup.container import ContainerPool, ContainerReader
+from dedup.container import ContainerReader
+from dedup.container_pool import ContainerPool
 from dedup.errors import Damaged, UnknownFormat
 from dedup.journal_entry import LoggedExtent, extents_of
 from dedup.journal_reader import chain, scan_segment

@@ -23,7 +23,8 @@ from typing import Final
 import numpy as np
 
 from dedup.catalog import Catalog, Index
-from dedup.container import ContainerPool, ContainerReader
+from dedup.container import ContainerReader
+from dedup.container_pool import ContainerPool
 from dedup.damage import locate_head
 from dedup.errors import Damaged, StoreFull, UnknownFormat
 from dedup.layout import (

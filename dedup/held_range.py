@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dedup.container import ContainerPool
+from dedup.container_pool import ContainerPool
 from dedup.errors import Damaged
 from dedup.layout import LEAF_BLOCKS
 from dedup.pointer_map import Addresses

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from dedup.catalog import Index
-from dedup.container import ContainerPool
+from dedup.container_pool import ContainerPool
 from dedup.errors import Damaged, MomentGone, WouldBlock
 from dedup.layout import LEAF_BLOCKS
 from dedup.pointer_map import Addresses

@@ -21,7 +21,7 @@ from typing import Final, Protocol
 import numpy as np
 from xxhash import xxh3_128_digest
 
-from dedup.container import ContainerPool
+from dedup.container_pool import ContainerPool
 from dedup.data_journal import DataJournal
 from dedup.errors import Damaged, OutOfOrder, StoreError
 from dedup.fingerprint_index import FingerprintIndex

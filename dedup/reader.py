@@ -19,7 +19,7 @@ from typing import TypeVar
 from dedup import layout, resolution
 from dedup.catalog import Catalog, Index, Txn
 from dedup.changes import Changes
-from dedup.container import ContainerPool
+from dedup.container_pool import ContainerPool
 from dedup.difference import differing_ranges
 from dedup.errors import UnknownName
 from dedup.gaps import Gaps

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from dedup import layout
 from dedup.catalog import Index
-from dedup.container import ContainerPool, marks_of
+from dedup.container import marks_of
+from dedup.container_pool import ContainerPool
 from dedup.data_journal import DataJournal
 from dedup.errors import Damaged, NameRefused, StoreBusy, StoreError, StoreFailed, UnknownFormat
 from dedup.fingerprint_index import FingerprintIndex

@@ -25,7 +25,8 @@ import numpy as np
 
 from dedup import layout
 from dedup.catalog import Index
-from dedup.container import ContainerPool, ContainerReader
+from dedup.container import ContainerReader
+from dedup.container_pool import ContainerPool
 from dedup.damage import CATALOG, CHECKS, CONTAINERS, INDEX, JOURNAL, POINTERS, POLICY, Check, Damage, Report, locate
 from dedup.errors import Damaged, StoreError, UnknownFormat
 from dedup.group_verify import GroupVerifier

@@ -7,7 +7,7 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
-from dedup.container import IDLE_SECONDS
+from dedup.container_pool import IDLE_SECONDS
 from dedup.history import History
 from dedup.pins import Pinning
 from dedup.types import Moment

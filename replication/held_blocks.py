@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from dedup.container import ContainerPool
+from dedup.container_pool import ContainerPool
 from dedup.errors import Damaged
 from dedup.ingest import ZEROS_FINGERPRINT
 from dedup.layout import ZERO_BLOCK

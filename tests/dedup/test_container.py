@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dedup import layout
-from dedup.container import ContainerPool, ContainerReader, RawContainerWriter
+from dedup.container import ContainerReader, RawContainerWriter
+from dedup.container_pool import ContainerPool
 from dedup.errors import Damaged, StoreError, StoreFailed, StoreFull, WouldBlock
 from dedup.layout import RAW_SLOTS_OFFSET, RAW_TABLE_OFFSET, address, container_path, fingerprint
 from dedup.storage import Storage

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dedup.container
-from dedup.container import ContainerPool
+from dedup.container_pool import ContainerPool
 from dedup.data_journal import DataJournal
 from dedup.errors import StoreFailed, StoreFull
 from dedup.layout import address, container_named, container_path, fingerprint

@@ -245,7 +245,7 @@ def test_a_group_that_claims_to_be_huge_is_damage(sealed: bytes, length: int) ->
     frame = b"\x28\xb5\x2f\xfd\xe0" + length.to_bytes(8, "little") + b"\x01\x00\x00"
     table = sealed[SEALED_TABLE_OFFSET : header.groups_offset]
     table += SEALED_GROUP.struct.pack(header.table_end, len(frame), 32, layout.CODING_ZSTD, checksum(frame))
-    table += SEALED_GROUP.struct.pack(header.table_end, len(frame), 3, layout.CODING_STORED, checksum(frame))
+    table += SEALED_GROUP.struct.pack(header.table_end, len(frame), 3, layout.CODING_ZSTD, checksum(frame))
     packed = layout.pack_sealed_header(SealedHeader(header.slots, header.groups, checksum(table)))
     page = sealed[:SEALED_HEADER_OFFSET] + packed + sealed[SEALED_HEADER_OFFSET + len(packed) : SEALED_TABLE_OFFSET]
     storage = MemoryFiles({layout.container_path(DIRECTORY, ONE): page + table + frame})
@@ -256,6 +256,20 @@ def test_a_group_that_claims_to_be_huge_is_damage(sealed: bytes, length: int) ->
                 reader.read_block(slot)
     finally:
         reader.close()
+
+
+def test_a_stored_group_of_another_length_than_its_blocks_is_damage(sealed: bytes) -> None:
+    header = layout.unpack_sealed_header(sealed, PATH)
+    group = bytes(32 * BLOCK_BYTES)
+    for length in (0, len(group) - 1, len(group) - BLOCK_BYTES):
+        table = sealed[SEALED_TABLE_OFFSET : header.groups_offset]
+        stored = header.table_end, length, 32, layout.CODING_STORED, checksum(group[:length])
+        table += SEALED_GROUP.struct.pack(*stored) + sealed[header.table_end - SEALED_GROUP.size : header.table_end]
+        packed = layout.pack_sealed_header(SealedHeader(header.slots, header.groups, checksum(table)))
+        page = sealed[:SEALED_HEADER_OFFSET] + packed + sealed[SEALED_HEADER_OFFSET + len(packed) : SEALED_TABLE_OFFSET]
+        storage = MemoryFiles({layout.container_path(DIRECTORY, ONE): page + table + group + bytes(3 * BLOCK_BYTES)})
+        with pytest.raises(Damaged, match="slot table"):
+            ContainerReader.open(storage, DIRECTORY, ONE)
 
 
 # ---- policy and pins -------------------------------------------------------------------------------------------------

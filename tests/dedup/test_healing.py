@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dedup.container import ContainerPool, RawContainerWriter
+from dedup.container import RawContainerWriter
+from dedup.container_pool import ContainerPool
 from dedup.errors import Damaged
 from dedup.healing import Healer, head_ranges
 from dedup.layout import address, container_path, fingerprint
@@ -34,7 +35,8 @@ def opened(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Store, Model
     path, model = tmp_path / "store", Model()
     Store.create(path)
     store = Store.open(path)
-    data = random.Random(3).randbytes(40 * BLOCK)
+    dice = random.Random(3)
+    data = b"".join(2 * dice.randbytes(BLOCK // 2) for _ in range(40))  # half of it is news: sealed, it is compressed
     store.group("g").ingest([*model.begin(), model.create("a.img")])
     store.group("g").ingest([model.write(A, 0, data), model.write(A, 3 * BLOCK, b"newer" * 1000)])
     store.close()

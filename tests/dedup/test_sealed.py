@@ -13,8 +13,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dedup import container, layout
-from dedup.container import ContainerPool, ContainerReader, RawContainerWriter
+from dedup import container_pool, layout
+from dedup.container import ContainerReader, RawContainerWriter
+from dedup.container_pool import ContainerPool
 from dedup.errors import Damaged, OnItsWay, StoreError, StoreFailed, StoreFull
 from dedup.layout import address, container_path, fingerprint
 from dedup.sealed import seal
@@ -376,14 +377,14 @@ def test_a_replaced_file_is_not_held_open_for_ever(tmp_path: Path, monkeypatch: 
     pool.read_block(address(ONE, 3))
     pool.close_idle()
     assert open_descriptors() == before + 1, "in use a moment ago"
-    monkeypatch.setattr(container, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(container_pool, "IDLE_SECONDS", 0.0)
     pool.close_idle()
     assert open_descriptors() == before
 
     pool.read_block(address(ONE, 3))
     seal(Storage(), tmp_path, ONE, range(10))
     assert pool.read_block(address(ONE, 63)) == blocks[63], "the old file, as it was"
-    monkeypatch.setattr(container, "CURRENT_SECONDS", 0.0)
+    monkeypatch.setattr(container_pool, "CURRENT_SECONDS", 0.0)
     with pytest.raises(Damaged, match="slot 63 is not"):
         pool.read_block(address(ONE, 63))
     assert pool.read_block(address(ONE, 9)) == blocks[9]

@@ -17,9 +17,10 @@ ELSEWHERE = {
     "catalog.py": {"os.statvfs", "lmdb.open"},
     "index_file.py": {"os.stat", "os.truncate"},
     "marker.py": {"os.stat", "nearest.exists", "open"},
+    "sealed_form.py": {"mmap.mmap"},
 }
-"""LMDB's own file, and where the store lies: what it is mounted on."""
-LMDB = {"env", "txn"}
+"""LMDB's own file, and where the store lies: what it is mounted on; memory that no file lies behind."""
+LMDB = {"env", "txn", "self._txn"}
 SYSTEM = {"os", "os.path", "shutil", "io", "fcntl", "mmap", "tempfile"}
 NO_FILES = re.compile(r"os\.(_exit|fsdecode|fsencode|fspath|getpid|major|minor|nice|strerror|urandom)")
 """Functions of `os` that touch no file."""
