@@ -23,21 +23,9 @@ import trio
 
 from dedup.types import Aggregate, Epoch, Record, Seq, VolumeState, Write
 from replication.bandwidth import Bandwidth
-from replication.errors import (
-    HistoryLost,
-    LocalProtocolError,
-    OutageError,
-)
+from replication.errors import HistoryLost, LocalProtocolError, OutageError
 from replication.forwarder import Forwarder
-from replication.messages import (
-    PROTOCOL_VERSION,
-    Ack,
-    Compare,
-    Hello,
-    Level,
-    Role,
-    Welcome,
-)
+from replication.messages import PROTOCOL_VERSION, Ack, Compare, Hello, Level, Role, Welcome
 from replication.modes import Mode, ModePolicy, Outage, mode_policy
 from replication.outage_watch import OUTAGE_AFTER_SECONDS, OutageWatch
 from replication.outbox import FRAME_OVERHEAD_BYTES, QUEUE_BYTES_MAX
@@ -272,8 +260,7 @@ class FirstAppliance:
 
     def flush_soon(self, seq: Seq) -> None:
         """Has what `flushed` waits for come soon; waits for nothing."""
-        if not self._progress.has_reached(seq, self._policy.flush_waits_for):
-            self.hurry(seq, self._policy.flush_waits_for)
+        self.hurry(seq, self._policy.flush_waits_for)
 
     async def flushed(self, seq: Seq) -> bool:
         """Like `acknowledged`, for the flush record of an fsync."""
