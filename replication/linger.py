@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -46,8 +47,8 @@ _of_this_loop: trio.lowlevel.RunVar[tuple[_Ready, int | None]] = trio.lowlevel.R
 class Linger:
     """Waits for descriptors, one at a time. Made and used by tasks of one loop."""
 
-    def __init__(self, *, spins: bool = False) -> None:
-        """`spins`: as PatientPoll."""
+    def __init__(self, spins: Callable[[], bool] = lambda: True) -> None:
+        """`spins` is asked each time whether to ask again and again before sleeping; see `patient_poll`."""
         self.ignored = 0
         """Of the tasks that are ready, so many have nothing to do. Whoever makes them ready keeps it true."""
         try:
@@ -74,12 +75,12 @@ class Linger:
             return False
         if fd != self._polled:
             self._watch(fd)
-        found = self._poll.poll(LINGER_MILLISECONDS)
+        found = self._poll.poll(LINGER_MILLISECONDS, spins=self._spins())
         return len(found) == 1 and found[0][0] == fd
 
     def _watch(self, fd: int) -> None:
         assert self._loop_fd is not None
-        self._poll = PatientPoll(self._loop_fd, fd, spins=self._spins)
+        self._poll = PatientPoll(self._loop_fd, fd)
         self._polled = fd
 
 

@@ -25,19 +25,18 @@ REST_MAX: Final = 1024
 class PatientPoll:
     """Waits for descriptors to be readable. Blocks the thread."""
 
-    def __init__(self, *descriptors: int, spins: bool = True) -> None:
-        """Without `spins` it sleeps at once."""
+    def __init__(self, *descriptors: int) -> None:
         self._poll = select.poll()
         for descriptor in descriptors:
             self._poll.register(descriptor, select.POLLIN)
-        self._spins = spins
         self._rest = 0
         self._rest_next = REST_MIN
 
-    def poll(self, milliseconds: int) -> list[tuple[int, int]]:
-        """What is ready, with its events; [] when nothing is within so many milliseconds, and the moment before."""
+    def poll(self, milliseconds: int, *, spins: bool = True) -> list[tuple[int, int]]:
+        """What is ready, with its events; [] when nothing is within so many milliseconds, and the moment before. Without
+        `spins` it sleeps at once."""
         ask = self._poll.poll
-        if self._spins:
+        if spins:
             if self._rest:
                 self._rest -= 1
             else:

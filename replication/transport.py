@@ -150,7 +150,7 @@ class SocketConnection(Connection):
             raise LinkDown(f"the link to the peer broke: {error}") from error
 
     def linger(self) -> bool:
-        self._linger = Linger(spins=True)
+        self._linger = Linger()
         return True
 
     async def receive(self) -> bytes:
