@@ -105,8 +105,10 @@ class Reachability:
         addresses, index = np.unique(addresses, return_index=True)
         first = int(addresses[0] == HOLE)
         addresses, index = addresses[first:], index[first:]
+        if not len(addresses):
+            return
         containers = (addresses >> np.uint64(SLOT_BITS)).astype(np.int64)
-        starts: list[int] = [0, *(np.flatnonzero(np.diff(containers)) + 1).tolist()] if len(addresses) else []
+        starts: list[int] = [0, *(np.flatnonzero(np.diff(containers)) + 1).tolist()]
         for start, end in zip(starts, [*starts[1:], len(addresses)], strict=True):
             slots = (addresses[start:end] & np.uint64(SLOT_MASK)).astype(np.int64)
             self._look(int(containers[start]), slots, None if expected is None else expected[index[start:end]])

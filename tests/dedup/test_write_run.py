@@ -32,6 +32,7 @@ from dedup.types import (
     VolumeState,
     Write,
 )
+from dedup.verify import verify
 from dedup.write_run import RUN_MIN, SmallWrites, WriteRun
 from tests.dedup.model import Model
 from tests.dedup.test_store import check_moment
@@ -177,3 +178,10 @@ def test_a_run_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -
     group.ingest(records)
     check_moment(group.reader(), model, model.seq)
     store.close()
+
+
+def test_a_store_of_nothing_but_zeros_verifies(tmp_path: Path) -> None:
+    store, model = filled(tmp_path / "store")
+    store.group("g").ingest([model.write(A, at * BLOCK_BYTES, ZERO_BLOCK) for at in range(RUN_MIN)])
+    store.close()
+    assert verify(tmp_path / "store", read_data=True).ok
