@@ -50,13 +50,11 @@ async def serve(
     before_requests: Callable[[], Awaitable[None]] | None = None,
     stop: trio.Event | None = None,
     max_tasks: int = TASKS_MAX,
-    spins: Callable[[], bool] = lambda: True,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Mounts `operations` at `mountpoint` and serves it until one of `signals`, `stop`, or an unmount by others.
 
     `before_requests` is awaited once the kernel has accepted the mount, before anything can be asked of it.
-    `spins` says whether to look for the next request again and again before sleeping, see `request_wait`.
     `task_status.started()` is called when the mount is in place; requests wait for the next moment and are answered.
     On a signal or `stop` it unmounts; files that are still open there get errors from then on. However it ended: when
     the last request has been answered it awaits `drain()` and returns. A second signal cancels requests that are stuck
@@ -77,7 +75,7 @@ async def serve(
         async with trio.open_nursery() as nursery:
 
             async def main_loop() -> None:
-                with lingering_for_requests(spins):
+                with lingering_for_requests():
                     await pyfuse3.main(min_tasks=max_tasks, max_tasks=max_tasks)
                 ended.set()
                 stop.set()

@@ -223,9 +223,6 @@ class MountProcess:
                         drain=drain,
                         stop=self._stop,
                         max_tasks=TASKS_MAX,
-                        # The second appliance would look for its next record meanwhile, and the application needs a
-                        # processor, too.
-                        spins=lambda: not self.agent.first.waits_for_second,
                         task_status=task_status,
                     )
                     serving.cancel_scope.cancel()

@@ -8,7 +8,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -46,10 +46,9 @@ class ReadLock:
 
 
 @contextmanager
-def lingering_for_requests(spins: Callable[[], bool]) -> Iterator[None]:
-    """Within it pyfuse3's main loop lingers; `spins` as for `Linger`. To be entered within trio, for one mount of the
-    process at a time."""
-    linger = Linger(spins)
+def lingering_for_requests() -> Iterator[None]:
+    """Within it pyfuse3's main loop lingers. To be entered within trio, for one mount of the process at a time."""
+    linger = Linger()
     lowlevel = SimpleNamespace(**(vars(trio.lowlevel) | {"wait_readable": linger.readable}))
     instead = vars(trio) | {"lowlevel": lowlevel, "Lock": lambda: ReadLock(linger)}
     pyfuse3.trio = SimpleNamespace(**instead)  # type: ignore[attr-defined]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -47,8 +46,7 @@ _of_this_loop: trio.lowlevel.RunVar[tuple[_Ready, int | None]] = trio.lowlevel.R
 class Linger:
     """Waits for descriptors, one at a time. Made and used by tasks of one loop."""
 
-    def __init__(self, spins: Callable[[], bool] = lambda: True) -> None:
-        """`spins` is asked each time whether to ask again and again before sleeping; see `patient_poll`."""
+    def __init__(self) -> None:
         self.ignored = 0
         """Of the tasks that are ready, so many have nothing to do. Whoever makes them ready keeps it true."""
         try:
@@ -59,7 +57,6 @@ class Linger:
                 trio.lowlevel.add_instrument(found[0])
             _of_this_loop.set(found)
         self._ready, self._loop_fd = found
-        self._spins = spins
         self._polled = -1
         self._poll = PatientPoll()
         self._turned = 0.0
@@ -75,7 +72,7 @@ class Linger:
             return False
         if fd != self._polled:
             self._watch(fd)
-        found = self._poll.poll(LINGER_MILLISECONDS, spins=self._spins())
+        found = self._poll.poll(LINGER_MILLISECONDS)
         return len(found) == 1 and found[0][0] == fd
 
     def _watch(self, fd: int) -> None:

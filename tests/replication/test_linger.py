@@ -246,10 +246,3 @@ def test_an_answer_makes_it_ask_again(asked: Asked) -> None:
     slept = asked.slept
     poll.poll(1)
     assert (asked.at_once, asked.slept) == (3, slept + 1)
-
-
-def test_without_spins_it_sleeps_at_once(asked: Asked) -> None:
-    poll = PatientPoll(3)
-    for _ in range(3):
-        assert poll.poll(1, spins=False) == []
-    assert (asked.at_once, asked.slept) == (0, 3)
