@@ -31,18 +31,25 @@ class ReadLock:
     def __init__(self, linger: Linger) -> None:
         self._linger = linger
         self._held = False
-        self._waiting = trio.lowlevel.ParkingLot()
+        self._waiting: list[trio.lowlevel.Task] = []
 
     async def __aenter__(self) -> None:
         while self._held:
-            await self._waiting.park()
+            task = trio.lowlevel.current_task()
+            self._waiting.append(task)
+            await trio.lowlevel.wait_task_rescheduled(lambda _, task=task: self._leave(task))  # type: ignore[misc]
             self._linger.ignored = 0
         self._held = True
 
     async def __aexit__(self, *_: object) -> None:
         self._held = False
         if self._waiting and not self._linger.ignored:
-            self._linger.ignored = len(self._waiting.unpark())
+            self._linger.ignored = 1
+            trio.lowlevel.reschedule(self._waiting.pop())
+
+    def _leave(self, task: trio.lowlevel.Task) -> trio.lowlevel.Abort:
+        self._waiting.remove(task)
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 @contextmanager

@@ -6,7 +6,8 @@ asking the kernel directly halves what each of them takes.
 
 Invariants:
 - Nobody is kept waiting who could go on: a task lingers only while no other is ready to run, and it watches the loop's
-  own epoll descriptor as well, which becomes ready with anything that the loop waits for.
+  own epoll descriptor as well, which becomes ready with anything that the loop waits for. While others are ready, it
+  takes what is there already, once in each step.
 - The loop has its turn every TURN_SECONDS, so a deadline is late by no more than that and one linger; there a task is
   cancelled, too, and not while it lingers.
 """
@@ -28,16 +29,18 @@ TURN_SECONDS: Final = 0.002
 
 
 class _Ready(trio.abc.Instrument):
-    """The tasks of this loop that could run and have not yet."""
+    """The tasks of this loop that could run and have not yet, and how many have run."""
 
     def __init__(self) -> None:
         self.tasks: set[trio.lowlevel.Task] = set()
+        self.steps = 0
 
     def task_scheduled(self, task: trio.lowlevel.Task) -> None:
         self.tasks.add(task)
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         self.tasks.discard(task)
+        self.steps += 1
 
 
 _of_this_loop: trio.lowlevel.RunVar[tuple[_Ready, int | None]] = trio.lowlevel.RunVar("rewindfs.linger")
@@ -60,18 +63,25 @@ class Linger:
         self._polled = -1
         self._poll = PatientPoll()
         self._turned = 0.0
+        self._step = -1
+        """The one in which a descriptor was found readable though others were ready to run."""
 
     async def readable(self, fd: int) -> None:
         """Returns when the descriptor is readable, perhaps without a checkpoint. Raises as trio's `wait_readable`."""
-        if self._loop_fd is None or len(self._ready.tasks) > self.ignored or not self._is_readable_soon(fd):
+        if self._loop_fd is None or not self._is_readable_soon(fd):
             await trio.lowlevel.wait_readable(fd)
             self._turned = time.monotonic()
 
     def _is_readable_soon(self, fd: int) -> bool:
-        if time.monotonic() - self._turned > TURN_SECONDS:
-            return False
         if fd != self._polled:
             self._watch(fd)
+        if len(self._ready.tasks) > self.ignored:
+            if self._step == self._ready.steps:
+                return False
+            self._step = self._ready.steps
+            return any(ready == fd for ready, _ in self._poll.poll(0))
+        if time.monotonic() - self._turned > TURN_SECONDS:
+            return False
         found = self._poll.poll(LINGER_MILLISECONDS)
         return len(found) == 1 and found[0][0] == fd
 

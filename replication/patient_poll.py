@@ -34,8 +34,11 @@ class PatientPoll:
         self._rest_next = REST_MIN
 
     def poll(self, milliseconds: int) -> list[tuple[int, int]]:
-        """What is ready, with its events; [] when nothing is within so many milliseconds, and the moment before."""
+        """What is ready, with its events; [] when nothing is within so many milliseconds, and the moment before. With 0
+        it is what is ready now."""
         ask = self._poll.poll
+        if not milliseconds:
+            return ask(0)
         if self._rest:
             self._rest -= 1
             return ask(milliseconds)
