@@ -203,8 +203,6 @@ class GroupWriter:
         """The volumes that exist at `held`, by id."""
         return [self.state.volumes[volume] for volume in sorted(self.state.volumes)]
 
-    # -- ingest ------------------------------------------------------------------------------------------------------
-
     def ingest(self, records: Sequence[Record]) -> None:
         """Takes records in seq order; RECEIVED when it returns, all of them or none.
 

@@ -91,9 +91,28 @@ async def test_who_could_run_runs_first(pipe: tuple[int, int], unhurried: None) 
         nursery.start_soon(other)
         await trio.testing.wait_all_tasks_blocked()
         event.set()
+        await lingers.readable(reading)  # what is there already, once
         await lingers.readable(reading)  # in one turn of the loop with the other, who may come second
         await lingers.readable(reading)
         assert ran
+
+
+async def test_while_others_are_ready_it_takes_what_is_there_once_a_step(
+    pipe: tuple[int, int], turns: Turns, unhurried: None
+) -> None:
+    reading, writing = pipe
+    os.write(writing, b"1")
+    lingers = Linger()
+    event = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(event.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        before = turns.count
+        event.set()
+        await lingers.readable(reading)
+        assert turns.count == before
+        await lingers.readable(reading)
+        assert turns.count > before
 
 
 async def test_who_is_ignored_is_not_waited_for(pipe: tuple[int, int], turns: Turns, unhurried: None) -> None:
