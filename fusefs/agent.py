@@ -48,12 +48,7 @@ from fusefs.intercept import CreateFile, NamespaceChange, RemoveFile, RenamePath
 from fusefs.namespace_brackets import NamespaceBrackets
 from fusefs.range_lock import RangeLock
 from fusefs.source_writes import sync_file, write_at
-from fusefs.volume_records import (
-    attributes_record,
-    check_moves,
-    create_record,
-    retire_record,
-)
+from fusefs.volume_records import attributes_record, check_moves, create_record, retire_record
 from fusefs.volume_table import Volume, VolumeTable, check_path
 from replication.agent_link import RECORD_BYTES, AgentLink
 from replication.errors import HistoryLost, LinkDown, LinkReset, OutageError
@@ -271,24 +266,30 @@ class Agent:
         return None
 
     async def fsync(self, volume: VolumeId | None, fd: int, datasync: bool) -> None:
-        """Records a recovery point and syncs the source; in sync mode it is durable at the second appliance, too.
+        """Syncs the source and records a recovery point; in sync mode it is durable at the second appliance, too.
 
-        The point is what had been written when the application asked, so it is recorded then, and both sides sync at
-        the same time. OutageError, and the source is not synced, where nothing can be recorded and that is to fail.
+        The point is what had been written when the application asked: it is recorded then, and both sides sync at the
+        same time. Where there is no room for it at once, as in an outage, the source is synced first.
         """
-        seq = _NO_SEQ
-        recorded = volume is not None and self.volumes.get(volume) is not None and await self.link.room(RECORD_BYTES)
-        # Room may have been waited for: the volume may be gone by now.
-        known = self.volumes.get(volume) if recorded and volume is not None else None
-        if known is not None and known.known:
-            seq = self.link.put(lambda seq, time, run: Flush(seq, time, run, known.id))
-            self.first.flush_soon(seq)
+        seq = self._put_flush(volume) if volume is not None and self.link.has_room(RECORD_BYTES) else _NO_SEQ
         token = self.tracker.token()
         await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fd)
-        if volume is not None and self.volumes.get(volume) is not None:
-            self.tracker.source_synced(volume, token)
+        if volume is None or self.volumes.get(volume) is None:
+            return
+        self.tracker.source_synced(volume, token)
+        if seq == _NO_SEQ and await self.link.room(RECORD_BYTES):
+            seq = self._put_flush(volume)
         if seq != _NO_SEQ:
             await self.first.flushed(seq)
+
+    def _put_flush(self, volume: VolumeId) -> Seq:
+        """Records the flush; not that of a volume that is gone, or that the store does not know."""
+        known = self.volumes.get(volume)
+        if known is None or not known.known:
+            return _NO_SEQ
+        seq = self.link.put(lambda seq, time, run: Flush(seq, time, run, volume))
+        self.first.flush_soon(seq)
+        return seq
 
     # -- names and attributes ----------------------------------------------------------------------------------------
 

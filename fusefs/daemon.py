@@ -28,6 +28,8 @@ log = logging.getLogger("rewindfs.daemon")
 
 TASKS_MAX: Final = 64
 """Requests served at a time, unless the caller knows better."""
+IDLE_TASKS: Final = 16
+"""Tasks that are kept though idle, each with a buffer of 1 MiB; to make another costs as much as a request."""
 BUSY_SECONDS: Final = 5.0
 """How long a mount that is to be left may stay busy."""
 
@@ -76,7 +78,7 @@ async def serve(
 
             async def main_loop() -> None:
                 with lingering_for_requests():
-                    await pyfuse3.main(min_tasks=max_tasks, max_tasks=max_tasks)
+                    await pyfuse3.main(min_tasks=min(IDLE_TASKS, max_tasks), max_tasks=max_tasks)
                 ended.set()
                 stop.set()
 

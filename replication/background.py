@@ -25,7 +25,7 @@ from typing import Final
 import trio
 
 from dedup.errors import RewindError
-from replication.heap import keep_freed_memory
+from replication.heap import give_back_when_idle, keep_freed_memory
 from replication.notify import ServiceManager
 
 log = logging.getLogger("rewindfs.background")
@@ -131,6 +131,11 @@ def configure_logging(*, foreground: bool, log_file: Path | None, debug: bool) -
     logging.getLogger("pyfuse3").setLevel(logging.INFO)
 
 
+async def _run(main: Callable[[Ready], Awaitable[None]], ready: Ready) -> None:
+    trio.lowlevel.spawn_system_task(give_back_when_idle)
+    await main(ready)
+
+
 def run(
     main: Callable[[Ready], Awaitable[None]], *, foreground: bool, log_file: Path | None = None, debug: bool = False
 ) -> None:
@@ -146,13 +151,13 @@ def run(
     keep_freed_memory()
     if foreground:
         configure_logging(foreground=True, log_file=log_file, debug=debug)
-        trio.run(main, Ready(None, log_file, ServiceManager.from_environment()))
+        trio.run(_run, main, Ready(None, log_file, ServiceManager.from_environment()))
         return
     ready = background(log_file)
     status = 1
     try:
         configure_logging(foreground=False, log_file=log_file, debug=debug)
-        trio.run(main, ready)
+        trio.run(_run, main, ready)
         status = 0
     except BaseException as failure:
         # The end of this process, whatever the reason: all that is left to do is to say it.

@@ -7,20 +7,43 @@ page fault after the other: half of what such a record costs a second appliance 
 from __future__ import annotations
 
 import ctypes
+import time
 from typing import Final
+
+import trio
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 """Of glibc's malloc.h; see mallopt(3)."""
 KEPT_BYTES: Final = 64 << 20
-"""Most that stays at the end of the heap when it is free: about two queues of records."""
+"""Most that stays at the end of the heap when it is free: about two queues of records. What is free further in stays as
+long as the process has work to do."""
 MAPPED_BYTES: Final = 32 << 20
 """What is larger has a mapping of its own, which goes when it is freed: the largest threshold there is."""
 
 
+IDLE_SECONDS: Final = 10.0
+IDLE_SHARE: Final = 0.05
+"""A process that works less than this share of IDLE_SECONDS gives back what it has freed, until it works again."""
+
+
 def keep_freed_memory() -> None:
-    """Has this process keep up to KEPT_BYTES that it has freed. Does nothing where the C library is not glibc."""
+    """Has this process keep what it frees, so that it need not ask for it again; `give_back_when_idle` goes with it.
+    Does nothing where the C library is not glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
         mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+async def give_back_when_idle() -> None:
+    """Runs until cancelled."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    given_back = False
+    while trim is not None:
+        worked = time.process_time()
+        await trio.sleep(IDLE_SECONDS)
+        idle = time.process_time() - worked < IDLE_SHARE * IDLE_SECONDS
+        if idle and not given_back:
+            await trio.to_thread.run_sync(trim, 0)
+        given_back = idle

@@ -94,7 +94,11 @@ class Linger:
 def _loop_descriptor() -> int | None:
     """By what the running loop waits. None where that cannot be told for certain: nobody lingers then."""
     found = []
-    for name in os.listdir("/proc/self/fd"):
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:
+        return None  # no descriptor is left, or no /proc
+    for name in names:
         try:
             if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
                 found.append(int(name))

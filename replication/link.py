@@ -176,10 +176,11 @@ class Link:
     def hear_soon(self) -> None:
         """Takes the answer to a lone frame here and now, if it comes within ANSWER_MILLISECONDS. Raises nothing.
 
-        Sleeps in the kernel for so long at most, and the loop with it: where the peer answers in a fraction of that, it
-        saves a lone writer two turns of the loop. Writers side by side are better off without, for their frames then
-        travel together: an offer that meets an unheld frame puts this to rest, and after each ANSWER_ROW answers
-        one is left to the loop, so that such an offer can happen. A peer that is too slow puts it to rest, too.
+        Blocks for so long at most, and a PatientPoll's moment, and the loop with it: where the peer answers in a
+        fraction of that, it saves a lone writer two turns of the loop. Writers side by side are better off without, for
+        their frames then travel together: an offer that meets an unheld frame puts this to rest, and after each
+        ANSWER_ROW answers one is left to the loop, so that such an offer can happen. A peer that is too slow puts it to
+        rest, too.
         """
         if self._rest:
             self._rest -= 1

@@ -240,8 +240,8 @@ class TlsConnection(Connection):
         # What the engine has encrypted must leave, and the socket may not take it: so never here.
         return 0
 
-    def linger(self) -> bool:
-        return self._link.linger()
+    def linger(self) -> None:
+        self._link.linger()
 
     async def receive(self) -> bytes:
         if self._engine is None:

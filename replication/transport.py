@@ -66,8 +66,8 @@ class Connection(ABC):
 
     @abstractmethod
     async def receive(self) -> bytes:
-        """The next bytes, at most RECEIVE_BYTES_MAX; b"" at the end of the stream. Always a checkpoint; cancelled, it
-        has consumed nothing. Raises LinkDown."""
+        """The next bytes, at most RECEIVE_BYTES_MAX; b"" at the end of the stream. Always a checkpoint, unless it
+        lingers; cancelled, it has consumed nothing. Raises LinkDown."""
 
     def receive_soon(self, milliseconds: int) -> bytes:
         """The next bytes if they come within so many milliseconds, for which this blocks the thread; else b"", also at
@@ -79,10 +79,9 @@ class Connection(ABC):
         """As `receive`, into `buffer`, which is not empty; how many bytes came. Only where `fills` says so."""
         raise NotImplementedError
 
-    def linger(self) -> bool:
-        """Has `receive` wait on the spot for a moment (`Linger`), where that is possible, and says whether it is: for a
-        peer that goes on as soon as it has its answer. `receive` may return without a checkpoint from now on."""
-        return False
+    def linger(self) -> None:  # noqa: B027 - a hint, which need not be taken
+        """Has `receive` wait on the spot for a moment (`Linger`) where that is possible: for a peer that goes on as
+        soon as it has its answer. `receive` may return without a checkpoint from now on."""
 
     @abstractmethod
     async def aclose(self) -> None:
@@ -149,9 +148,8 @@ class SocketConnection(Connection):
         except OSError as error:
             raise LinkDown(f"the link to the peer broke: {error}") from error
 
-    def linger(self) -> bool:
+    def linger(self) -> None:
         self._linger = Linger()
-        return True
 
     async def receive(self) -> bytes:
         return await self._receive(self._take_some)

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyfuse3
 import pytest
 import trio
 
-from dedup.types import PATH_BYTES_MAX, VOLUME_BYTES_MAX, Correct, Create, ReconcileBegin, Rename, Resize, Retire, Seq
+from dedup.types import (
+    PATH_BYTES_MAX,
+    VOLUME_BYTES_MAX,
+    Correct,
+    Create,
+    Flush,
+    ReconcileBegin,
+    Rename,
+    Resize,
+    Retire,
+    Seq,
+)
 from fusefs import agent as agent_module
 from fusefs import volume_records
 from fusefs.agent import Agent
 from fusefs.catch_up import catch_up
 from fusefs.intercept import CreateFile, RemoveFile, RenamePath
 from fusefs.volume_table import key_of
-from replication.errors import LocalProtocolError
+from replication.errors import LocalProtocolError, OutageError
 from tests.fusefs.test_agent_marks import Bench
 
 
@@ -199,3 +210,70 @@ async def test_catching_up_frees_a_path_before_it_is_taken(bench: Bench) -> None
     assert told[:4] == [ReconcileBegin, Retire, Rename, Create]
     made = bench.agent.volumes.by_path("a.img")
     assert made is not None and fresh == [made.id]
+
+
+# -- fsync -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def syncs(bench: Bench, fd: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many flushes had been recorded when the source was synced."""
+    found: list[int] = []
+    real: Callable[[int], None] = os.fdatasync
+
+    def sync(synced: int) -> None:
+        if synced == fd:
+            found.append(len(bench.records(Flush)))
+        real(synced)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    return found
+
+
+async def test_both_sides_sync_at_the_same_time(bench: Bench, fd: int, syncs: list[int]) -> None:
+    await bench.agent.fsync(bench.volume.id, fd, True)
+    assert syncs == [1]
+    assert len(bench.records(Flush)) == 1
+
+
+async def test_the_source_is_synced_first_where_there_is_no_room(bench: Bench, fd: int, syncs: list[int]) -> None:
+    bench.first.answer = OutageError("the link is down")
+    with pytest.raises(OutageError):
+        await bench.agent.fsync(bench.volume.id, fd, True)
+    assert syncs == [0]
+    assert bench.records(Flush) == []
+
+
+async def test_the_source_is_synced_in_an_outage_that_goes_on(bench: Bench, fd: int, syncs: list[int]) -> None:
+    bench.first.answer = False
+    await bench.agent.fsync(bench.volume.id, fd, True)
+    assert syncs == [0]
+    assert bench.records(Flush) == []
+
+
+async def test_a_gap_begins_before_the_flush_behind_it(bench: Bench, fd: int, syncs: list[int]) -> None:
+    bench.first.answer = False
+    await bench.write(0, b"unrecorded")
+    bench.first.answer = True
+    await bench.agent.fsync(bench.volume.id, fd, True)
+    assert syncs == [0]
+    assert [type(record) for record in bench.first.records] == [ReconcileBegin, Flush]
+
+
+async def test_an_fsync_that_the_source_fails_is_told(bench: Bench, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    token = bench.agent.tracker.token()
+    with pytest.raises(OSError, match="the disk is gone"):
+        await bench.agent.fsync(bench.volume.id, fd, True)
+    assert bench.agent.tracker.token() == token
+    assert not bench.agent.tracker._synced, "no mark goes for it"
+
+
+async def test_the_flush_of_a_volume_that_is_gone_is_not_recorded(bench: Bench, fd: int, syncs: list[int]) -> None:
+    bench.agent.volumes.remove(bench.volume)
+    await bench.agent.fsync(bench.volume.id, fd, True)
+    assert syncs == [0]
+    assert bench.first.records == []

@@ -27,6 +27,12 @@ class First(ScriptedFirst):
     async def acknowledged(self, seq: Seq) -> bool:
         return True
 
+    def flush_soon(self, seq: Seq) -> None:
+        pass
+
+    async def flushed(self, seq: Seq) -> bool:
+        return True
+
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
