@@ -89,10 +89,8 @@ class Exchange:
         self.reply = message.body
         return []
 
-    def broken(self, reason: str) -> LinkDown | LinkReset:
-        """What to raise when the link broke before the reply: once it was asked, whether it was done is unknown."""
-        if not self._welcomed:
-            return LinkDown(reason)
+    def broken(self, reason: str) -> LinkReset:
+        """What to raise when the link broke before the reply: whether it was done is unknown."""
         return LinkReset(f"{self._command}: {reason}; look whether it was done before trying again")
 
 
