@@ -14,10 +14,13 @@ import trio
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
 """Of glibc's malloc.h; see mallopt(3)."""
-KEPT_BYTES: Final = 64 << 20
-"""Most that stays at the end of the heap when it is free: about two queues of records. What is free further in stays as
-long as the process has work to do."""
+KEPT_BYTES: Final = 16 << 20
+"""Most that stays at the end of the heap when it is free. What is free further in stays as long as the process has work
+to do."""
+ARENAS: Final = 1
+"""Else each thread keeps what it has freed for itself; under the interpreter's lock they wait for each other anyway."""
 MAPPED_BYTES: Final = 32 << 20
 """What is larger has a mapping of its own, which goes when it is freed: the largest threshold there is."""
 
@@ -34,6 +37,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
         mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(_M_ARENA_MAX, ARENAS)
 
 
 async def give_back_when_idle() -> None:
