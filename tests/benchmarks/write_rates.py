@@ -111,7 +111,7 @@ def _random_runs(quick: bool) -> tuple[int, float, int]:
 
 
 def sequential(report: Report, quick: bool, peaks: PeakMemory) -> None:
-    rounds, size = _sequential_runs(quick)
+    rounds, size = (3, 512 << 20) if quick else (5, 4 << 30)
     what = f"1 MiB sequential writes of new data, {size / (1 << 30):g} GiB"
     results = _on_new_mounts(rounds, size, ["async", "sync"], peaks)
     report.table(what, "MB/s", results, BARE)
@@ -120,16 +120,11 @@ def sequential(report: Report, quick: bool, peaks: PeakMemory) -> None:
 
 
 def writeback(report: Report, quick: bool, peaks: PeakMemory) -> None:
-    rounds, size = _sequential_runs(quick)
+    rounds, size = (3, 256 << 20) if quick else (5, 1 << 30)
     what = f"1 MiB sequential writes of new data, {size / (1 << 30):g} GiB, --writeback"
     results = _on_new_mounts(rounds, size, ["async"], peaks, writeback=True)
     report.table(f"{what}, with an fsync at the end", "MB/s", results, BARE)
     report.at_least(f"{what}: async", f"{BARE} with kernel writeback", ratio(results, "async", BARE), 0.70)
-
-
-def _sequential_runs(quick: bool) -> tuple[int, int]:
-    """Rounds, and bytes of each run."""
-    return (3, 512 << 20) if quick else (5, 4 << 30)
 
 
 def _on_new_mounts(
