@@ -80,11 +80,11 @@ class Store:
             storage.sync_directory(path)
             found = max((layout.container_named(name) or 0 for name in storage.listdir(containers)), default=0)
             self.watermark = self.index.watermark()
+            self.fingerprints = FingerprintIndex(self.index, storage)
         except BaseException:
             self.index.close()
             raise
         self.pool = ContainerPool(storage, containers)
-        self.fingerprints = FingerprintIndex(self.index, storage)
         self._next_container = max(found + 1, self.watermark.next_container)
         self.base_journal = DataJournal(storage, containers, BASE_JOURNAL, "base", self._allocate)
         self.fine_journal = DataJournal(storage, containers, FINE_JOURNAL, "fine", self._allocate)

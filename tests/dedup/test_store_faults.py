@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from dedup import fingerprint_index
 from dedup.errors import Damaged, MomentRefused, NotAStore, StoreError, StoreFailed, Unreadable
+from dedup.fingerprint_filter import FILTER_NAME, FingerprintFilter
 from dedup.storage import Storage
 from dedup.store import Store
 from dedup.types import ReconcileBegin, Retire, Seq, VolumeId
+from tests.dedup.faults import open_descriptors
 from tests.dedup.model import Model
 from tests.dedup.test_store import check_moment, filled
 
@@ -192,6 +195,38 @@ def test_an_opening_that_fails_gives_everything_back(path: Path) -> None:
         with pytest.raises(StoreFailed, match=name):
             Store.open(path, storage)
     Store.open(path).close()
+
+
+def test_a_filter_that_cannot_be_read_costs_nothing_but_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
+    store, model, volume = filled(path)
+    for _ in range(20):
+        store.group("g").ingest([model.write(volume, 0, os.urandom(8192))])
+        store.checkpoint()
+    store.close()
+    known = open_descriptors()
+
+    class Blind(Storage):
+        def pread(self, fd: int, length: int, offset: int) -> bytes:
+            if self.path_of(fd).name == FILTER_NAME:
+                raise Unreadable(f"{self.path_of(fd)}: offset {offset}: cannot be read: made to fail")
+            return super().pread(fd, length, offset)
+
+    store = Store.open(path, Blind())
+    group = store.group("g")
+    group.ingest([model.write(volume, 8192, model.content[volume][:8192])])
+    assert group.head_address(volume, 2) == group.head_address(volume, 0), "found again"
+    for _ in range(20):
+        group.ingest([model.write(volume, 0, os.urandom(8192))])
+        store.checkpoint()
+    check_moment(group.reader(), model, model.seq)
+    tag = store.index.filter_tag()
+    store.close()
+    assert open_descriptors() == known
+    assert tag is not None
+    found = FingerprintFilter.open(Storage(), path / "index" / FILTER_NAME, tag)
+    assert found is not None, "made anew"
+    found.close()
 
 
 def test_the_name_of_a_group_is_durable_whoever_made_it(path: Path) -> None:
