@@ -19,7 +19,7 @@ from tests.dedup.test_store import check_moment, filled
 
 
 class WatchedStorage(Storage):
-    """Notes what is synced, and fails the sync of files with one suffix when told."""
+    """Notes what is synced, and fails the sync of files whose names have one end when told."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class WatchedStorage(Storage):
 
     def datasync(self, fd: int) -> None:
         path = self.path_of(fd)
-        if self.failing and path.suffix == self.failing:
+        if self.failing and path.name.endswith(self.failing):
             raise StoreFailed(f"{path}: sync failed: made to fail")
         self.synced.append(path.name)
         super().datasync(fd)
@@ -227,6 +227,33 @@ def test_a_filter_that_cannot_be_read_costs_nothing_but_time(path: Path, monkeyp
     found = FingerprintFilter.open(Storage(), path / "index" / FILTER_NAME, tag)
     assert found is not None, "made anew"
     found.close()
+
+
+def test_a_filter_that_cannot_be_synced_stops_the_store(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
+    store, model, volume = filled(path)
+    store.close()
+    storage = WatchedStorage()
+    store = Store.open(path, storage)
+    group = store.group("g")
+    for _ in range(2):
+        group.ingest([model.write(volume, 0, os.urandom(8192))])
+        store.checkpoint()
+    assert FILTER_NAME in storage.synced
+    group.ingest([model.write(volume, 0, os.urandom(8192))])
+    storage.failing = FILTER_NAME
+    with pytest.raises(StoreFailed, match="made to fail"):
+        store.checkpoint()
+    storage.failing = ""
+    later = Seq(model.seq)
+    for call in (store.sync, store.checkpoint, lambda: group.ingest([twin(model, volume).write(volume, 0, b"late")])):
+        with pytest.raises(StoreFailed, match="made to fail"):
+            call()
+    store.close()
+    store = Store.open(path)
+    assert store.group("g").durable == later
+    check_moment(store.group("g").reader(), model, model.seq)
+    store.close()
 
 
 def test_the_name_of_a_group_is_durable_whoever_made_it(path: Path) -> None:
