@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from dedup import fingerprint_index
+from dedup import fingerprint_index, layout
 from dedup.errors import Damaged, MomentRefused, NotAStore, StoreError, StoreFailed, Unreadable
 from dedup.fingerprint_filter import FILTER_NAME, FingerprintFilter
+from dedup.layout import fingerprint
 from dedup.storage import Storage
 from dedup.store import Store
 from dedup.types import ReconcileBegin, Retire, Seq, VolumeId
+from dedup.verify import verify
 from tests.dedup.faults import open_descriptors
 from tests.dedup.model import Model
 from tests.dedup.test_store import check_moment, filled
@@ -307,6 +309,38 @@ def test_a_block_that_could_not_be_read_when_it_was_written_in_part_is_lost_for_
     group.ingest([model.write(volume, 0, os.urandom(4096))])
     check_moment(group.reader(), model, model.seq)
     reopened.close()
+
+
+def test_a_slot_whose_entry_a_power_cut_took_is_healed_and_shared(path: Path) -> None:
+    """Of one block all is there but the entry, of the other the fingerprint alone."""
+    store, model, volume = filled(path)
+    group = store.group("g")
+    group.ingest([model.write(volume, 0, os.urandom(4096))])
+    store.checkpoint()
+    (segment,) = path.glob("groups/g/journal/*.rwj")
+    durable, lost = segment.stat().st_size, os.urandom(8192)
+    group.ingest([twin(model, volume).write(volume, 4096, lost)])
+    first = group.head_address(volume, 1)
+    store.abandon()
+    os.truncate(segment, durable)
+    container = layout.container_path(path / "containers", layout.container_of(first))
+    with container.open("r+b") as file:
+        file.seek(layout.RAW_SLOTS_OFFSET + (layout.slot_of(first) + 1) * 4096)
+        file.write(bytes(4096))
+    marks = [fingerprint(lost[at : at + 4096]) for at in (0, 4096)]
+    store = Store.open(path)
+    assert store.group("g").held == model.seq
+    assert store.fingerprints.lookup(marks) == [None, None]
+    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
+    store.close()
+    store = Store.open(path)
+    group = store.group("g")
+    assert store.fingerprints.lookup(marks) == [first, first + 1]
+    group.ingest([model.write(volume, 3 * 4096, lost)])
+    assert [group.head_address(volume, block) for block in (3, 4)] == [first, first + 1]
+    check_moment(group.reader(), model, model.seq)
+    store.close()
+    assert verify(path, read_data=True).ok
 
 
 def test_what_a_failed_sync_left_in_memory_is_not_believed(path: Path) -> None:
