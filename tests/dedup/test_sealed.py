@@ -370,7 +370,9 @@ def test_a_decoding_that_breaks_off_keeps_no_reader_waiting(tmp_path: Path) -> N
         decoding.run()
     storage.failing = False
     out = memoryview(bytearray(160 * BLOCK_BYTES))
-    reader.read_into(0, 160, out)
+    waiting = threading.Thread(target=reader.read_into, args=(0, 160, out), daemon=True)
+    waiting.start()
+    waiting.join(60)
     assert bytes(out) == b"".join(blocks)
     reader.close()
 
