@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import lmdb
 import msgspec
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from dedup import layout
 from dedup.bounds import within_bounds
@@ -182,22 +184,40 @@ class Index:
     def put_filter_tag(self, txn: Txn, tag: int) -> None:
         txn.put(_FILTER, tag.to_bytes(8, "big"), db=self.db["store"])
 
-    def gone(self) -> list[Address]:
-        """Slots whose fingerprints were removed before they were in `fingerprints`."""
+    def gone(self) -> NDArray[np.uint64]:
+        """Slots whose fingerprints were removed before they were in `fingerprints`, ascending."""
         with self.read() as txn, txn.cursor(self.db["store"]) as cursor:
-            return [Address(_number(key[len(_GONE) :], 8)) for key in _keys_under(cursor, _GONE)]
+            return np.fromiter(map(_gone_address, _keys_under(cursor, _GONE)), np.uint64)
 
-    def put_gone(self, txn: Txn, addresses: Iterable[Address]) -> None:
-        for address in addresses:
-            txn.put(_GONE + address.to_bytes(8, "big"), b"", db=self.db["store"])
+    def put_gone(self, txn: Txn, addresses: Iterable[Address]) -> int:
+        """How many of them were not there yet."""
+        return sum(
+            txn.put(_GONE + where.to_bytes(8, "big"), b"", db=self.db["store"], overwrite=False) for where in addresses
+        )
 
-    def forget_gone(self, txn: Txn, whole: Watermark) -> None:
-        """Those that it covers need not be named any more: their containers' tables are not looked at again."""
+    def forget_gone(self, txn: Txn, whole: Watermark, most: int) -> int:
+        """Those that it covers need not be named any more: their containers' tables are not looked at again. Forgets so
+        many of them at most, and returns how many slots are still named, these or others."""
+        left = 0
         with txn.cursor(self.db["store"]) as cursor:
-            found = list(_keys_under(cursor, _GONE))
+            cursor.set_range(_GONE)
+            while (key := cursor.key()).startswith(_GONE):
+                if most > 0 and whole.covers(_gone_address(key)):
+                    cursor.delete()  # and goes on to the next
+                    most -= 1
+                else:
+                    left += 1
+                    cursor.next()
+        return left
+
+    def forget_gone_of(self, txn: Txn, container: ContainerId) -> int:
+        """All of one container; how many there were."""
+        prefix = _GONE + layout.address(container, 0).to_bytes(8, "big")[: -layout.SLOT_BITS // 8]
+        with txn.cursor(self.db["store"]) as cursor:
+            found = list(_keys_under(cursor, prefix))
             for key in found:
-                if whole.covers(Address(_number(key[len(_GONE) :], 8))):
-                    txn.delete(key, db=self.db["store"])
+                txn.delete(key, db=self.db["store"])
+        return len(found)
 
     def add_group(self, txn: Txn, name: str) -> int:
         """Gives `name` the next free id."""
@@ -212,6 +232,10 @@ def _keys_under(cursor: lmdb.Cursor[bytes], prefix: bytes) -> Iterator[bytes]:
             if not key.startswith(prefix):
                 return
             yield key
+
+
+def _gone_address(key: bytes) -> Address:
+    return Address(_number(key[len(_GONE) :], 8))
 
 
 def _free_bytes(path: str) -> int:

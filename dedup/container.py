@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -36,7 +36,7 @@ from dedup.layout import (
     unpack_container_header,
 )
 from dedup.raw_form import RawForm
-from dedup.sealed_form import GroupCache, SealedForm
+from dedup.sealed_form import Decoding, GroupCache, SealedForm
 from dedup.storage import Buffer, Storage
 from dedup.types import BLOCK_BYTES, LOST_CONTAINER, ContainerForm, ContainerId, JournalId, TimeNs
 
@@ -130,7 +130,7 @@ class _Form(Protocol):
 
     def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None: ...
 
-    def begin_decoding(self, slot: int, count: int) -> Callable[[], None] | None: ...
+    def begin_decoding(self, slot: int, count: int) -> Decoding | None: ...
 
 
 class ContainerReader:
@@ -202,9 +202,9 @@ class ContainerReader:
                 f"the block in slot {slot + bad} does not match its fingerprint"
             )
 
-    def begin_decoding(self, slot: int, count: int) -> Callable[[], None] | None:
+    def begin_decoding(self, slot: int, count: int) -> Decoding | None:
         """What is left to do before the slots can be read at once, None where nothing of them is compressed or all of
-        that is decoded. To be called once, in a thread, before `close`; until it is, who reads them waits.
+        that is decoded. To be run in a thread, or given up, before `close`; until then, who reads them waits.
 
         Says nothing of damage, or of slots that are not there: `read_into` does.
         """

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dedup.container import ContainerReader
 from dedup.errors import Damaged, WouldBlock
 from dedup.layout import SLOT_BITS, SLOT_MASK, ZERO_BLOCK
-from dedup.sealed_form import GroupCache
+from dedup.sealed_form import Decoding, GroupCache
 from dedup.storage import Buffer, Storage
 from dedup.types import BLOCK_BYTES, Address, ContainerId
 
@@ -152,26 +152,36 @@ class ContainerPool:
                 reader = self._borrow(where >> SLOT_BITS, False)
             except WouldBlock:
                 continue
-            decode = None
+            decoding = None
             try:
-                decode = reader.begin_decoding(where & SLOT_MASK, end - start)
+                decoding = reader.begin_decoding(where & SLOT_MASK, end - start)
             finally:
-                if decode is None:
+                if decoding is None:
                     self._give_back(reader)
                 else:
-                    self._decode(reader, decode)
+                    self._decode(reader, decoding)
 
-    def _decode(self, reader: ContainerReader, decode: Callable[[], None]) -> None:
+    def _decode(self, reader: ContainerReader, decoding: Decoding) -> None:
         """In a thread, which gives the reader back."""
         with self._lock:
             self._decoding += 1
             if self._decoders is None:
                 self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
-        self._decoders.submit(self._decode_here, reader, decode)
-
-    def _decode_here(self, reader: ContainerReader, decode: Callable[[], None]) -> None:
+        todo = [decoding]
         try:
-            decode()
+            self._decoders.submit(self._end, reader, todo, Decoding.run)
+        except RuntimeError as error:  # the machine gives no more threads; yet another one may take it from the queue
+            log.warning("container %d is not decoded ahead of its reader: %s", reader.header.container, error)
+            self._end(reader, todo, Decoding.give_up)
+
+    def _end(self, reader: ContainerReader, todo: list[Decoding], end: Callable[[Decoding], None]) -> None:
+        """By whoever comes first, once."""
+        try:
+            decoding = todo.pop()
+        except IndexError:
+            return
+        try:
+            end(decoding)
         except Exception:
             log.exception("container %d could not be decoded ahead of its reader", reader.header.container)
         finally:

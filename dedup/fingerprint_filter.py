@@ -12,6 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Iterable
@@ -21,9 +22,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dedup.errors import StoreFailed, Unreadable
 from dedup.fingerprint_table import SLICE_BITS, SLICES, U64, halves
 from dedup.layout import FORMAT_VERSION, Fields
 from dedup.storage import Storage
+
+log = logging.getLogger(__name__)
 
 FILTER_NAME: Final = "filter"
 FILTER_MAGIC: Final = b"rwFILTR\n"
@@ -69,16 +73,26 @@ class FingerprintFilter:
 
     @classmethod
     def open(cls, storage: Storage, path: Path, tag: int) -> FingerprintFilter | None:
-        """The one that has this tag, None where it is not there whole."""
+        """The one that has this tag, None where it is not there whole, or cannot be read."""
+        fd = found = None
         try:
             fd = storage.open(path, os.O_RDWR)
+            found = cls._opened(storage, fd, tag)
         except FileNotFoundError:
-            return None
+            pass
+        except (Unreadable, StoreFailed) as error:
+            log.warning("the filter of the fingerprint index is made anew: %s", error)
+        finally:
+            if fd is not None and found is None:
+                storage.close(fd)
+        return found
+
+    @classmethod
+    def _opened(cls, storage: Storage, fd: int, tag: int) -> FingerprintFilter | None:
         magic, version, _, found, built = FILTER_HEADER.struct.unpack(
             storage.pread(fd, FILTER_HEADER.size, 0).ljust(FILTER_HEADER.size, b"\0")
         )
         if (magic, version, found) != (FILTER_MAGIC, FORMAT_VERSION, tag) or storage.size(fd) != FILE_BYTES:
-            storage.close(fd)
             return None
         return cls(storage, fd, tag, built)
 

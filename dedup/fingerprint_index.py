@@ -14,7 +14,8 @@ Invariants:
 - LMDB never leads the containers: `commit` is called only after they are synced;
 - a fingerprint is out of memory only when the read transaction sees it in LMDB;
 - what `Merged` says is in LMDB is there, but what was removed; what it does not say is in the containers' tables, and
-  what was removed of that is named under `gone` until `Merged` says it.
+  what was removed of that is named under `gone` until `Merged` says it, or the table does not have it any more;
+- what is named under `gone` counts as what is in memory does: neither grows without rounds that end it.
 
 Called by one thread at a time. `lookup` of a stored fingerprint costs about 1 µs, of an unknown one less.
 """
@@ -33,15 +34,18 @@ from dedup.fingerprint_filter import FILTER_NAME, FingerprintFilter
 from dedup.fingerprint_table import SLICE_BITS, SLICES, U64, FingerprintTable, halves
 from dedup.layout import FINGERPRINT_BYTES, FINGERPRINT_VALUE
 from dedup.storage import Storage
-from dedup.types import Address
+from dedup.types import Address, ContainerId
 from dedup.watermark import Merged, Watermark
 
 if TYPE_CHECKING:
     from dedup.catalog import Index, Txn
 
 UNMERGED_MAX: Final = 1 << 20
-"""Fingerprints that stay out of LMDB at most: those of 4 GiB of blocks, 24 MB of memory."""
+"""Fingerprints that stay out of LMDB at most: those of 4 GiB of blocks, 24 MB of memory. The removed ones among them
+that have to be named count, too."""
 _SLICES_PER_COMMIT: Final = 4
+_FORGOTTEN_PER_ROUND: Final = 1 << 16
+"""Of those; ingest waits meanwhile."""
 _CONTAINERS_AT_ONCE: Final = 8
 """Of those that are read when the store is opened: adding each alone would copy the whole as often."""
 _MANY: Final = 16
@@ -66,14 +70,16 @@ class FingerprintIndex:
         """As LMDB says it; None: everything committed is there."""
         self._covered = index.watermark()
         """What was appended by then is in `_unmerged` or in LMDB."""
-        self._next: tuple[Merged | None, Watermark] | None = None
-        """What these become once the caller's transaction is committed; None: it puts nothing here."""
+        self._gone_count = 0
+        """How many slots are named under `gone`; more than there are, where a transaction that named some failed."""
+        self._next: tuple[Merged | None, Watermark, int] | None = None
+        """What `merged`, `_covered` and `_gone_count` become once the caller's transaction is committed."""
         self._txn: Txn | None = None
         self._cursor: lmdb.Cursor[bytes] | None = None
 
     @property
     def pending_count(self) -> int:
-        """Fingerprints that no checkpoint covers, about 200 bytes each: what makes one due."""
+        """Fingerprints that no checkpoint covers, about 200 bytes each."""
         return len(self._recent) + len(self._frozen)
 
     @property
@@ -82,15 +88,19 @@ class FingerprintIndex:
         return len(self._unmerged)
 
     def load(self, containers: Iterable[tuple[bytes, U64]]) -> None:
-        """When the store is opened: fingerprints and addresses of containers that `merged` does not cover whole."""
+        """When the store is opened: fingerprints and ascending addresses of containers that `merged` does not cover
+        whole."""
         if self.merged is None:
             return
-        gone = np.array(self._index.gone(), np.uint64)
+        gone = self._index.gone()
+        self._gone_count = len(gone)
         marks: list[bytes] = []
         places: list[U64] = []
         for fingerprints, addresses in containers:
             wanted = self._covered.covers_each(addresses) & ~self.merged.has_each(fingerprints, addresses)
-            wanted &= ~np.isin(addresses, gone)
+            if len(addresses):
+                first, end = np.searchsorted(gone, addresses[0]), np.searchsorted(gone, addresses[-1], "right")
+                wanted &= ~np.isin(addresses, gone[first:end])
             marks.append(np.frombuffer(fingerprints, _ROW)[wanted].tobytes())
             places.append(addresses[wanted])
             if len(places) == _CONTAINERS_AT_ONCE:
@@ -149,7 +159,7 @@ class FingerprintIndex:
     def freeze(self) -> None:
         """Begins a checkpoint: what was noted so far is what `commit` writes. After a failed one, that and what is new.
 
-        The caller syncs the containers after this and before `commit`.
+        The caller has synced the containers, and stores nothing more before `commit`.
         """
         if self._frozen:
             for fingerprint, where in self._recent.items():
@@ -163,6 +173,7 @@ class FingerprintIndex:
 
         `watermark` is what it covers; without one (a rebuild of the index) everything goes into LMDB.
         """
+        gone = self._gone_count
         if watermark is None or self.merged is None:
             if self._filter is not None:
                 self._filter.forget()
@@ -171,13 +182,15 @@ class FingerprintIndex:
             self._put(txn, sorted(self._frozen.items()))
             merged = None if watermark is None else Merged(watermark, watermark, 0)
         else:
-            merged = self._merge(txn, self.merged, len(self._unmerged) + len(self._frozen) - UNMERGED_MAX)
-        self._next = merged, watermark or self._covered
+            excess = len(self._unmerged) + len(self._frozen) + gone - UNMERGED_MAX
+            merged, gone = self._merge(txn, self.merged, excess)
+        self._next = merged, watermark or self._covered, gone
         if merged is not None and merged != self.merged:
             self._index.put_merged(txn, merged)
 
-    def _merge(self, txn: Txn, merged: Merged, excess: int) -> Merged:
-        """The next slices, until so many fingerprints are in."""
+    def _merge(self, txn: Txn, merged: Merged, excess: int) -> tuple[Merged, int]:
+        """The next slices, until so many fingerprints are in; how many slots are named under `gone` after that."""
+        gone = self._gone_count
         for _ in range(_SLICES_PER_COMMIT):
             if excess <= 0:
                 break
@@ -190,8 +203,8 @@ class FingerprintIndex:
             merged = Merged(merged.whole, merged.round, merged.slices + 1)
             if merged.slices == SLICES:
                 merged = Merged(merged.round, merged.round, 0)
-                self._index.forget_gone(txn, merged.whole)
-        return merged
+                gone = self._index.forget_gone(txn, merged.whole, _FORGOTTEN_PER_ROUND)
+        return merged, gone
 
     def announce(self, txn: Txn, number: int, fingerprints: bytes) -> None:
         """Those of one slice that are put into LMDB by the caller's write transaction: the filter must let them by."""
@@ -218,7 +231,7 @@ class FingerprintIndex:
         """The caller's transaction is committed: forgets what LMDB holds now, and reads it there."""
         assert self._next is not None, "commit comes first"
         self._end_reading()
-        (now, covered), before, self._next = self._next, self.merged, None
+        (now, covered, self._gone_count), before, self._next = self._next, self.merged, None
         if now is None or before is None:
             self._unmerged = FingerprintTable()
         else:
@@ -249,7 +262,16 @@ class FingerprintIndex:
         if self.merged is not None and entries:
             addresses = np.array([where for _, where in entries], np.uint64)
             had = self.merged.has_each(b"".join([mark for mark, _ in entries]), addresses)
-            self._index.put_gone(txn, [where for (_, where), one in zip(entries, had, strict=True) if not one])
+            gone = [where for (_, where), one in zip(entries, had, strict=True) if not one]
+            self._gone_count += self._index.put_gone(txn, gone)
+
+    def forget_gone(self, container: ContainerId) -> None:
+        """What was removed is out of the container's table, durably: it is not named any more, durably neither.
+        StoreFull, StoreFailed."""
+        if self._gone_count:
+            with self._index.write() as txn:
+                forgotten = self._index.forget_gone_of(txn, container)
+            self._gone_count -= forgotten
 
     def reread(self) -> None:
         """The next lookup sees what LMDB holds then."""

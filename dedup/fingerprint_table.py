@@ -113,10 +113,6 @@ class FingerprintTable:
             for (first, last), where in zip(edges, self._where[start:end].tolist(), strict=True)
         ]
 
-    def slice_length(self, number: int) -> int:
-        start, end = self._bounds(number)
-        return end - start
-
     def drop_slice(self, number: int) -> None:
         """Part `number` is not in there any more."""
         start, end = self._bounds(number)

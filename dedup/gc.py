@@ -8,7 +8,8 @@ In this order, for one collection:
    pointer map. Containers that were open then, or made since, are not looked at: all in them is live;
 3. *condemn*: slots that are neither marked nor noted leave the fingerprint index, in one synced commit, while nobody
    looks anything up: no later hit can name them;
-4. *rewrite*: the container is sealed anew without them, or removed when nothing is left.
+4. *rewrite*: the container is sealed anew without them, or removed when nothing is left; the index, which had to
+   remember those that it did not have in LMDB yet, forgets them.
 
 Invariants:
 - `pointers-resolve`: a slot leaves its container only after 1 to 3 have said that nothing names it, nor ever will;
@@ -200,8 +201,13 @@ class Collection:
         return pinned(self._store.storage, self._store.path).holders
 
     def rewritten(self, container: ContainerId) -> None:
-        """Step 4 is done: the next read of the container opens its file anew."""
+        """Step 4 is done, or broke off: the next read of the container opens its file anew."""
         self._store.pool.forget(container)
+
+    def swept(self, container: ContainerId) -> None:
+        """Step 4 is done, and DURABLE: what was condemned need not be remembered. StoreFull, StoreFailed."""
+        self._store.refuse_if_failed()
+        self._store.fingerprints.forget_gone(container)
 
     def end(self) -> None:
         """Ingest notes nothing any more, and nothing more may be condemned."""
@@ -378,6 +384,7 @@ def _sweep(collection: Collection, collector: Collector, plan: Plan) -> Collecte
                 condemned += collection.condemn(piece)
             if condemned or planned.slots == 0:
                 freed += collector.rewrite(planned.container, tuple(condemned))
+                collection.swept(planned.container)
         except Damaged as damage:
             log.error("not collected: %s", damage)
             skipped.append(str(damage))

@@ -18,7 +18,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -135,6 +134,38 @@ class _Group(NamedTuple):
     checksum: int
 
 
+class Decoding:
+    """Groups of an open sealed file that are under way in the cache, until `run` or `give_up` ends, however it does."""
+
+    def __init__(
+        self, cache: GroupCache, serial: int, begun: list[tuple[int, _Group]], read: Callable[[_Group, bool], bytes]
+    ) -> None:
+        """Use `begin_decoding`."""
+        self._cache = cache
+        self._serial = serial
+        self._begun = begun
+        self._read = read
+
+    def run(self) -> None:
+        """Decodes them. One that is damaged is left: who reads it finds that out."""
+        try:
+            while self._begun:
+                number, group = self._begun[0]
+                with suppress(Damaged):
+                    self._cache.put((self._serial, number), self._read(group, True))
+                self._end_first()
+        finally:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Whoever needs what is left decodes it himself."""
+        while self._begun:
+            self._end_first()
+
+    def _end_first(self) -> None:
+        self._cache.end((self._serial, self._begun.pop(0)[0]))
+
+
 class SealedForm:
     """An open sealed file. Owned by its `ContainerReader`, which closes the descriptor; safe between threads."""
 
@@ -234,7 +265,7 @@ class SealedForm:
             raise Damaged(f"{self._path}: offset {offset}: the group is cut short")
         return take
 
-    def begin_decoding(self, slot: int, count: int) -> Callable[[], None] | None:
+    def begin_decoding(self, slot: int, count: int) -> Decoding | None:
         """As the one of `ContainerReader`."""
         start = int(np.searchsorted(self._slots, np.uint16(slot)))
         end = min(len(self._slots), start + count)
@@ -243,17 +274,7 @@ class SealedForm:
         numbers = range(start // SEALED_GROUP_BLOCKS, (end - 1) // SEALED_GROUP_BLOCKS + 1)
         groups = [(number, self._group(number)) for number in numbers]
         coded = [one for one in groups if one[1].coding == CODING_ZSTD and self._cache.begin((self._serial, one[0]))]
-        return partial(self._decode_begun, coded) if coded else None
-
-    def _decode_begun(self, begun: list[tuple[int, _Group]]) -> None:
-        """One that is damaged is left: who reads it finds that out."""
-        for number, group in begun:
-            key = self._serial, number
-            try:
-                with suppress(Damaged):
-                    self._cache.put(key, self._read_group(group, True))
-            finally:
-                self._cache.end(key)
+        return Decoding(self._cache, self._serial, coded, self._read_group) if coded else None
 
     def _index(self, slot: int, count: int) -> int:
         """Where the slot is in the table; the following ones come after it."""

@@ -80,11 +80,11 @@ class Store:
             storage.sync_directory(path)
             found = max((layout.container_named(name) or 0 for name in storage.listdir(containers)), default=0)
             self.watermark = self.index.watermark()
+            self.fingerprints = FingerprintIndex(self.index, storage)
         except BaseException:
             self.index.close()
             raise
         self.pool = ContainerPool(storage, containers)
-        self.fingerprints = FingerprintIndex(self.index, storage)
         self._next_container = max(found + 1, self.watermark.next_container)
         self.base_journal = DataJournal(storage, containers, BASE_JOURNAL, "base", self._allocate)
         self.fine_journal = DataJournal(storage, containers, FINE_JOURNAL, "fine", self._allocate)
@@ -228,17 +228,24 @@ class Store:
         return bool(pointers) and time.monotonic() - self._checkpointed_at >= CHECKPOINT_SECONDS
 
     def checkpoint(self) -> None:
-        """Durable, then the index catches up with the journal in one synced commit. No ingest meanwhile."""
+        """Durable, then the index catches up with the journal in one synced commit. No ingest meanwhile.
+
+        StoreFull, and then it may be called again; StoreFailed, now and ever after.
+        """
         self.sync()
         self.fingerprints.freeze()
         dirty = [group for group in self._groups.values() if group.state.records]
         if dirty or self.fingerprints.pending_count:
             now = self._watermark_now()
-            with self.index.write() as txn:
-                for group in dirty:
-                    group.catalog.put(txn, group.state, group.position)
-                self.fingerprints.commit(txn, now)
-                self.index.put_watermark(txn, now)
+            try:
+                with self.index.write() as txn:
+                    for group in dirty:
+                        group.catalog.put(txn, group.state, group.position)
+                    self.fingerprints.commit(txn, now)
+                    self.index.put_watermark(txn, now)
+            except StoreFailed as error:
+                self.fail(str(error))
+                raise
             self.fingerprints.committed()
         for group in dirty:
             group.checkpointed()

@@ -120,7 +120,8 @@ class Inspection:
             try:
                 with index.read() as txn:
                     ids = index.group_ids(txn)
-                index.watermark()
+                for read in (index.watermark, index.merged, index.filter_tag, index.gone):
+                    read()
             except (Damaged, lmdb.Error) as error:
                 self.checks[INDEX].add(Damage(str(error), layout.INDEX_NAME))
         self._check_policy()

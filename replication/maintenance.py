@@ -234,6 +234,7 @@ class Maintenance:
                     reply = await worker.ask(Remove(planned.container, condemned))
                     assert isinstance(reply, Freed)
                     freed += reply.bytes
+                    await self._writer.run(collection.swept, planned.container)
             except Damaged as damage:
                 log.error("not collected: %s", damage)
                 skipped.append(str(damage))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dedup.errors import StoreFull
 from dedup.fingerprint_filter import HEADER_BYTES, PART_BYTES, FingerprintFilter
 from dedup.fingerprint_table import SLICES, halves
-from dedup.storage import Storage
+from dedup.storage import Buffer, Storage
 
 
 def marks(number: int, count: int, seed: int) -> list[bytes]:
@@ -60,6 +62,36 @@ def test_a_file_that_is_not_the_one_meant_is_not_looked_at(tmp_path: Path) -> No
     anew = FingerprintFilter.make(storage, path)
     assert anew.tag != made.tag and answers(anew, marks(63, 10, 2)).all()
     anew.close()
+
+
+def test_a_slice_that_was_cut_off_is_built_anew(tmp_path: Path) -> None:
+    """Its bits are written, and the header that calls it built is not, or LMDB's commit of it; then it goes on."""
+
+    class CutOff(Storage):
+        cut = False
+
+        def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+            if self.cut and offset < HEADER_BYTES:
+                raise StoreFull("no space left")
+            super().pwritev(fd, buffers, offset)
+
+    storage, path = CutOff(), tmp_path / "filter"
+    made = FingerprintFilter.make(storage, path)
+    made.add(4, b"".join(marks(4, 100, 0)), iter(()))
+    stored, lost, later = marks(5, 2_000, 1), marks(5, 2_000, 2), marks(5, 2_000, 3)
+    storage.cut = True
+    with pytest.raises(StoreFull):
+        made.add(5, b"".join(lost), iter(stored))
+    storage.cut = False
+    made.add(4, b"".join(marks(4, 100, 1)), iter(()))  # its commit is cut off: bits too many, of no fingerprint
+    made.close()
+    found = FingerprintFilter.open(storage, path, made.tag)
+    assert found is not None
+    assert answers(found, marks(5, 100, 4) + stored + marks(4, 100, 0)).all()
+    found.add(5, b"".join(later), iter(stored))
+    assert answers(found, stored + later).all()
+    assert answers(found, lost).mean() < 0.01
+    found.close()
 
 
 @pytest.mark.parametrize("number", [0, SLICES - 1])

@@ -224,6 +224,50 @@ def test_what_gathers_in_memory_goes_into_lmdb_by_slices(fixture: Fixture, monke
     assert fixture.index.lookup(list(placed)) == list(placed.values())
 
 
+def test_removed_slots_that_stay_in_their_container_are_named_for_a_while_only(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the last two rounds removed, of 16 checkpoints each, however few fingerprints are in memory."""
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 64)
+    monkeypatch.setattr(fingerprint_index, "_FORGOTTEN_PER_ROUND", 200)
+    fixture.checkpoint()
+    removed: list[bytes] = []
+    most = 0
+    for number in range(120):
+        marks = [fingerprint(bytes([number, other])) for other in range(8)]
+        entries = [(mark, fixture.store(mark)) for mark in marks]
+        fixture.checkpoint()
+        with fixture.env.write() as txn:
+            fixture.index.remove(txn, entries)
+        fixture.index.reread()
+        removed += marks
+        most = max(most, len(fixture.env.gone()))
+        if number % 29 == 28:
+            fixture.reopen()
+        assert not any(fixture.index.lookup(removed))
+    assert 64 < most <= 64 + 2 * 16 * 8
+    assert not fixture.stored().keys() & set(removed)
+
+
+def test_a_container_that_was_swept_has_no_removed_slots_to_name(fixture: Fixture) -> None:
+    fixture.checkpoint()
+    entries = [(fp(number), fixture.store(fp(number))) for number in range(20)]
+    others = [(fp(number), address(ContainerId(CONTAINER + other), 5)) for number, other in ((90, 1), (91, 256))]
+    fixture.checkpoint()
+    with fixture.env.write() as txn:
+        fixture.index.remove(txn, [*entries[:15], *others])
+    fixture.index.reread()
+    fixture.reopen()
+    assert fixture.env.gone().tolist() == sorted(where for _, where in [*entries[:15], *others])
+    assert fixture.index.lookup([mark for mark, _ in entries]) == [None] * 15 + [where for _, where in entries[15:]]
+    for _, where in entries[:15]:
+        del fixture.slots[where]
+    fixture.index.forget_gone(CONTAINER)
+    assert fixture.env.gone().tolist() == [where for _, where in others]
+    fixture.reopen()
+    assert fixture.index.lookup([mark for mark, _ in entries]) == [None] * 15 + [where for _, where in entries[15:]]
+
+
 def test_an_index_of_before_goes_on_with_what_it_has(fixture: Fixture) -> None:
     """One that no `Merged` was written into has everything in LMDB."""
     with fixture.env.write() as txn:

@@ -9,12 +9,18 @@ from pathlib import Path
 import pytest
 
 import dedup
-from dedup import layout
+from dedup import fingerprint_filter, layout
+from dedup.fingerprint_table import SLICE_BITS, SLICES
 from dedup.layout import Fields
 from dedup.metadata_journal import EntryKind
 
 PAGE = (Path(dedup.__file__).parent / "FORMAT.md").read_text()
-STRUCTS = {value.name: value for value in vars(layout).values() if isinstance(value, Fields)}
+STRUCTS = {
+    value.name: value
+    for module in (layout, fingerprint_filter)
+    for value in vars(module).values()
+    if isinstance(value, Fields)
+}
 
 
 def tables() -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -67,8 +73,20 @@ def test_magic_numbers() -> None:
         ("STORE marker", layout.STORE_MAGIC),
         ("container header", layout.CONTAINER_MAGIC),
         ("segment header", layout.SEGMENT_MAGIC),
+        ("filter header", fingerprint_filter.FILTER_MAGIC),
     ):
         assert OFFSET_TABLES[name][0][3] == "`" + magic.decode().replace("\n", "\\n") + "`"
+
+
+def test_the_filter_s_numbers() -> None:
+    (words,) = re.findall(r"^Beside LMDB's files lies `filter`.*?\n\n", PAGE, re.MULTILINE | re.DOTALL)
+    for said in (
+        f"A page of {fingerprint_filter.HEADER_BYTES:,} bytes",
+        f"then {fingerprint_filter.PART_BYTES:,} bytes for each slice",
+        f"2^{fingerprint_filter.PART_BITS} bits",
+    ):
+        assert said in words.replace("\n", " ")
+    assert f"goes in by slices, of which there are {SLICES}, by a fingerprint's first {SLICE_BITS} bits" in PAGE
 
 
 def test_kinds() -> None:

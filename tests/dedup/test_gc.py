@@ -21,7 +21,7 @@ from dedup.consolidator import consolidate
 from dedup.container import ContainerReader
 from dedup.errors import Damaged, StoreBusy, StoreError, StoreFull
 from dedup.gc import Collection, Collector, collect
-from dedup.layout import ZERO_BLOCK, address, container_path
+from dedup.layout import ZERO_BLOCK, address, container_path, fingerprint
 from dedup.reader import GroupReader
 from dedup.retention import HOUR_NS, Policy
 from dedup.sealed import seal
@@ -261,6 +261,35 @@ def test_an_index_entry_goes_with_its_block_and_no_other(shop: Shop) -> None:
     assert [found is not None for found in shop.store.fingerprints.lookup(marks)] == [True] * 2 + [False] * 8
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_swept_is_not_remembered(shop: Shop, killed: bool) -> None:
+    """Also by what a writer that was killed right behind step 4 leaves: it counts, and so it ends."""
+    shop.write(0, *blocks(3, 99))
+    shop.reopen()  # what is stored from here on is not in LMDB
+    gone = []
+    for number in range(4):
+        lost = blocks(10, number)
+        shop.waste(*lost)
+        shop.reopen()
+        if killed:
+            collection, collector, plan = begun(shop)
+            (planned,) = [one for one in plan.rewrites if one.dead == 10]
+            condemned = collection.condemn(collector.dead(planned.container))
+            assert len(shop.store.index.gone()) == len(condemned) + sum(gone[-1:])
+            collector.rewrite(planned.container, condemned)
+            shop.store.abandon()
+            shop.start()
+        else:
+            assert collect(shop.store).plan.dead_blocks == 10
+        gone.append(len(shop.store.index.gone()))
+        assert not any(shop.store.fingerprints.lookup([fingerprint(block) for block in lost]))
+        shop.reopen()
+        assert not any(shop.store.fingerprints.lookup([fingerprint(block) for block in lost]))
+        shop.check()
+    assert gone == ([10, 20, 30, 40] if killed else [0, 0, 0, 0])
+    shop.verify()
+
+
 def test_a_number_is_never_given_again(shop: Shop) -> None:
     shop.write(0, *blocks(2))
     shop.reopen()
@@ -381,6 +410,7 @@ def test_a_hit_on_a_block_about_to_be_swept(shop: Shop) -> None:
     assert shop.address_of(13) not in old and shop.address_of(14) not in old
 
     collector.rewrite(dead.container, tuple(condemned))
+    collection.swept(dead.container)
     collection.rewritten(dead.container)
     shop.write(15, doomed[1], doomed[3], doomed[5])
     collection.end()
@@ -398,6 +428,7 @@ def test_without_noting_the_race_loses_the_block(shop: Shop, monkeypatch: pytest
     condemned = [slot for piece in dead.pieces(5) for slot in collection.condemn(piece)]
     assert len(condemned) == 10
     collector.rewrite(dead.container, tuple(condemned))
+    collection.swept(dead.container)
     collection.rewritten(dead.container)
     collection.end()
     with pytest.raises(Damaged, match="is not in the container"):
@@ -466,7 +497,7 @@ def test_killed_before_any_change_of_a_file(tmp_path: Path) -> None:
     assert kills > 10
 
 
-@pytest.mark.parametrize("phase", ["begun", "condemned", "rewritten"])
+@pytest.mark.parametrize("phase", ["begun", "condemned", "rewritten", "swept"])
 @pytest.mark.parametrize("lose_index", [False, True])
 def test_killed_between_two_steps(shop: Shop, phase: str, lose_index: bool) -> None:
     collection, collector, dead, doomed = _race(shop)
@@ -474,8 +505,10 @@ def test_killed_between_two_steps(shop: Shop, phase: str, lose_index: bool) -> N
     if phase != "begun":
         condemned = collection.condemn(dead)
         shop.write(20, doomed[5])
-        if phase == "rewritten":
+        if phase != "condemned":
             collector.rewrite(dead.container, condemned)
+            if phase == "swept":
+                collection.swept(dead.container)
             shop.write(25, doomed[6])
     shop.store.abandon()
     if lose_index:
@@ -593,6 +626,8 @@ class GcMachine(RuleBasedStateMachine):
                 self.condemned += self.collection.condemn(self.pieces.pop(0))
             elif self.current is not None:
                 self.collector.rewrite(self.current, tuple(self.condemned))
+                if pick % 2:
+                    self.collection.swept(self.current)
                 if forget:
                     self.collection.rewritten(self.current)
                 self.current = None

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from dedup import layout
+from dedup.catalog import Index
 from dedup.damage import Report
 from dedup.errors import Damaged, NotAStore, StoreBusy
 from dedup.reader import StoreReader
@@ -140,6 +141,26 @@ def empty_index(built: Built) -> None:
         (built.path / "index" / name).unlink()
 
 
+def store_row(built: Built, key: bytes) -> None:
+    """One that only opening for writing reads."""
+    index = Index(built.path / "index", writer=True)
+    with index.write() as txn:
+        txn.put(key, b"\xc1 no value", db=index.db["store"])
+    index.close()
+
+
+def merged_row(built: Built) -> None:
+    store_row(built, b"merged")
+
+
+def filter_row(built: Built) -> None:
+    store_row(built, b"filter")
+
+
+def gone_row(built: Built) -> None:
+    store_row(built, b"gone" + bytes(3))
+
+
 def header(built: Built) -> None:
     flip(built.container(2), 20)
 
@@ -213,6 +234,9 @@ WHOLE: list[Callable[[Built], None]] = [
     remove_index,
     garbage_index,
     empty_index,
+    merged_row,
+    filter_row,
+    gone_row,
     header,
     other_number,
     table,

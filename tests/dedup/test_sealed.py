@@ -306,15 +306,15 @@ def test_what_is_decoded_ahead_is_not_read_again_and_is_waited_for(tmp_path: Pat
     seal(Storage(), tmp_path, ONE, None)
     storage = CountingStorage()
     reader = ContainerReader.open(storage, tmp_path, ONE, cache=GroupCache())
-    decode = reader.begin_decoding(0, 96)
-    assert decode is not None
+    decoding = reader.begin_decoding(0, 96)
+    assert decoding is not None
     out = memoryview(bytearray(96 * BLOCK_BYTES))
     with pytest.raises(OnItsWay):
         reader.read_into(70, 1, out[:BLOCK_BYTES], wait=False)
     assert reader.begin_decoding(0, 96) is None, "somebody decodes them already"
     waiting = threading.Thread(target=reader.read_into, args=(0, 96, out))
     waiting.start()
-    decode()
+    decoding.run()
     waiting.join()
     assert bytes(out) == b"".join(blocks)
     assert len(storage.lengths) == 3, "two groups that are compressed, and one that is not"
@@ -339,6 +339,67 @@ def test_damage_met_ahead_is_left_to_who_reads(tmp_path: Path) -> None:
     with pytest.raises(Damaged, match="does not match its checksum"):
         pool.read_block(address(ONE, 64))
     pool.close()
+
+
+def read_whole(pool: ContainerPool, count: int) -> bytes:
+    out = memoryview(bytearray(count * BLOCK_BYTES))
+    pool.read_addresses(np.arange(count, dtype=np.uint64) + np.uint64(address(ONE, 0)), out)
+    return bytes(out)
+
+
+def test_a_decoding_that_breaks_off_keeps_no_reader_waiting(tmp_path: Path) -> None:
+    """At the first group, by what is no damage: the others are under way too."""
+    blocks = mixed_blocks(160)
+    make(tmp_path, blocks)
+    seal(Storage(), tmp_path, ONE, None)
+
+    class OutOfMemory(Storage):
+        failing = False
+
+        def pread_into(self, fd: int, buffers: list[memoryview], offset: int, *, wait: bool = True) -> int:
+            if self.failing:
+                raise MemoryError
+            return super().pread_into(fd, buffers, offset, wait=wait)
+
+    storage = OutOfMemory()
+    reader = ContainerReader.open(storage, tmp_path, ONE, cache=GroupCache())
+    decoding = reader.begin_decoding(0, 160)
+    assert decoding is not None
+    storage.failing = True
+    with pytest.raises(MemoryError):
+        decoding.run()
+    storage.failing = False
+    out = memoryview(bytearray(160 * BLOCK_BYTES))
+    waiting = threading.Thread(target=reader.read_into, args=(0, 160, out), daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert bytes(out) == b"".join(blocks)
+    reader.close()
+
+
+def test_without_a_thread_nothing_is_decoded_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the queue holds of it all the same is not done twice."""
+    blocks = mixed_blocks(96)
+    make(tmp_path, blocks)
+    seal(Storage(), tmp_path, ONE, None)
+    before = open_descriptors()
+    pool = ContainerPool(Storage(), tmp_path)
+    pool.read_block(address(ONE, 0))
+    wanted = np.arange(96, dtype=np.uint64) + np.uint64(address(ONE, 0))
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        for _ in range(container_pool.DECODING_MAX + 1):
+            pool.decode_ahead(wanted)
+        assert read_whole(pool, 32) == b"".join(blocks[:32])
+    pool.decode_ahead(wanted)
+    assert read_whole(pool, 96) == b"".join(blocks)
+    pool.forget(ONE)
+    pool.close()
+    assert open_descriptors() == before
 
 
 @settings(max_examples=30)

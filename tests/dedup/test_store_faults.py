@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from dedup import fingerprint_index, layout
 from dedup.errors import Damaged, MomentRefused, NotAStore, StoreError, StoreFailed, Unreadable
+from dedup.fingerprint_filter import FILTER_NAME, FingerprintFilter
+from dedup.layout import fingerprint
 from dedup.storage import Storage
 from dedup.store import Store
 from dedup.types import ReconcileBegin, Retire, Seq, VolumeId
+from dedup.verify import verify
+from tests.dedup.faults import open_descriptors
 from tests.dedup.model import Model
 from tests.dedup.test_store import check_moment, filled
 
 
 class WatchedStorage(Storage):
-    """Notes what is synced, and fails the sync of files with one suffix when told."""
+    """Notes what is synced, and fails the sync of files whose names have one end when told."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +30,7 @@ class WatchedStorage(Storage):
 
     def datasync(self, fd: int) -> None:
         path = self.path_of(fd)
-        if self.failing and path.suffix == self.failing:
+        if self.failing and path.name.endswith(self.failing):
             raise StoreFailed(f"{path}: sync failed: made to fail")
         self.synced.append(path.name)
         super().datasync(fd)
@@ -194,6 +199,65 @@ def test_an_opening_that_fails_gives_everything_back(path: Path) -> None:
     Store.open(path).close()
 
 
+def test_a_filter_that_cannot_be_read_costs_nothing_but_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
+    store, model, volume = filled(path)
+    for _ in range(20):
+        store.group("g").ingest([model.write(volume, 0, os.urandom(8192))])
+        store.checkpoint()
+    store.close()
+    known = open_descriptors()
+
+    class Blind(Storage):
+        def pread(self, fd: int, length: int, offset: int) -> bytes:
+            if self.path_of(fd).name == FILTER_NAME:
+                raise Unreadable(f"{self.path_of(fd)}: offset {offset}: cannot be read: made to fail")
+            return super().pread(fd, length, offset)
+
+    store = Store.open(path, Blind())
+    group = store.group("g")
+    group.ingest([model.write(volume, 8192, model.content[volume][:8192])])
+    assert group.head_address(volume, 2) == group.head_address(volume, 0), "found again"
+    for _ in range(20):
+        group.ingest([model.write(volume, 0, os.urandom(8192))])
+        store.checkpoint()
+    check_moment(group.reader(), model, model.seq)
+    tag = store.index.filter_tag()
+    store.close()
+    assert open_descriptors() == known
+    assert tag is not None
+    found = FingerprintFilter.open(Storage(), path / "index" / FILTER_NAME, tag)
+    assert found is not None, "made anew"
+    found.close()
+
+
+def test_a_filter_that_cannot_be_synced_stops_the_store(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
+    store, model, volume = filled(path)
+    store.close()
+    storage = WatchedStorage()
+    store = Store.open(path, storage)
+    group = store.group("g")
+    for _ in range(2):
+        group.ingest([model.write(volume, 0, os.urandom(8192))])
+        store.checkpoint()
+    assert FILTER_NAME in storage.synced
+    group.ingest([model.write(volume, 0, os.urandom(8192))])
+    storage.failing = FILTER_NAME
+    with pytest.raises(StoreFailed, match="made to fail"):
+        store.checkpoint()
+    storage.failing = ""
+    later = Seq(model.seq)
+    for call in (store.sync, store.checkpoint, lambda: group.ingest([twin(model, volume).write(volume, 0, b"late")])):
+        with pytest.raises(StoreFailed, match="made to fail"):
+            call()
+    store.close()
+    store = Store.open(path)
+    assert store.group("g").durable == later
+    check_moment(store.group("g").reader(), model, model.seq)
+    store.close()
+
+
 def test_the_name_of_a_group_is_durable_whoever_made_it(path: Path) -> None:
     storage = RefusingStorage()
     store = Store.open(path, storage)
@@ -245,6 +309,38 @@ def test_a_block_that_could_not_be_read_when_it_was_written_in_part_is_lost_for_
     group.ingest([model.write(volume, 0, os.urandom(4096))])
     check_moment(group.reader(), model, model.seq)
     reopened.close()
+
+
+def test_a_slot_whose_entry_a_power_cut_took_is_healed_and_shared(path: Path) -> None:
+    """Of one block all is there but the entry, of the other the fingerprint alone."""
+    store, model, volume = filled(path)
+    group = store.group("g")
+    group.ingest([model.write(volume, 0, os.urandom(4096))])
+    store.checkpoint()
+    (segment,) = path.glob("groups/g/journal/*.rwj")
+    durable, lost = segment.stat().st_size, os.urandom(8192)
+    group.ingest([twin(model, volume).write(volume, 4096, lost)])
+    first = group.head_address(volume, 1)
+    store.abandon()
+    os.truncate(segment, durable)
+    container = layout.container_path(path / "containers", layout.container_of(first))
+    with container.open("r+b") as file:
+        file.seek(layout.RAW_SLOTS_OFFSET + (layout.slot_of(first) + 1) * 4096)
+        file.write(bytes(4096))
+    marks = [fingerprint(lost[at : at + 4096]) for at in (0, 4096)]
+    store = Store.open(path)
+    assert store.group("g").held == model.seq
+    assert store.fingerprints.lookup(marks) == [None, None]
+    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
+    store.close()
+    store = Store.open(path)
+    group = store.group("g")
+    assert store.fingerprints.lookup(marks) == [first, first + 1]
+    group.ingest([model.write(volume, 3 * 4096, lost)])
+    assert [group.head_address(volume, block) for block in (3, 4)] == [first, first + 1]
+    check_moment(group.reader(), model, model.seq)
+    store.close()
+    assert verify(path, read_data=True).ok
 
 
 def test_what_a_failed_sync_left_in_memory_is_not_believed(path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from dedup import layout
 from dedup.catalog import Index, _decode, _encode
 from dedup.damage import CHECKS, Check, Report
-from dedup.errors import NotAStore
+from dedup.errors import Damaged, NotAStore
 from dedup.group_verify import GroupVerifier
 from dedup.head_replay import HeadReplay
 from dedup.overlay import Overlay
@@ -284,6 +284,18 @@ def test_a_group_that_the_index_does_not_know(built: Built) -> None:
         txn.delete(b"g", db=index.db["groups"])
     index.close()
     assert "index-equals-journal" in failed(verify(built.path))
+
+
+@pytest.mark.parametrize("key", [b"watermark", b"merged", b"filter", b"gone" + bytes(3)])
+def test_a_row_of_the_whole_store_that_does_not_decode(built: Built, key: bytes) -> None:
+    """No store opens over it, so it has to be said."""
+    index = Index(built.path / "index", writer=True)
+    with index.write() as txn:
+        txn.put(key, b"\xc1 no value", db=index.db["store"])
+    index.close()
+    with pytest.raises(Damaged):
+        Store.open(built.path)
+    assert failed(verify(built.path)) == {"index-equals-journal"}
 
 
 def test_the_store_stays_usable_and_unchanged(built: Built) -> None:
