@@ -191,13 +191,11 @@ class Index:
 
     def put_gone(self, txn: Txn, addresses: Iterable[Address]) -> int:
         """How many of them were not there yet."""
-        return sum(
-            txn.put(_GONE + where.to_bytes(8, "big"), b"", db=self.db["store"], overwrite=False) for where in addresses
-        )
+        keys = (_GONE + where.to_bytes(8, "big") for where in addresses)
+        return sum(txn.put(key, b"", db=self.db["store"], overwrite=False) for key in keys)
 
     def forget_gone(self, txn: Txn, whole: Watermark, most: int) -> int:
-        """Those that it covers need not be named any more: their containers' tables are not looked at again. Forgets so
-        many of them at most, and returns how many slots are still named, these or others."""
+        """Those that it covers, so many at most: their tables are not looked at again. How many are still named."""
         left = 0
         with txn.cursor(self.db["store"]) as cursor:
             cursor.set_range(_GONE)
@@ -214,10 +212,7 @@ class Index:
         """All of one container; how many there were."""
         prefix = _GONE + layout.address(container, 0).to_bytes(8, "big")[: -layout.SLOT_BITS // 8]
         with txn.cursor(self.db["store"]) as cursor:
-            found = list(_keys_under(cursor, prefix))
-            for key in found:
-                txn.delete(key, db=self.db["store"])
-        return len(found)
+            return sum(txn.delete(key, db=self.db["store"]) for key in list(_keys_under(cursor, prefix)))
 
     def add_group(self, txn: Txn, name: str) -> int:
         """Gives `name` the next free id."""

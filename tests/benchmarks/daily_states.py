@@ -33,10 +33,10 @@ from dedup.store import Store
 from dedup.types import ContainerForm
 from tests.benchmarks.borg import BorgRepository
 from tests.benchmarks.debian_image import SMALL_SYSTEM, SYSTEM, DebianImage
-from tests.benchmarks.footprint import size_on_disk
 from tests.benchmarks.mounts import rewindfs, workplace
 from tests.benchmarks.report import Report, ratio, run_subject
 from tests.benchmarks.restic import ResticRepository
+from tests.benchmarks.snapshots import stored_bytes
 
 IMAGE: Final = "disk.img"
 MIB: Final = 1 << 20
@@ -67,7 +67,7 @@ class Peers:
                 done.result()
 
     def sizes(self) -> dict[str, float]:
-        return {name: size_on_disk(path) / MIB for name, path in self._paths.items()}
+        return {name: stored_bytes(path) / MIB for name, path in self._paths.items()}
 
 
 def digest(image: Path) -> bytes:
@@ -147,14 +147,14 @@ def measure(report: Report, quick: bool) -> None:
         image = DebianImage(SMALL_SYSTEM if quick else SYSTEM, days, (192 if quick else 512) * MIB)
         states = _live(directory, image, days, store, peers)
         seal_all(store)
-        sizes = {OURS: [size_on_disk(store) / MIB]}
+        sizes = {OURS: [stored_bytes(store) / MIB]}
         sizes |= {name: [size] for name, size in peers.sizes().items()}
         (group_name,) = os.listdir(store / layout.GROUPS_NAME)
         check_states(store, group_name, states)
         best = min((name for name in sizes if name != OURS), key=lambda name: sizes[name][0])
         title = f"{days} daily states of an image of {os.stat(directory / 'source' / IMAGE).st_blocks * 512 // MIB} MiB"
         report.table(title, "MiB", sizes, best)
-        parts = {part: size_on_disk(store / part) / MIB for part in ("containers", "groups", "index")}
+        parts = {part: stored_bytes(store / part) / MIB for part in ("containers", "groups", "index")}
         report.note("of ours: " + ", ".join(f"{size:.1f} MiB in {part}" for part, size in parts.items()))
         report.at_most(f"size of {days} daily states", f"the better, {best}", ratio(sizes, OURS, best), 0.8)
 

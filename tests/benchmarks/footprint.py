@@ -23,9 +23,8 @@ from pathlib import Path
 
 from tests.benchmarks.mounts import NEW_DATA, fio, protected_mount, rewindfs, workplace
 from tests.benchmarks.peak_memory import PeakMemory
-from tests.benchmarks.read_rates import browsed
 from tests.benchmarks.report import Report, run_subject
-from tests.benchmarks.snapshot_listing import mount_process
+from tests.benchmarks.served import browsed
 
 SEQUENTIAL_BYTES_MAX = 2 << 30
 BACKGROUND_IOPS = 1000
@@ -62,8 +61,9 @@ def _work(mountpoint: Path, volume: Volume, seconds: float, peaks: PeakMemory) -
     fio(data, "--rw=write", "--bs=1m", some, *NEW_DATA, *timed)
     with _random_writes(data):
         rewindfs("snapshot", "create", store, "--name", "one")
-        with browsed(store, mountpoint.parent / "snapshots") as snapshots:
-            peaks.watch("snapshot mount", mount_process(snapshots))
+        snapshots = mountpoint.parent / "snapshots"
+        with browsed(store, snapshots) as process:
+            peaks.watch("snapshot mount", process)
             snapshot = snapshots / "volumes" / "data" / "one"
             fio(snapshot, "--rw=read", "--bs=1m", "--readonly", some, *timed)
             rewindfs("snapshot", "create", store, "--name", "two")

@@ -46,7 +46,7 @@ from dedup.types import (
     Write,
 )
 from tests.benchmarks.mounts import drop_caches, rss_anon, workplace
-from tests.benchmarks.read_rates import browsed
+from tests.benchmarks.served import browsed
 
 FIRST_TIME: Final = 1_700_000_000 * 10**9
 SECOND: Final = 10**9
@@ -131,19 +131,6 @@ def make_store(path: Path, shape: Shape) -> None:
     store.close()
 
 
-def mount_process(mountpoint: Path) -> int:
-    """Who serves it: the one process whose command line names the mountpoint."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if str(mountpoint).encode() in words and b"browse" in words:
-                return int(entry.name)
-    raise RuntimeError(f"nobody serves {mountpoint}")
-
-
 def _ls(*args: str | Path) -> None:
     subprocess.run(["ls", *map(str, args)], stdout=subprocess.DEVNULL, check=True)
 
@@ -167,10 +154,11 @@ def measure(store: Path, shape: Shape, directory: Path) -> Iterator[tuple[str, f
         ("ls points/NAME", lambda place: _ls(place / "points" / name)),
     ]
     for index, (what, step) in enumerate(steps):
-        with browsed(store, directory / f"snap{index}") as place:
+        place = directory / f"snap{index}"
+        with browsed(store, place) as process:
             cold = _timed(lambda: step(place))  # noqa: B023 - called at once
             warm = _timed(lambda: step(place))  # noqa: B023
-            yield what, cold, warm, rss_anon(mount_process(place))
+            yield what, cold, warm, rss_anon(process)
 
 
 def main() -> None:
