@@ -172,6 +172,7 @@ def crash_recovery(recording_: Recording, tried: Tried, chosen: set[int], direct
 
         owed = dict(point.promise.groups)
         again = Run(root / "store", models=dict(recording_.models), owed=owed, created=True, seed=1_000_000)
+        again.damaged = point.promise.damaged
         again.mark = lambda promise: marks.append((len(recorder.events), promise, dict(again.models)))  # noqa: B023
         with recording(recorder):
             again.recover()
