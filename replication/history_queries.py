@@ -315,12 +315,12 @@ def question_bytes(question: Question) -> bytes:
 def question_of(body: bytes | memoryview) -> Question:
     """Raises ProtocolError for what is no question, or asks for too much."""
     try:
-        question = _questions.decode(body)
+        question: Question = _questions.decode(body)
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         raise ProtocolError(f"a query that is none: {error}") from error
     if isinstance(question, Blocks | Marks) and sum(count for _, count in question.spans) > FETCH_BLOCKS_MAX:
         raise ProtocolError(f"a query for more than {FETCH_BLOCKS_MAX} blocks")
-    return question  # type: ignore[no-any-return]
+    return question
 
 
 def answer_bytes(answer: Answer, *, compress: bool) -> memoryview:
@@ -358,7 +358,8 @@ def answer_of(body: bytes | memoryview) -> Answer:
             )
         elif form != _PLAIN:
             raise ProtocolError(f"a result of unknown form {form}")
-        return _answers.decode(rest)  # type: ignore[no-any-return]
+        answer: Answer = _answers.decode(rest)
+        return answer
     except (msgspec.MsgspecError, RecursionError, ValueError, zstandard.ZstdError) as error:
         raise ProtocolError(f"a result that is none: {error}") from error
 
