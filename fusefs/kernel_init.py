@@ -18,6 +18,8 @@ import os
 import struct
 from typing import Final
 
+from replication.own_descriptors import descriptors_of
+
 _log = logging.getLogger(__name__)
 
 _HEADER: Final = struct.Struct("=IiQ")
@@ -71,13 +73,7 @@ def answer_init(*, writeback: bool) -> bool:
 
 def _fuse_device() -> int:
     """The descriptor of this process's only FUSE mount."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
-                found.append(int(name))
-        except FileNotFoundError:
-            continue  # the descriptor of the listing itself
+    found = descriptors_of("/dev/fuse")
     if len(found) != 1:
         raise OSError(errno.EBADF, f"{len(found)} FUSE devices are open, not one")
     return found[0]

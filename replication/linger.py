@@ -14,12 +14,12 @@ Invariants:
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Final
 
 import trio
 
+from replication.own_descriptors import descriptors_of
 from replication.patient_poll import PatientPoll
 
 LINGER_MILLISECONDS: Final = 1
@@ -93,15 +93,8 @@ class Linger:
 
 def _loop_descriptor() -> int | None:
     """By what the running loop waits. None where that cannot be told for certain: nobody lingers then."""
-    found = []
     try:
-        names = os.listdir("/proc/self/fd")
+        found = descriptors_of("anon_inode:[eventpoll]")
     except OSError:
         return None  # no descriptor is left, or no /proc
-    for name in names:
-        try:
-            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
-                found.append(int(name))
-        except FileNotFoundError:
-            continue  # the descriptor of the listing itself
     return found[0] if len(found) == 1 else None
