@@ -77,6 +77,7 @@ class RawContainerWriter:
             storage.close(fd)
             storage.unlink(path)
             raise
+        storage.let_pass(fd)
         return cls(storage, path, fd, container, journal)
 
     @property

@@ -105,11 +105,11 @@ class Recorder:
         self._directories.pop(fd, None)
         os.close(fd)
 
-    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int, flags: int = 0) -> int:
         given = self.before("pwritev", (fd, buffers, offset))
         if given is not None:
             buffers = [b"".join(map(bytes, buffers))[:given]]
-        count = os.pwritev(fd, buffers, offset)
+        count = os.pwritev(fd, buffers, offset, flags)
         file = self._files[fd]
         self._note(written(f"write {self._named(fd)} at {offset}", file, offset, b"".join(map(bytes, buffers))[:count]))
         return count
