@@ -85,16 +85,18 @@ class RawContainerWriter:
         return SLOTS_MAX - self.next_slot
 
     def append(self, blocks: Sequence[Buffer], fingerprints: Sequence[bytes]) -> int:
-        """Writes the blocks (4096 bytes each, at most `slots_free`) and returns the first slot. DURABLE after `sync`.
+        """Writes the blocks, one or several in a buffer, and returns the first slot. DURABLE after `sync`. There is a
+        fingerprint for each 4096 bytes, at most `slots_free`.
 
         StoreFull, StoreFailed: the slots that it was for are spent.
         """
         first = self.next_slot
-        if len(blocks) != len(fingerprints) or len(blocks) > self.slots_free:
-            raise ValueError(f"{len(blocks)} blocks, {len(fingerprints)} fingerprints, {self.slots_free} slots free")
-        if not set(map(len, blocks)) <= {BLOCK_BYTES}:
-            raise ValueError(f"a block has {BLOCK_BYTES} bytes")
-        self.next_slot = first + len(blocks)
+        count, lengths = len(fingerprints), list(map(len, blocks))
+        if sum(lengths) != count * BLOCK_BYTES or any(length % BLOCK_BYTES for length in lengths):
+            raise ValueError(f"{count} fingerprints for {sum(lengths)} bytes in {len(blocks)} buffers")
+        if count > self.slots_free:
+            raise ValueError(f"{count} blocks, {self.slots_free} slots free")
+        self.next_slot = first + count
         self._storage.pwritev(self._fd, blocks, RAW_SLOTS_OFFSET + first * BLOCK_BYTES)
         table = b"".join(fingerprints)
         self._storage.pwritev(self._fd, [table], RAW_TABLE_OFFSET + first * FINGERPRINT_BYTES)

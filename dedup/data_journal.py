@@ -61,15 +61,18 @@ class DataJournal:
         """Slots of `container` that are spent."""
         return 0 if self._open is None else self._open.next_slot
 
-    def append(self, blocks: Sequence[Buffer], fingerprints: Sequence[bytes]) -> NDArray[np.uint64]:
-        """Writes the blocks (4096 bytes each) and returns the address of each. DURABLE after `sync`.
+    def append(
+        self, blocks: Sequence[Buffer], fingerprints: Sequence[bytes], whole: Sequence[Buffer] | None = None
+    ) -> NDArray[np.uint64]:
+        """Writes the blocks (4096 bytes each) and returns the address of each. DURABLE after `sync`. `whole`: the same
+        bytes in larger pieces, which are quicker to write.
 
         StoreFull, StoreFailed: none of the blocks has an address that counts; the next append uses a new container.
         """
         self._check_usable()
         writer = self._open
         if writer is not None and len(blocks) <= writer.slots_free:
-            return self._append_to(writer, blocks, fingerprints)
+            return self._append_to(writer, whole or blocks, fingerprints)
         addresses = np.empty(len(blocks), dtype="<u8")
         done = 0
         while done < len(blocks):
@@ -89,7 +92,7 @@ class DataJournal:
             self._abandon(writer, is_empty=was_empty)
             raise
         where = (writer.container << SLOT_BITS) + first
-        return np.arange(where, where + len(blocks), dtype=np.uint64)
+        return np.arange(where, where + len(fingerprints), dtype=np.uint64)
 
     def _writer(self) -> RawContainerWriter:
         """The open container, a new one when there is none with room."""

@@ -277,15 +277,17 @@ class Ingest:
     def _log_plain(self, records: Sequence[Record], journal: DataJournal, journal_id: JournalId) -> list[Logged]:
         """The same for records that are `_all_plain`: nothing has to be completed from the head, nor staged."""
         blocks: list[Bytes] = []
+        whole: list[Bytes] = []
         for record in records:
             if type(record) is Write:
                 data = record.extent.data
+                whole.append(data)
                 if len(data) == BLOCK_BYTES:
                     blocks.append(data)
                 else:
                     view = memoryview(data)
                     blocks += [view[at : at + BLOCK_BYTES] for at in range(0, len(data), BLOCK_BYTES)]
-        addresses, fingerprints = self._place(blocks, journal) if blocks else (_NO_ADDRESSES, [])
+        addresses, fingerprints = self._place(blocks, journal, whole) if blocks else (_NO_ADDRESSES, [])
         entries: list[Logged] = []
         at = 0
         for record in records:
@@ -335,12 +337,15 @@ class Ingest:
             self._healer.wounds.note([LOST])
         return addresses, fingerprints
 
-    def _place(self, blocks: list[Bytes], journal: DataJournal) -> tuple[Addresses, list[bytes]]:
-        """An address for each block: a hole, a block the store has, or a new one in `journal`."""
+    def _place(
+        self, blocks: list[Bytes], journal: DataJournal, whole: Sequence[Bytes] | None = None
+    ) -> tuple[Addresses, list[bytes]]:
+        """An address for each block: a hole, a block the store has, or a new one in `journal`. `whole`: the same bytes
+        in larger pieces, if there are any."""
         fingerprints = list(map(xxh3_128_digest, blocks))
         found = self._index.lookup(fingerprints)
         if found.count(None) == len(found) and ZEROS_FINGERPRINT not in fingerprints and _all_differ(fingerprints):
-            return self._append(blocks, fingerprints, journal), fingerprints
+            return self._append(blocks, fingerprints, journal, whole), fingerprints
         placed = self._known(blocks, fingerprints, found)
         fresh: dict[bytes, int] = {}
         twins: list[tuple[int, int]] = []
@@ -361,8 +366,14 @@ class Ingest:
             placed[index] = placed[first]
         return placed, fingerprints
 
-    def _append(self, blocks: list[Bytes], fingerprints: list[bytes], journal: DataJournal) -> Addresses:
-        addresses = journal.append(blocks, fingerprints)
+    def _append(
+        self,
+        blocks: list[Bytes],
+        fingerprints: list[bytes],
+        journal: DataJournal,
+        whole: Sequence[Bytes] | None = None,
+    ) -> Addresses:
+        addresses = journal.append(blocks, fingerprints, whole)
         self._index.note_each(fingerprints, addresses.tolist())
         return addresses
 

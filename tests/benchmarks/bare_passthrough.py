@@ -89,7 +89,8 @@ class BarePassthrough(pyfuse3.Operations):
         os.close(fh)
 
 
-async def _serve(operations: BarePassthrough, mountpoint: str) -> None:
+async def serve(operations: BarePassthrough, mountpoint: str) -> None:
+    """Until it is unmounted."""
     pyfuse3.init(operations, mountpoint, {"fsname=bare-passthrough"})
     try:
         await pyfuse3.main()
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("mountpoint")
     parser.add_argument("--writeback", action="store_true", help="let the kernel collect writes in its page cache")
     options = parser.parse_args()
-    trio.run(_serve, BarePassthrough(options.source, options.writeback), options.mountpoint)
+    trio.run(serve, BarePassthrough(options.source, options.writeback), options.mountpoint)
 
 
 if __name__ == "__main__":

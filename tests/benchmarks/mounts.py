@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from fusefs.mount_cli import tell
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODES = ("sync", "async", "batch")
 BARE = "bare passthrough"
+LEAST = {mode: f"least replication, {mode}" for mode in ("sync", "async")}
 NEW_DATA = ("--refill_buffers", "--randrepeat=0")
 """For fio: bytes that no other run wrote, and that nothing compresses. Without them each run writes the same again."""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -73,19 +75,42 @@ def new_source(directory: Path, size: int, *, sparse: bool = False) -> tuple[Pat
 @contextmanager
 def bare_mount(directory: Path, size: int, *, sparse: bool = False, writeback: bool = False) -> Iterator[Path]:
     """A bare passthrough; gives its mountpoint."""
+    with _yardstick("bare_passthrough", directory, size, sparse, writeback, []) as mountpoint:
+        yield mountpoint
+
+
+@contextmanager
+def least_mount(
+    directory: Path, size: int, mode: str, *, sparse: bool = False, writeback: bool = False
+) -> Iterator[Path]:
+    """The least replication; gives its mountpoint. `mode`: sync or async."""
+    log = [str(directory / "log"), *(["--sync"] if mode == "sync" else [])]
+    with _yardstick("least_replication", directory, size, sparse, writeback, log) as mountpoint:
+        yield mountpoint
+
+
+@contextmanager
+def _yardstick(
+    module: str, directory: Path, size: int, sparse: bool, writeback: bool, more: Sequence[str]
+) -> Iterator[Path]:
     source, mountpoint = new_source(directory, size, sparse=sparse)
-    command = [sys.executable, "-m", "tests.benchmarks.bare_passthrough", str(source), str(mountpoint)]
+    command = [sys.executable, "-m", f"tests.benchmarks.{module}", str(source), str(mountpoint), *more]
     if writeback:
         command.append("--writeback")
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT)
     try:
         while not os.path.ismount(mountpoint):
             if process.poll() is not None:
-                raise RuntimeError("the bare passthrough did not start")
+                raise RuntimeError(f"{module} did not start")
+            time.sleep(0.02)
         yield mountpoint
-    finally:
         subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True)
-        process.wait()
+        if process.wait():
+            raise RuntimeError(f"{module} failed")
+    finally:
+        if process.poll() is None:
+            subprocess.run(["fusermount3", "-u", str(mountpoint)], check=False)
+            process.wait()
 
 
 @contextmanager

@@ -40,6 +40,8 @@ class Target:
     bound: Bound
     value: float
     unit: str = "×"
+    floor: float | None = None
+    """What the least that could be done for this reaches; None where that was not measured."""
 
     @property
     def met(self) -> bool:
@@ -52,6 +54,10 @@ class Target:
     @property
     def measured_text(self) -> str:
         return amount(self.measured, self.unit)
+
+    @property
+    def floor_text(self) -> str:
+        return "" if self.floor is None else amount(self.floor, self.unit)
 
 
 def amount(value: float, unit: str) -> str:
@@ -91,17 +97,25 @@ class Report:
             table.add_row(name, _short(median), spread, str(len(values)), f"{median / floor:,.3g}")
         Console(width=WIDTH).print(table)
 
-    def at_least(self, subject: str, against: str, measured: float, value: float, unit: str = "×") -> None:
-        self._target(Target(subject, against, measured, Bound.AT_LEAST, value, unit))
+    def at_least(
+        self, subject: str, against: str, measured: float, value: float, unit: str = "×", floor: float | None = None
+    ) -> None:
+        self._target(Target(subject, against, measured, Bound.AT_LEAST, value, unit, floor))
 
-    def at_most(self, subject: str, against: str, measured: float, value: float, unit: str = "×") -> None:
-        self._target(Target(subject, against, measured, Bound.AT_MOST, value, unit))
+    def at_most(
+        self, subject: str, against: str, measured: float, value: float, unit: str = "×", floor: float | None = None
+    ) -> None:
+        self._target(Target(subject, against, measured, Bound.AT_MOST, value, unit, floor))
 
     def _target(self, target: Target) -> None:
         self.targets.append(target)
         met = "met" if target.met else "NOT met"
         against = f" against {target.against}" if target.against else ""
-        print(f"  {target.subject}{against}: {target.measured_text}, wanted {target.wanted_text}: {met}", flush=True)
+        floor = f" (the least that could be done: {target.floor_text})" if target.floor_text else ""
+        print(
+            f"  {target.subject}{against}: {target.measured_text}, wanted {target.wanted_text}: {met}{floor}",
+            flush=True,
+        )
 
     def note(self, text: str) -> None:
         """A line that belongs to the figures."""
@@ -124,6 +138,11 @@ def _short(value: float) -> str:
 def ratio(runs: Mapping[str, Sequence[float]], name: str, against: str) -> float:
     """Of the medians of two names of one table."""
     return statistics.median(runs[name]) / statistics.median(runs[against])
+
+
+def ratio_if_any(runs: Mapping[str, Sequence[float]], name: str, against: str) -> float | None:
+    """`ratio`; None where the table has no such name."""
+    return ratio(runs, name, against) if name in runs else None
 
 
 def machine() -> dict[str, str | int]:

@@ -99,18 +99,21 @@ def _described(on: dict[str, str | int]) -> str:
 
 def _print_summary(targets: list[Target], on: str) -> None:
     table = Table(title=f"Targets, on {on}")
-    for column in ("subject", "against", "target", "measured", "met"):
-        table.add_column(column, justify="right" if column in ("target", "measured") else "left")
+    for column in ("subject", "against", "target", "measured", "met", "floor"):
+        table.add_column(column, justify="right" if column in ("target", "measured", "floor") else "left")
     for target in targets:
         met = "yes" if target.met else "NO"
-        table.add_row(target.subject, target.against, target.wanted_text, target.measured_text, met)
+        table.add_row(target.subject, target.against, target.wanted_text, target.measured_text, met, target.floor_text)
     Console(width=WIDTH + 20).print(table)
 
 
 def _write_readme(targets: list[Target], on: str) -> None:
-    lines = [BEGIN, "", "| what | against | target | measured |", "|---|---|---|---|"]
+    lines = [BEGIN, "", "| what | against | target | measured | floor |", "|---|---|---|---|---|"]
     chosen = [one for one in targets if one.subject.startswith(SHORT)]
-    lines += [f"| {one.subject} | {one.against} | {one.wanted_text} | {one.measured_text} |" for one in chosen]
+    lines += [
+        f"| {one.subject} | {one.against} | {one.wanted_text} | {one.measured_text} | {one.floor_text} |"
+        for one in chosen
+    ]
     lines += ["", f"Medians of interleaved runs, on {on}.", "", END]
     text = README.read_text()
     before, begin, rest = text.partition(BEGIN)
