@@ -51,9 +51,10 @@ from fusefs.source_writes import sync_file, write_at
 from fusefs.volume_records import attributes_record, check_moves, create_record, retire_record
 from fusefs.volume_table import Volume, VolumeTable, check_path
 from replication.agent_link import RECORD_BYTES, AgentLink
-from replication.errors import HistoryLost, LinkDown, LinkReset, OutageError
+from replication.errors import LinkDown, LinkReset, OutageError
 from replication.intent_log import IntentLog, IntentLogFailed
 from replication.messages import Level
+from replication.near_thread import NearThread
 from replication.region_tracker import REGION_BYTES, RegionTracker, regions_of
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Agent:
         self.intent = intent
         self.tracker = tracker
         self.lock = RangeLock()
+        self._syncs = NearThread("source syncs")
         self.brackets = NamespaceBrackets(source, intent, link.first)
         self.unrecorded_retired: list[VolumeId] = []
         """Volumes that are gone and of which the store was not told."""
@@ -180,7 +182,7 @@ class Agent:
             return _NO_SEQ
         log.warning("%s: the source refused or shortened the write of seq %d; corrected", volume.path, refused)
         extent = None
-        if await self._room_to_correct(length):
+        if await self.link.room_to_correct(length):
             size = volume.size_to_be
             count = max(0, min(length, size - offset))
             try:
@@ -193,12 +195,6 @@ class Agent:
             self.link.owe(lambda seq, time, run: Correct(seq, time, run, refused, volume.size_to_be, nothing))
             return refused
         return self.link.put(lambda seq, time, run: Correct(seq, time, run, refused, size, extent))
-
-    async def _room_to_correct(self, length: int) -> bool:
-        try:
-            return await self.link.room_by_and_by(length)
-        except HistoryLost:
-            return False
 
     async def resize(self, volume: VolumeId | None, fd: int, size: int) -> None:
         """Records the new size and sets it. OSError EFBIG past what a volume may have."""
@@ -273,7 +269,7 @@ class Agent:
         """
         seq = self._put_flush(volume) if volume is not None and self.link.has_room(RECORD_BYTES) else _NO_SEQ
         token = self.tracker.token()
-        await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fd)
+        await self._syncs.run(os.fdatasync if datasync else os.fsync, fd)
         if volume is None or self.volumes.get(volume) is None:
             return
         self.tracker.source_synced(volume, token)

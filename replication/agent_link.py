@@ -98,6 +98,13 @@ class AgentLink:
             self.first.check_lost()
         return has_room
 
+    async def room_to_correct(self, nbytes: int) -> bool:
+        """As `room_by_and_by`; False, too, where there will be no room any more."""
+        try:
+            return await self.room_by_and_by(nbytes)
+        except HistoryLost:
+            return False
+
     def owe(self, correction: Build) -> None:
         """A record says what the source did not take, and the truth cannot be recorded now. `correction` is recorded
         once it can, behind the beginning of the gap, and a reconcile follows. It is small: nobody asks for its room."""

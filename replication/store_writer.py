@@ -18,6 +18,7 @@ import trio
 
 from dedup.errors import StoreError, StoreFailed, StoreFull
 from dedup.types import WRITE_BYTES_MAX, Record
+from replication.near_thread import NearThread
 
 if TYPE_CHECKING:
     from dedup.group_writer import GroupWriter
@@ -59,6 +60,7 @@ class StoreWriter:
         self.received_bytes = 0
         """Payload ingested so far."""
         self._lock = trio.Lock()
+        self._syncs = NearThread("store syncs")
         self._unsynced_bytes = 0
         self._dirty = trio.Event()
         self._now = trio.Event()
@@ -168,7 +170,7 @@ class StoreWriter:
             self._dirty, self._now = trio.Event(), trio.Event()
             self._unsynced_bytes = 0
             try:
-                await trio.to_thread.run_sync(self.store.sync)
+                await self._syncs.run(self.store.sync)
             except StoreFull as error:
                 log.error("cannot sync, trying again: %s", error)
                 turn.error = error

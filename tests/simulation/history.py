@@ -23,6 +23,7 @@ import trio.testing
 
 import fusefs.agent
 import fusefs.agent_start
+from replication.near_thread import NearThread
 from replication.status import LinkState
 from tests.simulation.applications import Applications, make_source
 from tests.simulation.chance import Chance
@@ -224,6 +225,7 @@ def _deterministic(seed: int, applications: Applications, *, echo: bool) -> Iter
         scheduler._r.seed(seed)
         replace(scheduler, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         replace(trio.to_thread, "run_sync", run_inline)
+        replace(NearThread, "run", lambda _thread, function, *args: run_inline(function, *args))
         put(patch.dict(redirected, {os.ftruncate: applications.resize}, clear=True))
         replace(fusefs.agent, "write_at", applications.write_at)
         replace(fusefs.agent, "monotonic", trio.current_time)
