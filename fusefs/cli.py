@@ -92,8 +92,7 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
     except Exception as error:
-        # Imported here: it brings trio, which the other ways out of here do not need.
-        from replication.background import cause, explain, is_expected
+        from replication.explanation import cause, explain, is_expected
 
         if debug:
             raise

@@ -12,17 +12,18 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from dedup.types import Epoch
+from dedup.ids import Epoch
 from replication.address import Address, UnixAddress
+from replication.control_frames import ControlDecoder, ControlMessage, encode_control
+from replication.control_messages import PROTOCOL_VERSION, Failure, Hello, Reply, Request, Role, Welcome
 from replication.errors import HandshakeRefused, LinkDown, LinkReset, ProtocolError, ReplicationError, RequestRefused
-from replication.messages import PROTOCOL_VERSION, Failure, Hello, Message, Reply, Request, Role, Welcome
-from replication.session import Session, Side
+from replication.frame_head import Buffer
 from replication.unix_path import with_address
-from replication.wire import Buffer
 
 REPLY_SECONDS: Final = 600.0
 """How long a reply may take, unless the caller knows better: a sync or checkpoint on a slow disk."""
 RECEIVE_BYTES: Final = 64 << 10
+REQUEST_ID: Final = 1
 
 _NOBODY: Final = frozenset({errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR})
 
@@ -46,7 +47,9 @@ def no_answer(command: str, place: Address, timeout: float) -> LinkReset:
 class Exchange:
     """One request on a connection of its own, which serves nothing else.
 
-    Send what `begin` gives, then give `receive` what arrives and send what it gives, until there is a `reply`.
+    Send what `begin` gives, then give `receive` what arrives and send what it gives, until there is a `reply`. It says
+    of the session (session.py) no more than its beginning, and hears no more: a peer that says anything else breaks the
+    protocol.
     """
 
     def __init__(self, group: str, command: str, body: dict[str, object], role: Role) -> None:
@@ -56,34 +59,36 @@ class Exchange:
         self._body = body
         self._role = role
         self._welcomed = False
-        self._session = Session(Side.CLIENT)
+        self._decoder = ControlDecoder()
 
     def begin(self) -> list[Buffer]:
-        return self._session.send(Hello(PROTOCOL_VERSION, self._role, self._group, Epoch(0)))
+        """LocalProtocolError for a group that no Hello can name."""
+        return encode_control(Hello(PROTOCOL_VERSION, self._role, self._group, Epoch(0)))
 
     def receive(self, data: bytes) -> list[Buffer]:
         """What is to be sent now; often nothing. b"" is the end of the stream.
 
-        HandshakeRefused, RequestRefused (the appliance's own line), ProtocolError; LinkReset at the end of the stream.
+        HandshakeRefused, RequestRefused (the appliance's own line), ProtocolError; LinkReset at the end of the stream;
+        LocalProtocolError for a request that cannot be said.
         """
         if not data:
             raise self.broken("the appliance closed the connection")
-        self._session.receive_data(data)
+        self._decoder.receive_data(data)
         buffers: list[Buffer] = []
-        while self.reply is None and (message := self._session.next_event()) is not None:
+        while self.reply is None and (message := self._decoder.next_message()) is not None:
             buffers += self._hear(message)
         return buffers
 
-    def _hear(self, message: Message) -> list[Buffer]:
+    def _hear(self, message: ControlMessage) -> list[Buffer]:
         if isinstance(message, Failure):
             raise HandshakeRefused(message.code, message.text)
         if not self._welcomed:
-            if not isinstance(message, Welcome):
-                raise ProtocolError(f"{type(message).__name__} instead of a welcome")
+            if not isinstance(message, Welcome) or message.version != PROTOCOL_VERSION:
+                raise ProtocolError(f"the peer broke the protocol: {message} instead of a welcome")
             self._welcomed = True
-            return self._session.send(Request(1, self._command, self._body))
-        if not isinstance(message, Reply):
-            raise ProtocolError(f"{type(message).__name__} instead of a reply")
+            return encode_control(Request(REQUEST_ID, self._command, self._body))
+        if not isinstance(message, Reply) or message.id != REQUEST_ID:
+            raise ProtocolError(f"the peer broke the protocol: {type(message).__name__} instead of the reply")
         if message.error:
             raise RequestRefused(message.error)
         self.reply = message.body
