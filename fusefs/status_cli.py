@@ -10,7 +10,8 @@ import click
 
 from dedup.errors import RewindError
 from dedup.terminal import json_option, shown, size_text
-from fusefs.mount_cli import Duration, print_json, tell
+from fusefs.command_values import Duration, print_json
+from fusefs.mount_control import tell
 from fusefs.mountpoint import clone_document, mount_at
 from replication.address import store_path
 from replication.reports import Subject, open_report

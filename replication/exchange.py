@@ -10,7 +10,8 @@ import errno
 import socket
 import time
 from collections.abc import Sequence
-from typing import Final
+from pathlib import Path
+from typing import Final, Protocol
 
 from dedup.ids import Epoch
 from replication.address import Address, UnixAddress
@@ -99,6 +100,21 @@ class Exchange:
         return LinkReset(f"{self._command}: {reason}; look whether it was done before trying again")
 
 
+class Talk(Protocol):
+    """One side of a conversation, without the link; Exchange is one."""
+
+    reply: dict[str, object] | None
+
+    def begin(self) -> list[Buffer]:
+        """What is to be sent first."""
+
+    def receive(self, data: bytes) -> list[Buffer]:
+        """What is to be sent when this has arrived; b"" is the end of the stream."""
+
+    def broken(self, reason: str) -> LinkDown:
+        """What to raise when the link broke before there was a reply."""
+
+
 def ask_here(
     place: UnixAddress,
     group: str | None,
@@ -110,24 +126,47 @@ def ask_here(
 ) -> dict[str, object]:
     """As `control.request`, of an appliance on this machine; blocks."""
     talk = Exchange(group or "", command, body, role)
-    end = time.monotonic() + timeout
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+    try:
+        sock = connected(place.path, timeout)
+    except LinkDown as error:
+        if nobody_there(error.__cause__):
+            raise NoAppliance(f"no appliance runs at {place.path}") from error
+        raise
+    try:
+        with sock:
+            return converse(sock, talk, timeout)
+    except TimeoutError:
+        raise no_answer(command, place, timeout) from None
+
+
+def connected(path: Path, timeout: float) -> socket.socket:
+    """A blocking socket connected to who listens at `path`. LinkDown."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
         sock.settimeout(timeout)
-        try:
-            with_address(place.path, sock.connect)
-        except OSError as error:
-            if nobody_there(error):
-                raise NoAppliance(f"no appliance runs at {place.path}") from error
-            raise LinkDown(f"cannot connect to {place.path}: {error.strerror or error}") from error
-        try:
-            _send(sock, talk.begin())
-            while talk.reply is None:
-                sock.settimeout(max(0.001, end - time.monotonic()))
-                _send(sock, talk.receive(sock.recv(RECEIVE_BYTES)))
-        except TimeoutError:
-            raise no_answer(command, place, timeout) from None
-        except OSError as error:
-            raise talk.broken(f"the link to the peer broke: {error}") from error
+        with_address(path, sock.connect)
+    except OSError as error:
+        sock.close()
+        raise LinkDown(f"cannot connect to {path}: {error.strerror or error}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def converse(sock: socket.socket, talk: Talk, timeout: float) -> dict[str, object]:
+    """The reply to which the talk comes over that socket, which serves nothing else. Blocks; TimeoutError after so many
+    seconds."""
+    end = time.monotonic() + timeout
+    try:
+        _send(sock, talk.begin())
+        while talk.reply is None:
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            _send(sock, talk.receive(sock.recv(RECEIVE_BYTES)))
+    except TimeoutError:
+        raise
+    except OSError as error:
+        raise talk.broken(f"the link to the peer broke: {error}") from error
     return talk.reply
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fusefs.mount_cli import tell
+from fusefs.mount_control import tell
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODES = ("sync", "async", "batch")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusefs.cli import COMMANDS
+from fusefs.command_group import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -48,13 +48,13 @@ def test_failure_is_1_and_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     import click
 
     from dedup.errors import NotAStore
-    from fusefs import cli
+    from fusefs import cli, command_group
 
     @click.command()
     def status() -> None:
         raise ExceptionGroup("nursery", [ExceptionGroup("inner", [NotAStore("/x: holds no store,\nmake one")])])
 
-    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda self, ctx, name: status)
+    monkeypatch.setattr(command_group.LazyGroup, "get_command", lambda self, ctx, name: status)
     monkeypatch.setattr(sys, "argv", ["rewindfs", "status"])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
