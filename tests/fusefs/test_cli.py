@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
+from fusefs.agent_control import Body, serve_control
 from fusefs.command_group import COMMANDS
+from fusefs.mountpoint import CONTROL_XATTR
+from replication.second_appliance import SecondAppliance
+from replication.transport import listen_unix
+from tests.replication.fake_store import FakeStore
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -33,6 +41,74 @@ def test_help_costs_no_heavy_import() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+HEAVY = {
+    *("trio", "numpy", "lmdb", "pyfuse3", "ssl", "rich", "zstandard", "xxhash", "cryptography", "prometheus_client"),
+    *("dedup.types", "dedup.layout", "dedup.store"),
+    *("replication.wire", "replication.session", "replication.transport"),
+}
+"""What takes long to import, and what a command that only asks a running process has no use for."""
+AND_WHAT_WAS_IMPORTED = """
+import atexit, gc, sys
+from fusefs.cli import main
+atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 10_000, *sys.modules, sep="\\n", file=sys.stderr))
+main()
+"""
+
+
+def imported_by(*args: str) -> tuple[str, set[str]]:
+    """What the command prints, and what it has imported when it ends. The collector is on again by then, and has been
+    told to leave alone what was imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", AND_WHAT_WAS_IMPORTED, *args], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    enabled, frozen, *modules = done.stderr.splitlines()
+    assert (enabled, frozen) == ("True", "True")
+    return done.stdout, set(modules)
+
+
+async def test_who_asks_an_appliance_waits_for_no_heavy_import(tmp_path: Path) -> None:
+    """Of a user's wait for a short command, imports are most."""
+    store = FakeStore()
+    store.group("g")
+    appliance = SecondAppliance(store)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(appliance.serve, [listen_unix(tmp_path / "socket")])
+        for args, said in ((["create", "--name", "n"], "n  seq="), (["delete", "n"], "")):
+            command, *rest = args
+            words = ["snapshot", command, str(tmp_path), *rest]
+            out, modules = await trio.to_thread.run_sync(partial(imported_by, *words))
+            assert out.startswith(said)
+            assert not modules & HEAVY
+        appliance.stop()
+
+
+@pytest.mark.parametrize("command", ["mode", "bookmark"])
+async def test_who_asks_a_mount_waits_for_no_heavy_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """As above; what stands for the mount is a socket, and a directory that names it."""
+    asked = []
+
+    async def answer(body: Body) -> Body:
+        asked.append(body)
+        return {"name": body.get("name"), "seq": 1}
+
+    try:
+        os.setxattr(tmp_path, CONTROL_XATTR, os.fsencode(tmp_path / "control"))
+    except OSError as error:
+        pytest.skip(f"{tmp_path} takes no extended attributes: {error}")
+    listener = listen_unix(tmp_path / "control")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_control, listener, {command: answer})
+        value = {"mode": "sync", "bookmark": "b"}[command]
+        _, modules = await trio.to_thread.run_sync(partial(imported_by, command, str(tmp_path), value))
+        nursery.cancel_scope.cancel()
+    await listener.aclose()
+    assert asked == [{{"mode": "mode", "bookmark": "name"}[command]: value}]
+    assert not modules & HEAVY
 
 
 @pytest.mark.parametrize("args", [["nonsense"], ["--nonsense"]])
