@@ -171,5 +171,6 @@ def converse(sock: socket.socket, talk: Talk, timeout: float) -> dict[str, objec
 
 
 def _send(sock: socket.socket, buffers: Sequence[Buffer]) -> None:
-    # At once, so that whoever hears it wakes up once.
-    sock.sendall(b"".join(buffers))
+    # At once, so that whoever hears it wakes up once; and never nothing, which fails where the peer has closed.
+    if buffers:
+        sock.sendall(b"".join(buffers))
