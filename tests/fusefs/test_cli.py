@@ -85,16 +85,23 @@ async def test_who_asks_an_appliance_waits_for_no_heavy_import(tmp_path: Path) -
         appliance.stop()
 
 
-@pytest.mark.parametrize("command", ["mode", "bookmark"])
+@pytest.mark.parametrize(
+    ("command", "words", "asked", "answer"),
+    [
+        ("mode", ["sync"], {"mode": "sync"}, {}),
+        ("bookmark", ["b"], {"name": "b"}, {"name": "b", "seq": 1}),
+        ("status", ["--json"], {"store": True}, {"oldest_queued": None, "lag": {}, "store_path": None}),
+    ],
+)
 async def test_who_asks_a_mount_waits_for_no_heavy_import(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    tmp_path: Path, command: str, words: list[str], asked: Body, answer: Body
 ) -> None:
-    """As above; what stands for the mount is a socket, and a directory that names it."""
-    asked = []
+    """As above; what stands for the mount is a socket, and a directory that names it. Its store is elsewhere."""
+    heard = []
 
-    async def answer(body: Body) -> Body:
-        asked.append(body)
-        return {"name": body.get("name"), "seq": 1}
+    async def hear(body: Body) -> Body:
+        heard.append(body)
+        return answer
 
     try:
         os.setxattr(tmp_path, CONTROL_XATTR, os.fsencode(tmp_path / "control"))
@@ -102,12 +109,11 @@ async def test_who_asks_a_mount_waits_for_no_heavy_import(
         pytest.skip(f"{tmp_path} takes no extended attributes: {error}")
     listener = listen_unix(tmp_path / "control")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_control, listener, {command: answer})
-        value = {"mode": "sync", "bookmark": "b"}[command]
-        _, modules = await trio.to_thread.run_sync(partial(imported_by, command, str(tmp_path), value))
+        nursery.start_soon(serve_control, listener, {command: hear})
+        _, modules = await trio.to_thread.run_sync(partial(imported_by, command, str(tmp_path), *words))
         nursery.cancel_scope.cancel()
     await listener.aclose()
-    assert asked == [{{"mode": "mode", "bookmark": "name"}[command]: value}]
+    assert heard == [asked]
     assert not modules & HEAVY
 
 
