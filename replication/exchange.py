@@ -19,7 +19,7 @@ from replication.control_frames import ControlDecoder, ControlMessage, encode_co
 from replication.control_messages import PROTOCOL_VERSION, Failure, Hello, Reply, Request, Role, Welcome
 from replication.errors import HandshakeRefused, LinkDown, LinkReset, ProtocolError, ReplicationError, RequestRefused
 from replication.frame_head import Buffer
-from replication.unix_path import with_address
+from replication.unix_path import connect_or_close
 
 REPLY_SECONDS: Final = 600.0
 """How long a reply may take, unless the caller knows better: a sync or checkpoint on a slow disk."""
@@ -142,15 +142,8 @@ def ask_here(
 def connected(path: Path, timeout: float) -> socket.socket:
     """A blocking socket connected to who listens at `path`. LinkDown."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.settimeout(timeout)
-        with_address(path, sock.connect)
-    except OSError as error:
-        sock.close()
-        raise LinkDown(f"cannot connect to {path}: {error.strerror or error}") from error
-    except BaseException:
-        sock.close()
-        raise
+    sock.settimeout(timeout)
+    connect_or_close(sock, path)
     return sock
 
 
