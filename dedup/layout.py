@@ -54,7 +54,6 @@ def checksum(data: bytes | bytearray | memoryview, seed: int = 0) -> int:
 
 STORE_MARKER_NAME: Final = "STORE"
 LOCK_NAME: Final = "lock"
-SOCKET_NAME: Final = "socket"
 INDEX_NAME: Final = "index"
 CONTAINERS_NAME: Final = "containers"
 GROUPS_NAME: Final = "groups"

@@ -7,51 +7,48 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Final
 
+from msgspec import Struct
+
 from dedup.errors import BadTime, NameRefused
-from dedup.types import NAME_BYTES_MAX, Seq, TimeNs
+from dedup.ids import NAME_BYTES_MAX, Seq, TimeNs
 
 _NS: Final = 1_000_000_000
-_RFC3339: Final = re.compile(
+# Compiled, and kept by `re`, when first asked for: most commands are given no TIME, and are quicker without.
+_RFC3339: Final = (
     r"(\d{4})-(\d\d)-(\d\d)[Tt_ ](\d\d)[:-](\d\d)[:-](\d\d)(?:\.(\d{1,9}))?(?:([Zz])|([+-])(\d\d)[:-]?(\d\d))?"
 )
-_AGO: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+_AGO: Final = r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?"
 _AGO_UNITS: Final = (86_400, 3_600, 60, 1)
 _DIGITS_MAX: Final = 12
 """Digits of an age's number: more than a clock of nanoseconds in a u64 can hold is no age."""
 
 
-@dataclass(frozen=True, slots=True)
-class Latest:
+class Latest(Struct, frozen=True):
     """The last recovery point."""
 
 
-@dataclass(frozen=True, slots=True)
-class AtSeq:
+class AtSeq(Struct, frozen=True):
     seq: Seq
 
 
-@dataclass(frozen=True, slots=True)
-class AtTime:
+class AtTime(Struct, frozen=True):
     """A wall-clock time; `relative` when it was given as an age."""
 
     time: TimeNs
     relative: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(Struct, frozen=True):
     """A bookmark's or a snapshot's name; `bookmark` when only a bookmark is meant."""
 
     name: str
     bookmark: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class TimeSpec:
+class TimeSpec(Struct, frozen=True):
     """A parsed TIME. `flush`: the last flushed point at or before it."""
 
     text: str
@@ -88,7 +85,7 @@ def _parse_where(body: str, now: TimeNs) -> Latest | AtSeq | AtTime | Named | No
 
 
 def _clock_time(body: str) -> TimeNs | None:
-    match = _RFC3339.fullmatch(body)
+    match = re.fullmatch(_RFC3339, body)
     if match is None:
         return None
     year, month, day, hour, minute, second = (int(part) for part in match.groups()[:6])
@@ -109,7 +106,7 @@ def _clock_time(body: str) -> TimeNs | None:
 
 def duration_ns(text: str) -> int | None:
     """`2h`, `90m`, `1d2h3m4s` in nanoseconds: the grammar of ages and of how long things are kept. None: it is none."""
-    match = _AGO.fullmatch(text)
+    match = re.fullmatch(_AGO, text)
     if not text or match is None or any(part and len(part) > _DIGITS_MAX for part in match.groups()):
         return None
     return sum(int(part) * unit for part, unit in zip(match.groups(), _AGO_UNITS, strict=True) if part) * _NS

@@ -3,9 +3,7 @@ that most of them have."""
 
 from __future__ import annotations
 
-import json
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
@@ -33,11 +31,16 @@ def size_text(size: int) -> str:
 
 def print_json(document: object) -> None:
     """One JSON document on stdout."""
+    import json  # here and below: most commands are asked for none
+
     click.echo(json.dumps(document, indent=2))
 
 
 def print_json_list(items: Iterable[object]) -> None:
     """The same of an array, item by item as they are found: it may be long."""
+    import json
+    import textwrap
+
     before = "["
     for item in items:
         click.echo(before + "\n" + textwrap.indent(json.dumps(item, indent=2), "  "), nl=False)
@@ -56,6 +59,8 @@ def print_json_ranges(
 
     Keys of `head` come before it, those of `tail`, which is asked when the last item is out, behind it.
     """
+    import json
+
     # Not click.echo, which flushes each time: for a million items that is most of the time.
     out = sys.stdout
     out.write("{" + "".join(f"{_member(*one)}, " for one in head.items()) + f"{json.dumps(name)}: [")
@@ -68,6 +73,8 @@ def print_json_ranges(
 
 
 def _member(name: str, value: object) -> str:
+    import json
+
     return f"{json.dumps(name)}: {json.dumps(value)}"
 
 

@@ -14,8 +14,8 @@ from typing import Final
 import trio
 
 from dedup.errors import RewindError
-from replication.background import explain
 from replication.errors import LinkDown, ProtocolError
+from replication.explanation import explain
 from replication.messages import Message, Reply, Request
 from replication.transport import Connection, Listener, connect_unix
 from replication.wire import Decoder, encode

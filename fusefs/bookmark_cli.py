@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
-import trio
 
 from dedup.errors import RewindError
 from dedup.moment import check_name
 from dedup.terminal import json_option
-from fusefs.agent_control import Body, ask
-from fusefs.bookmark_hooks import Frozen, Hooks, bookmark_frozen
-from fusefs.mount_cli import DIRECTORY, Duration, print_json, tell
+from fusefs.command_values import DIRECTORY, Duration, print_json
+from fusefs.mount_control import tell
 from fusefs.mountpoint import absolute, control_socket
+
+if TYPE_CHECKING:
+    from fusefs.bookmark_hooks import Frozen, Hooks
 
 _TAKE_PART: Final = 0.9
 """Of the time that is left: within which the bookmark is recorded; the rest is for the answer."""
@@ -54,6 +55,11 @@ def bookmark(
     if hook_timeout <= 0:
         raise click.UsageError("--hook-timeout must be longer than nothing")
     mountpoint = absolute(mountpoint)
+    # Imported here: most bookmarks are made without, and are quicker for it.
+    import trio
+
+    from fusefs.bookmark_hooks import Hooks
+
     frozen = trio.run(_between, mountpoint, name, Hooks(freeze, thaw, hook_timeout))
     if as_json:
         seq = None if frozen.answer is None else frozen.answer["seq"]
@@ -70,6 +76,9 @@ def _say(answer: dict[str, Any]) -> None:
 
 async def _between(mountpoint: Path, name: str, hooks: Hooks) -> Frozen:
     """Nothing is frozen where the mount says beforehand that there can be no such bookmark. RewindError."""
+    from fusefs.agent_control import Body, ask
+    from fusefs.bookmark_hooks import bookmark_frozen
+
     socket = control_socket(mountpoint)
     checked = await ask(socket, "bookmark.check", {"name": name})
     environment = {

@@ -22,7 +22,7 @@ import trio
 
 from dedup.errors import RewindError
 from dedup.terminal import shown
-from replication.background import explain
+from replication.explanation import explain
 
 STOP_SECONDS: Final = 2.0
 """How long a hook that took too long may take to end after SIGTERM, and again after SIGKILL."""

@@ -31,7 +31,7 @@ from fusefs.in_place import InPlaceRestore, Written, differing
 from fusefs.mountpoint import absolute, control_socket
 from fusefs.open_files import holders
 from fusefs.restore_plan import RestorePlan, make_plan, volumes_at
-from replication.background import explain, is_expected
+from replication.explanation import explain, is_expected
 from replication.history import held_moments, open_history
 from replication.route import Route
 from replication.status import LinkState

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
 
 import click
-import msgspec
 import trio
 
 from dedup.errors import RewindError
-from fusefs.agent_control import Body, ask
+from fusefs.agent_control import ask
+from fusefs.command_values import DIRECTORY, Duration
 from fusefs.daemon import BUSY_SECONDS, leave_when_free
 from fusefs.mount_process import DRAIN_SECONDS, MountSettings, run_mount
 from fusefs.mountpoint import (
@@ -33,26 +30,6 @@ from replication.forwarding_options import forwarding_options
 from replication.modes import Mode, Outage
 from replication.route import Route, route_options
 from replication.target import Target
-
-_DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?")
-
-
-class Duration(click.ParamType[float]):
-    """`10s`, `2m`, `1h30m`: seconds."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, (int, float)):
-            return float(value)
-        match = _DURATION.fullmatch(value)
-        if not value or match is None:
-            self.fail(f"{value!r} is no duration; write 10s, 2m or 1h30m", param, ctx)
-        days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
-        return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
-
-
-DIRECTORY: Final = click.Path(path_type=Path)
 
 
 @click.command()
@@ -203,11 +180,6 @@ def unmount(mountpoint: Path, drain_timeout: float) -> None:
     trio.run(_drain_and_leave, mountpoint, socket, drain_timeout)
 
 
-def tell(mountpoint: Path, command: str, body: Body) -> Body:
-    """The reply of the process behind a source mount to one command."""
-    return trio.run(ask, control_socket(absolute(mountpoint)), command, body)
-
-
 async def _drain_and_leave(mountpoint: Path, socket: Path, drain_timeout: float) -> None:
     answer = await ask(socket, "unmount", {"drain_timeout": drain_timeout})
     with trio.move_on_after(drain_timeout) as patience:
@@ -240,17 +212,3 @@ async def _wait_for_end(pid: int, seconds: float) -> None:
         os.close(fd)
     if patience.cancelled_caught:
         raise RewindError(f"unmounted, but process {pid} is still draining; its log says why")
-
-
-@click.command()
-@click.argument("mountpoint", type=DIRECTORY)
-@click.argument("mode", type=click.Choice([mode.value for mode in Mode]))
-def mode(mountpoint: Path, mode: str) -> None:
-    """Change the MODE of a running mount; nothing is lost or reordered."""
-    tell(mountpoint, "mode", {"mode": mode})
-
-
-def print_json(value: object) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
-    sys.stdout.flush()

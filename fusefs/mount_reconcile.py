@@ -26,7 +26,7 @@ from fusefs.agent import Agent
 from fusefs.agent_control import Body, Handlers
 from fusefs.agent_source import AgentSource
 from fusefs.agent_start import now_equal
-from replication.background import explain
+from replication.explanation import explain
 from replication.messages import Level
 from replication.reconcile import Reconciled, Reconciler, Work, all_regions
 from replication.region_tracker import Region

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import re
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +176,8 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
     path = absolute(path)
     if mount_at(path) is None:
         raise NotMounted(f"{path}: nothing is mounted there")
+    import subprocess
+
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
     try:
         done = subprocess.run(
@@ -226,6 +226,8 @@ def control_socket(mountpoint: Path) -> Path:
 
 def clone_document(mountpoint: Path) -> dict[str, Any] | None:
     """What the clone mounted at `mountpoint` says of itself; None where no living clone is."""
+    import json  # here, and subprocess above: the short commands about a mount need neither
+
     try:
         document: dict[str, Any] = json.loads(os.getxattr(mountpoint, CLONE_XATTR))
     except OSError as error:

@@ -10,10 +10,10 @@ import click
 
 from dedup.errors import RewindError
 from dedup.terminal import json_option, shown, size_text
-from fusefs.mount_cli import Duration, print_json, tell
+from fusefs.command_values import Duration, print_json
+from fusefs.mount_control import tell
 from fusefs.mountpoint import clone_document, mount_at
 from replication.address import store_path
-from replication.reports import Subject, open_report
 from replication.route import Route, route_options
 
 NOTHING_KNOWN: dict[str, Any] = {"oldest": None, "newest": None, "covered_until": None, "gaps": None}
@@ -61,6 +61,8 @@ def mount_status(mountpoint: Path) -> dict[str, Any]:
     path = report.pop("store_path")
     store = report.pop("store_report", None)
     if path is not None:
+        from replication.reports import Subject, open_report  # here: a mount whose store is elsewhere reads none
+
         with open_report(path, Subject("store", report["group"])) as made:
             store = made.document()
     if store is None:
@@ -72,6 +74,8 @@ def mount_status(mountpoint: Path) -> dict[str, Any]:
 
 def store_status(address: str, route: Route) -> dict[str, Any]:
     """The report on a store alone."""
+    from replication.reports import Subject, open_report
+
     with open_report(address, Subject("store"), route) as made:
         store = made.document()
     several: dict[str, Any] = {"group": None, "oldest": None, "newest": None, "gaps": 0}

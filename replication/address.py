@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dedup.layout import SOCKET_NAME
+from msgspec import Struct
+
 from replication.errors import ReplicationError
 
+SOCKET_NAME: Final = "socket"
+"""In a store: where its second appliance listens, while one runs."""
 UNIX_PREFIX: Final = "unix:"
 PORT_MAX: Final = 65535
 LOOPBACK_NAME: Final = "localhost"
@@ -21,8 +23,7 @@ class AddressError(ReplicationError):
     """The text is no address, or none that may be used so."""
 
 
-@dataclass(frozen=True, slots=True)
-class UnixAddress:
+class UnixAddress(Struct, frozen=True):
     """A Unix socket. `store` is set where the address was given as a store's path, within which the socket lies."""
 
     path: Path
@@ -32,8 +33,7 @@ class UnixAddress:
         return f"{UNIX_PREFIX}{self.path}" if self.store is None else str(self.store)
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkAddress:
+class NetworkAddress(Struct, frozen=True):
     """A TCP port, spoken to in TLS or plainly. Port 0 is for listening: the system chooses one."""
 
     host: str

@@ -13,8 +13,9 @@ import trio
 
 from dedup.store import Store
 from replication.address import Address, NetworkAddress, UnixAddress
-from replication.background import Ready, cause, explain, run
+from replication.background import Ready, run
 from replication.control import SOCKET_NAME
+from replication.explanation import cause, explain
 from replication.first_cli import first
 from replication.listening import listen_addresses, open_listeners
 from replication.metrics import metrics_at, parse_metrics, second_figures

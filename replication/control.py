@@ -10,8 +10,7 @@ from pathlib import Path
 
 import trio
 
-from dedup.layout import SOCKET_NAME
-from replication.address import UNIX_PREFIX, AddressError, UnixAddress, parse_address
+from replication.address import SOCKET_NAME, UNIX_PREFIX, AddressError, UnixAddress, parse_address
 from replication.endpoint import connect
 from replication.errors import LinkDown
 from replication.exchange import REPLY_SECONDS, Exchange, NoAppliance, no_answer, nobody_there

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dedup.errors import RewindError
-from dedup.types import Seq
-from replication.messages import ErrorCode
+
+if TYPE_CHECKING:
+    from dedup.ids import Seq
+    from replication.control_messages import ErrorCode
 
 
 class ReplicationError(RewindError):

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
+import msgspec
 import trio
 
 from dedup.types import Aggregate, Epoch, Record, Seq, VolumeState, Write
@@ -194,7 +194,7 @@ class FirstAppliance:
         welcome, volumes = await self._forwarder.start()
         self._last_seq = self._forwarder.outbox.last_seq
         self._progress.queue(self._last_seq)
-        return replace(welcome, held=self._last_seq), volumes
+        return msgspec.structs.replace(welcome, held=self._last_seq), volumes
 
     async def room(self, nbytes: int) -> bool:
         """Waits until the queue can take a record of `nbytes` payload; at once, without a checkpoint, when it can.

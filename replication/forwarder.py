@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Final, Protocol
 
+import msgspec
 import trio
 
 from dedup.types import Heartbeat, Seq, VolumeState
@@ -186,7 +186,7 @@ class Forwarder:
 
     def mode_changed(self, mode: Mode | None, gather_seconds: float) -> None:
         """What a Hello says from now on, and how long a frame may wait for company."""
-        self.hello = replace(self.hello, mode=mode)
+        self.hello = msgspec.structs.replace(self.hello, mode=mode)
         self._gather_seconds = gather_seconds
         if self._link is not None:
             self._link.gather_seconds = gather_seconds

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from struct import error as StructError
 from typing import Any, Final
 
-import msgspec
 import zstandard
 
 from dedup.types import (
@@ -23,7 +22,6 @@ from dedup.types import (
 )
 from replication.checks import (
     RARE_CHECKS,
-    Malformed,
     check_ack,
     check_aggregate,
     check_answer,
@@ -39,7 +37,10 @@ from replication.checks import (
     check_stamp,
     check_volume,
 )
+from replication.control_checks import Malformed
+from replication.control_frames import encode_msgpack
 from replication.errors import LocalProtocolError
+from replication.frame_head import HEADER, Buffer, MessageType
 from replication.frame_layout import (
     ACK,
     AGGREGATE,
@@ -48,14 +49,12 @@ from replication.frame_layout import (
     CORRECT,
     EXTENT,
     FLUSH,
-    HEADER,
     HEARTBEAT,
     OFFER,
     QUERY,
     RARE,
     WRITE,
     Flag,
-    MessageType,
 )
 from replication.messages import (
     Ack,
@@ -69,10 +68,6 @@ from replication.messages import (
     SyncRequest,
     Wanted,
 )
-
-Buffer = bytes | bytearray | memoryview
-"""Contiguous bytes; a memoryview must have one-byte items."""
-
 
 _ZEROS: Final = int(Flag.ZEROS)
 _WRITE: Final = int(MessageType.WRITE)
@@ -290,13 +285,8 @@ def _encode_sync_request(_message: SyncRequest) -> list[Buffer]:
 
 
 def _encode_rare(message: Any) -> list[Buffer]:
-    kind, limit = RARE[type(message)]
-    RARE_CHECKS[type(message)](message)
-    body = msgspec.msgpack.encode(message)
-    total = HEADER.size + len(body)
-    if total > limit:
-        raise Malformed(f"{total} bytes; at most {limit} are allowed")
-    return [HEADER.pack(total, kind, 0, 0), body]
+    cls = type(message)
+    return encode_msgpack(message, *RARE[cls], RARE_CHECKS[cls])
 
 
 _ENCODERS: Final[dict[type, Callable[[Any], list[Buffer]]]] = {

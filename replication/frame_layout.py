@@ -5,7 +5,7 @@ All integers are little-endian and unsigned, without padding.
 
 from __future__ import annotations
 
-from enum import IntEnum, IntFlag
+from enum import IntFlag
 from struct import Struct
 from typing import Final
 
@@ -22,58 +22,18 @@ from dedup.types import (
     Resize,
     Retire,
 )
+from replication.control_frames import CONTROL_FRAMES
+from replication.frame_head import HEAD, HEADER, MessageType
 from replication.messages import (
     COMPARE_BLOCKS_MAX,
-    CONTROL_BYTES_MAX,
     DIGEST_BYTES,
     FINGERPRINT_BYTES,
     OFFER_BLOCKS_MAX,
     QUERY_BYTES_MAX,
     RESULT_BYTES_MAX,
-    Failure,
-    Hello,
-    Reply,
-    Request,
     Uncompared,
     VolumePage,
-    Welcome,
 )
-
-
-class MessageType(IntEnum):
-    """The `type` byte of a frame. Records are 32 and up."""
-
-    HELLO = 1
-    WELCOME = 2
-    VOLUME_PAGE = 3
-    REQUEST = 4
-    REPLY = 5
-    FAILURE = 6
-    SYNC_REQUEST = 7
-    ACK = 8
-    COMPARE = 9
-    COMPARE_RESULT = 10
-    UNCOMPARED = 11
-    OFFER = 12
-    WANTED = 13
-    QUERY = 14
-    RESULT = 15
-    WRITE = 32
-    AGGREGATE = 33
-    RECONCILE = 34
-    CORRECT = 35
-    RESIZE = 36
-    CREATE = 37
-    RENAME = 38
-    RETIRE = 39
-    ATTRIBUTES = 40
-    FLUSH = 41
-    BOOKMARK = 42
-    HEARTBEAT = 43
-    EPOCH_START = 44
-    RECONCILE_BEGIN = 45
-    RECONCILE_END = 46
-    REMAINDER = 47
 
 
 class Flag(IntFlag):
@@ -85,28 +45,25 @@ class Flag(IntFlag):
     """Write, Reconcile, Correct: `length` zeros, no payload follows."""
 
 
-_HEADER: Final = "<IBBH"
-HEADER: Final = Struct(_HEADER)
-"""length u32 (whole frame), type u8, flags u8, reserved u16 = 0."""
 # Fixed parts, header included, so that a frame's head is one pack and one unpack.
-WRITE: Final = Struct(_HEADER + "QQIIQI")
+WRITE: Final = Struct(HEAD + "QQIIQI")
 """seq, time, run, volume, offset, length; Reconcile has the same."""
-CORRECT: Final = Struct(_HEADER + "QQIQQIQI")
+CORRECT: Final = Struct(HEAD + "QQIQQIQI")
 """seq, time, run, refused, size, volume, offset, length."""
-AGGREGATE: Final = Struct(_HEADER + "QQQIII")
+AGGREGATE: Final = Struct(HEAD + "QQQIII")
 """first_seq, seq, time, run, extents, body_bytes (of table and data, uncompressed); Remainder has the same."""
 EXTENT: Final = Struct("<IIQI")
 """One entry of an aggregate's table: volume, data_bytes, offset, zeros."""
-FLUSH: Final = Struct(_HEADER + "QQII")
-HEARTBEAT: Final = Struct(_HEADER + "QQI")
-ACK: Final = Struct(_HEADER + "QQQQ")
+FLUSH: Final = Struct(HEAD + "QQII")
+HEARTBEAT: Final = Struct(HEAD + "QQI")
+ACK: Final = Struct(HEAD + "QQQQ")
 """queued, kept, received, durable."""
-COMPARE: Final = Struct(_HEADER + "QQIIQI")
+COMPARE: Final = Struct(HEAD + "QQIIQI")
 """seq, time, run, volume, offset, unit."""
-COMPARE_RESULT: Final = Struct(_HEADER + "Q")
+COMPARE_RESULT: Final = Struct(HEAD + "Q")
 """seq; Wanted has the same."""
-OFFER: Final = Struct(_HEADER + "Q")
-QUERY: Final = Struct(_HEADER + "Q")
+OFFER: Final = Struct(HEAD + "Q")
+QUERY: Final = Struct(HEAD + "Q")
 """id; Result has the same."""
 OFFERED_BYTES: Final = FINGERPRINT_BYTES + DIGEST_BYTES
 """What an Offer says of one block."""
@@ -117,12 +74,8 @@ COPY_BYTES_MAX: Final = 64 << 10
 """A payload up to this long is copied out as bytes; a longer one is a view of the received buffer (no copy)."""
 
 RARE: Final[dict[type, tuple[MessageType, int]]] = {
-    Hello: (MessageType.HELLO, 4096),
-    Welcome: (MessageType.WELCOME, 4096),
+    **CONTROL_FRAMES,
     VolumePage: (MessageType.VOLUME_PAGE, 2 << 20),
-    Request: (MessageType.REQUEST, CONTROL_BYTES_MAX),
-    Reply: (MessageType.REPLY, CONTROL_BYTES_MAX),
-    Failure: (MessageType.FAILURE, 8192),
     Uncompared: (MessageType.UNCOMPARED, 256),
     Resize: (MessageType.RESIZE, 4096),
     Create: (MessageType.CREATE, 8192),

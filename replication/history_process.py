@@ -31,8 +31,8 @@ import trio
 from dedup.errors import RewindError
 from dedup.pins import Pinning
 from dedup.reader import StoreReader
-from replication.background import explain
 from replication.errors import LinkDown, ProtocolError
+from replication.explanation import explain
 from replication.history_answers import HistoryAnswers
 from replication.history_queries import answer_bytes, question_of
 from replication.identity import Peer

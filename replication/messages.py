@@ -1,22 +1,70 @@
 """Every message of the protocol, as frozen values. PROTOCOL.md says when each may be sent and its limits.
 
-Records (`dedup.types.Record`) travel as they are, one frame each; what is here is everything else.
+Records (`dedup.types.Record`) travel as they are, one frame each; what is here is everything else. What a session
+begins with and a command is made of is in control_messages.py, which costs a short command less to import.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import IntEnum
 from typing import Final
 
-from dedup.types import ClockRun, Epoch, Record, Seq, TimeNs, VolumeId, VolumeState
+from dedup.types import ClockRun, Record, Seq, TimeNs, VolumeId, VolumeState
+from replication.control_messages import (
+    CONTROL_BYTES_MAX,
+    PROTOCOL_VERSION,
+    ErrorCode,
+    Failure,
+    Hello,
+    Mode,
+    Reply,
+    Request,
+    Role,
+    Welcome,
+)
 
-PROTOCOL_VERSION: Final = 3
+__all__ = [
+    "COMPARE_BLOCKS_MAX",
+    "COMPARE_BYTES_MAX",
+    "COMPARE_UNITS",
+    "CONTROL_BYTES_MAX",
+    "DIGEST_BYTES",
+    "FINGERPRINT_BYTES",
+    "FRAME_BYTES_MAX",
+    "OFFER_BLOCKS_MAX",
+    "PROTOCOL_VERSION",
+    "QUERY_BYTES_MAX",
+    "RESULT_BYTES_MAX",
+    "SUM_UNITS",
+    "VOLUMES_PER_PAGE_MAX",
+    "Ack",
+    "Compare",
+    "CompareResult",
+    "ErrorCode",
+    "Failure",
+    "Hello",
+    "Level",
+    "Message",
+    "Mode",
+    "Offer",
+    "Piece",
+    "Query",
+    "Remainder",
+    "Reply",
+    "Request",
+    "Result",
+    "Role",
+    "SyncRequest",
+    "Uncompared",
+    "VolumePage",
+    "Wanted",
+    "Welcome",
+]
+
 FRAME_BYTES_MAX: Final = 5 << 20
 """Largest frame either side accepts, header included: an aggregate of 4 MiB and its extents."""
 VOLUMES_PER_PAGE_MAX: Final = 256
-CONTROL_BYTES_MAX: Final = 1 << 20
-"""Largest encoded Request or Reply."""
 COMPARE_BLOCKS_MAX: Final = 1024
 """Digests of one Compare at most."""
 COMPARE_BYTES_MAX: Final = 4 << 20
@@ -35,24 +83,6 @@ RESULT_BYTES_MAX: Final = 2 << 20
 """Largest body of a Result: 1 MiB of blocks and what is said of them."""
 
 
-class Role(Enum):
-    """What a peer may do. An agent appends to its own group; an admin's requests change the store; a reader reads."""
-
-    AGENT = "agent"
-    ADMIN = "admin"
-    READER = "reader"
-
-
-class Mode(Enum):
-    """How the first appliance answers; modes.py holds the policies."""
-
-    SYNC = "sync"
-    ASYNC = "async"
-    BATCH = "batch"
-    AUTO = "auto"
-    """Sync while the round trip is short, async beyond, and back."""
-
-
 class Level(IntEnum):
     """How far an IO has come. QUEUED: held by the first appliance. RECEIVED: journalled at the second, survives a
     killed process. DURABLE: synced there, survives a power cut."""
@@ -60,59 +90,6 @@ class Level(IntEnum):
     QUEUED = 0
     RECEIVED = 1
     DURABLE = 2
-
-
-class ErrorCode(IntEnum):
-    PROTOCOL = 1
-    """The peer broke the protocol; the session is closed."""
-    VERSION = 2
-    REFUSED = 3
-    """The request is refused: role, fencing (an older epoch), unknown name."""
-    STORE_FULL = 4
-    """The store's disk is full; nothing of the record was kept; connect again later."""
-    STORE_FAILED = 5
-    """The store stopped; its appliance restarts."""
-    FENCED = 6
-    """Another agent feeds the group now; final for this one."""
-    UNAVAILABLE = 7
-    """A first appliance that cannot reach the second now; connect again later."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """First message of the connecting side. What follows `group` is empty for roles other than agent.
-
-    `agent`: who feeds the group, the same for all starts of one source. `take_over`: be its agent from now on, whoever
-    was before. `mode`: what a first appliance is to do; None leaves it to that one.
-    """
-
-    version: int
-    role: Role
-    group: str
-    epoch: Epoch
-    agent: str = ""
-    take_over: bool = False
-    mode: Mode | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Welcome:
-    """Answer to Hello. For an agent, `held` is the last seq that the peer holds (resend from held + 1), `durable` the
-    last one synced at the second appliance; volumes follow in VolumePages. `digest_key` keys this session's digests.
-    `mode` is what a first appliance does, None from a second one."""
-
-    version: int
-    store: str
-    epoch: Epoch
-    held: Seq
-    durable: Seq
-    time: TimeNs
-    run: ClockRun
-    has_base: bool
-    reconciling: bool
-    next_volume: VolumeId
-    digest_key: bytes
-    mode: Mode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,24 +193,6 @@ class Ack:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """A control command; `body` is JSON-like (msgspec-encodable builtins)."""
-
-    id: int
-    command: str
-    body: dict[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Answer to the Request of the same id. `error` is empty on success, else one line for a person."""
-
-    id: int
-    body: dict[str, object]
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Query:
     """What a reader asks about the past of its group; `body` is a question of history_queries.py, encoded there. Who
     passes it on need not understand it."""
@@ -248,14 +207,6 @@ class Result:
 
     id: int
     body: bytes | memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Last message of a session: why the sender closes it."""
-
-    code: ErrorCode
-    text: str
 
 
 Message = (

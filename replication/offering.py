@@ -19,7 +19,8 @@ import trio
 from dedup.types import BLOCK_BYTES, Aggregate, Seq
 from replication import offers
 from replication.errors import LocalProtocolError
-from replication.frame_layout import HEADER, Flag
+from replication.frame_head import HEADER
+from replication.frame_layout import Flag
 from replication.messages import Offer, Wanted
 from replication.modes import BATCH_ZSTD_LEVEL
 from replication.outbox import FRAME_OVERHEAD_BYTES, Frame

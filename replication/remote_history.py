@@ -18,7 +18,8 @@ from dedup.history import ByteRange, GroupMoment
 from dedup.types import Moment, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 from replication import history_queries as said
 from replication.block_cache import BlockCache
-from replication.checks import Malformed, check_state
+from replication.checks import check_state
+from replication.control_checks import Malformed
 from replication.history_link import SESSIONS_MAX, HistoryLink, SessionChanged
 from replication.history_queries import GROUPS_PER_QUERY_MAX
 from replication.remote_image import RemoteBlocks, RemoteImage

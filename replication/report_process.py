@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from dedup.errors import RewindError, StoreError
-from replication.background import explain
+from replication.explanation import explain
 from replication.reports import Subject, make_page
 from replication.supervisor import child_environment, python_module
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import trio
 
 from dedup.errors import UnknownName
 from dedup.moment import rfc3339
@@ -29,8 +28,8 @@ from dedup.snapshot_map import snapshot_map
 from dedup.store_report import store_document
 from dedup.timeline import span_of, timeline_json, timeline_of
 from replication.address import store_path
+from replication.control_messages import Role
 from replication.errors import ProtocolError
-from replication.messages import Role
 from replication.route import Route
 from replication.store_command import ask
 
@@ -116,6 +115,8 @@ def open_report(address: str, subject: Subject, route: Route = Route()) -> Itera
 
 def _page_from(address: str, subject: Subject, route: Route, start: int) -> dict[str, Any]:
     body = {**asdict(subject), "start": start}
+    import trio  # here: a store at a path is read without
+
     return trio.run(partial(ask, address, subject.group, "report", body, route, role=Role.READER))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dedup.ids import TimeNs
 from dedup.moment import duration_ns, rfc3339
 from dedup.terminal import (
     group_option,
@@ -21,7 +22,6 @@ from dedup.terminal import (
     shown,
     size_text,
 )
-from dedup.types import TimeNs
 from replication.errors import ProtocolError
 from replication.route import Route, route_options
 from replication.store_command import on_group

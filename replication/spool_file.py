@@ -20,7 +20,8 @@ from dedup.layout import Fields, checksum
 from dedup.storage import Storage
 from dedup.types import Aggregate, Correct, Epoch, Flush, Heartbeat, Reconcile, Seq, TimeNs, Write
 from replication.errors import SpoolDamaged
-from replication.frame_layout import HEADER, RARE, MessageType
+from replication.frame_head import HEADER, MessageType
+from replication.frame_layout import RARE
 from replication.messages import FRAME_BYTES_MAX
 from replication.outbox import FRAME_OVERHEAD_BYTES, Frame
 from replication.wire import Buffer

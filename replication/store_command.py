@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from dedup.errors import StoreBusy, StoreError, UnknownName
 from replication.address import UnixAddress, parse_address, store_path
+from replication.control_messages import Role
 from replication.exchange import REPLY_SECONDS, NoAppliance, ask_here
-from replication.messages import Role
 from replication.route import Route
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from typing import Final
 
 import trio
 
-from dedup.layout import SOCKET_NAME
-from replication.address import Address, UnixAddress, parse_address
+from replication.address import SOCKET_NAME, Address, UnixAddress, parse_address
 from replication.control import exchange
 from replication.endpoint import connect
 from replication.errors import LinkDown

@@ -23,7 +23,7 @@ from replication.errors import LinkDown, ReplicationError
 from replication.identity import Peer
 from replication.linger import Linger
 from replication.patient_poll import PatientPoll
-from replication.unix_path import with_address
+from replication.unix_path import connect_or_close, with_address
 from replication.wire import Buffer
 
 RECEIVE_BYTES_MAX: Final = 1 << 20
@@ -323,14 +323,7 @@ async def connect_unix(path: Path) -> SocketConnection:
     """Connects to the socket at `path`. Raises LinkDown when nobody listens, or more are waiting than it takes."""
     await trio.lowlevel.checkpoint()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        with_address(path, sock.connect)
-    except OSError as error:
-        sock.close()
-        raise LinkDown(f"cannot connect to {path}: {error.strerror or error}") from error
-    except BaseException:
-        sock.close()
-        raise
+    connect_or_close(sock, path)
     return SocketConnection(sock)
 
 

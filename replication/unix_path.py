@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from replication.errors import LinkDown
+
 SOCKET_PATH_BYTES_MAX: Final = 107
 """sun_path holds 108 bytes with its NUL."""
+
+
+def connect_or_close(sock: socket.socket, path: Path) -> None:
+    """Connects to who listens at `path`. LinkDown, with the OSError as its cause; the socket is closed then."""
+    try:
+        with_address(path, sock.connect)
+    except OSError as error:
+        sock.close()
+        raise LinkDown(f"cannot connect to {path}: {error.strerror or error}") from error
+    except BaseException:
+        sock.close()
+        raise
 
 
 def with_address(path: Path, call: Callable[[bytes], None]) -> None:

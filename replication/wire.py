@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from struct import error as StructError
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import zstandard
@@ -34,8 +34,6 @@ from dedup.types import (
 )
 from replication.checks import (
     RARE_CHECKS,
-    U32_MAX,
-    Malformed,
     check_ack,
     check_aggregate,
     check_answer,
@@ -46,13 +44,15 @@ from replication.checks import (
     check_offer,
     check_piece_form,
     check_query,
-    check_range,
     check_result,
     check_stamp,
     check_volume,
 )
+from replication.control_checks import U32_MAX, Malformed, check_range
+from replication.control_frames import msgpack_decoder
 from replication.errors import LocalProtocolError, ProtocolError
-from replication.frame_encoding import Buffer, compressed, encode, encode_aggregate, frame_bytes
+from replication.frame_encoding import compressed, encode, encode_aggregate, frame_bytes
+from replication.frame_head import HEADER, Buffer, MessageType
 from replication.frame_layout import (
     ACK,
     AGGREGATE,
@@ -65,14 +65,12 @@ from replication.frame_layout import (
     FLAGS_ALLOWED,
     FLUSH,
     FRAME_LIMITS,
-    HEADER,
     HEARTBEAT,
     OFFER,
     QUERY,
     RARE,
     WRITE,
     Flag,
-    MessageType,
 )
 from replication.messages import (
     FRAME_BYTES_MAX,
@@ -288,19 +286,10 @@ def _decode_hello(chunk: Buffer, start: int, end: int) -> Message:
 
 
 def _rare_decoder(cls: type) -> Callable[[Buffer, int, int], Message]:
-    decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(cls)
-    check = RARE_CHECKS[cls]
+    decode_body = msgpack_decoder(cls, RARE_CHECKS[cls])
 
     def decode(chunk: Buffer, start: int, end: int) -> Message:
-        body = bytes(memoryview(chunk)[start + HEADER.size : end])
-        try:
-            message: Message = decoder.decode(body)
-        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
-            raise Malformed(str(error)) from error
-        check(message)
-        # One encoding each: refuses unknown and repeated fields, and integers longer than they need be.
-        if msgspec.msgpack.encode(message) != body:
-            raise Malformed("not the canonical encoding")
+        message: Message = decode_body(bytes(memoryview(chunk)[start + HEADER.size : end]))
         return message
 
     return decode

@@ -206,7 +206,7 @@ def _list_versions(path: Path) -> Timed:
 def _command(*args: str) -> Timed:
     import replication.points_cli
     import replication.snapshot_cli  # noqa: F401 - what a command loads when it is first used
-    from fusefs.cli import rewindfs
+    from fusefs.command_group import rewindfs
 
     def run() -> None:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -232,7 +232,7 @@ def _verify(path: Path) -> Timed:
 
 
 def _nothing(path: Path) -> Timed:
-    import fusefs.cli
+    import fusefs.command_group
     import fusefs.snapshot_tree  # noqa: F401
 
     # Long enough to be seen.

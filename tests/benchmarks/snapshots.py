@@ -7,7 +7,7 @@ Two volumes: one of 2 GiB full of random bytes, and one of 64 GiB, sparse, that 
 into a file of a btrfs (a loop image on the same disk) that holds the same, both made durable with fsync; new random
 bytes each time. Then everyone takes a snapshot of that state, one after the other:
 
-- `rewindfs snapshot create STORE`, as a user types it: start of Python included;
+- `rewindfs snapshot create STORE`, as a user types it: start of Python and the command's imports included;
 - the same asked of the second appliance's control socket, over a connection that is made for it: what the operation
   itself takes, in a program that runs already. For this one the same blocks change once more before, so that it has as
   much to make durable, and so that for borg and restic still 1 % differs from what they saw last;
@@ -17,8 +17,9 @@ bytes each time. Then everyone takes a snapshot of that state, one after the oth
 
 What differs in kind: borg and restic have to look for what changed, and move it now; rewindfs moved it when it was
 written, which `write_rates` measures; btrfs moved nothing to anywhere. Of 64 GiB borg reads the holes, too, which takes
-minutes: it is run once, into the repository that has nearly all of that data already; restic is not run. As a floor of
-what a command in Python can take, `python -c ''` is timed as well.
+minutes: it is run once, into the repository that has nearly all of that data already; restic is not run. What stops a
+command in Python is timed as well: an empty Python, and one that imports what the command cannot do without, a parser
+of command lines (click), the encoding of the protocol (msgspec), and sockets.
 
 Growth: the blocks on disk of all files of the store (metadata, index, containers and all) after the snapshot, less
 those before the change, of the bytes that changed; the same of the two repositories, without their caches.
@@ -57,8 +58,12 @@ OPERATION: Final = "rewindfs, by control socket"
 BORG: Final = "borg create"
 RESTIC: Final = "restic backup"
 BTRFS: Final = "btrfs subvolume snapshot"
-FLOOR: Final = "python -c ''"
+FLOOR: Final = "an empty Python"
+LIBRARIES: Final = "the same, libraries imported"
+IMPORTS: Final = "import gc; gc.disable(); import click, msgspec, socket; gc.freeze()"
+"""As the command does it: the collector walks through none of it."""
 MIB: Final = 1 << 20
+SCRIPT: Final = Path(sys.executable).with_name("rewindfs")
 STRETCH_BYTES: Final = 8 * MIB
 WRITERS: Final = 8
 
@@ -173,15 +178,16 @@ class Peers:
 
 
 def by_command(store: Path) -> None:
-    rewindfs("snapshot", "create", store)
+    command = [str(SCRIPT), "snapshot", "create", str(store)]
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENVIRONMENT, check=True)
 
 
 def by_socket(store: Path) -> None:
     trio.run(request, str(store), None, "snapshot.create")
 
 
-def floor() -> None:
-    subprocess.run([sys.executable, "-c", ""], check=True, env=ENVIRONMENT, cwd=ROOT)
+def bare_python(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, cwd=ROOT)
 
 
 def measured(directory: Path, shape: Shape, rounds: int, peers: Peers) -> Runs:
@@ -211,7 +217,8 @@ def measured(directory: Path, shape: Shape, rounds: int, peers: Peers) -> Runs:
                 runs.taken(
                     BTRFS, partial(_btrfs, "subvolume", "snapshot", subvolumes / "now", subvolumes / f"{number}")
                 )
-                runs.taken(FLOOR, floor)
+                runs.taken(FLOOR, partial(bare_python, ""))
+                runs.taken(LIBRARIES, partial(bare_python, IMPORTS))
                 if number < peers.borg_runs:
                     before = stored_bytes(peers.borg.path)
                     runs.taken(BORG, partial(peers.borg.backup, f"{shape.text} {number}".replace(" ", "-"), volume))
@@ -239,6 +246,12 @@ def measure(report: Report, quick: bool) -> None:
     for shape, runs in ((full, of_full), (sparse, of_sparse)):
         in_ms = {name: [value * 1e3 for value in values] for name, values in runs.seconds.items()}
         report.table(f"snapshot after 1 % random 4 KiB changes, {shape.text}", "ms", in_ms, COMMAND)
+        floor = f"{FLOOR} takes {statistics.median(in_ms[FLOOR]):.0f} ms, with its libraries"
+        report.note(
+            f"{floor} {statistics.median(in_ms[LIBRARIES]):.0f} ms: what remains of the command is its own and the "
+            f"second appliance's; borg / 200 is {statistics.median(in_ms[BORG]) / 200:.0f} ms, "
+            f"5 × btrfs {statistics.median(in_ms[BTRFS]) * 5:.0f} ms"
+        )
         for name in (COMMAND, OPERATION):
             report.at_least(f"{name}, {shape.text}: times faster", BORG, 1 / ratio(runs.seconds, name, BORG), 200)
             report.at_most(f"{name}, {shape.text}: time", BTRFS, ratio(runs.seconds, name, BTRFS), 5)

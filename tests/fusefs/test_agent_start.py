@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from dedup.types import ClockRun, Epoch, Seq, TimeNs, VolumeId, VolumeState
 from fusefs.agent_start import Plan, open_intent, plan

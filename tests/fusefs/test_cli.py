@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
-from fusefs.cli import COMMANDS
+from fusefs.agent_control import Body, serve_control
+from fusefs.command_group import COMMANDS
+from fusefs.mountpoint import CONTROL_XATTR
+from replication.second_appliance import SecondAppliance
+from replication.transport import listen_unix
+from tests.replication.fake_store import FakeStore
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -35,6 +43,80 @@ def test_help_costs_no_heavy_import() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+HEAVY = {
+    *("trio", "numpy", "lmdb", "pyfuse3", "ssl", "rich", "zstandard", "xxhash", "cryptography", "prometheus_client"),
+    *("dedup.types", "dedup.layout", "dedup.store"),
+    *("replication.wire", "replication.session", "replication.transport"),
+}
+"""What takes long to import, and what a command that only asks a running process has no use for."""
+AND_WHAT_WAS_IMPORTED = """
+import atexit, gc, sys
+from fusefs.cli import main
+atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 10_000, *sys.modules, sep="\\n", file=sys.stderr))
+main()
+"""
+
+
+def imported_by(*args: str) -> tuple[str, set[str]]:
+    """What the command prints, and what it has imported when it ends. The collector is on again by then, and has been
+    told to leave alone what was imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", AND_WHAT_WAS_IMPORTED, *args], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    enabled, frozen, *modules = done.stderr.splitlines()
+    assert (enabled, frozen) == ("True", "True")
+    return done.stdout, set(modules)
+
+
+async def test_who_asks_an_appliance_waits_for_no_heavy_import(tmp_path: Path) -> None:
+    """Of a user's wait for a short command, imports are most."""
+    store = FakeStore()
+    store.group("g")
+    appliance = SecondAppliance(store)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(appliance.serve, [listen_unix(tmp_path / "socket")])
+        for args, said in ((["create", "--name", "n"], "n  seq="), (["delete", "n"], "")):
+            command, *rest = args
+            words = ["snapshot", command, str(tmp_path), *rest]
+            out, modules = await trio.to_thread.run_sync(partial(imported_by, *words))
+            assert out.startswith(said)
+            assert not modules & HEAVY
+        appliance.stop()
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "asked", "answer"),
+    [
+        ("mode", ["sync"], {"mode": "sync"}, {}),
+        ("bookmark", ["b"], {"name": "b"}, {"name": "b", "seq": 1}),
+        ("status", ["--json"], {"store": True}, {"oldest_queued": None, "lag": {}, "store_path": None}),
+    ],
+)
+async def test_who_asks_a_mount_waits_for_no_heavy_import(
+    tmp_path: Path, command: str, words: list[str], asked: Body, answer: Body
+) -> None:
+    """As above; what stands for the mount is a socket, and a directory that names it. Its store is elsewhere."""
+    heard = []
+
+    async def hear(body: Body) -> Body:
+        heard.append(body)
+        return answer
+
+    try:
+        os.setxattr(tmp_path, CONTROL_XATTR, os.fsencode(tmp_path / "control"))
+    except OSError as error:
+        pytest.skip(f"{tmp_path} takes no extended attributes: {error}")
+    listener = listen_unix(tmp_path / "control")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_control, listener, {command: hear})
+        _, modules = await trio.to_thread.run_sync(partial(imported_by, command, str(tmp_path), *words))
+        nursery.cancel_scope.cancel()
+    await listener.aclose()
+    assert heard == [asked]
+    assert not modules & HEAVY
+
+
 @pytest.mark.parametrize("args", [["nonsense"], ["--nonsense"]])
 def test_wrong_usage_is_2(args: list[str]) -> None:
     done = rewindfs(*args)
@@ -48,13 +130,13 @@ def test_failure_is_1_and_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     import click
 
     from dedup.errors import NotAStore
-    from fusefs import cli
+    from fusefs import cli, command_group
 
     @click.command()
     def status() -> None:
         raise ExceptionGroup("nursery", [ExceptionGroup("inner", [NotAStore("/x: holds no store,\nmake one")])])
 
-    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda self, ctx, name: status)
+    monkeypatch.setattr(command_group.LazyGroup, "get_command", lambda self, ctx, name: status)
     monkeypatch.setattr(sys, "argv", ["rewindfs", "status"])
     with pytest.raises(SystemExit) as exit_:
         cli.main()

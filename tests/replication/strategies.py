@@ -158,7 +158,7 @@ remainders = st.builds(
     st.lists(pieces, min_size=1, max_size=9),
     st.binary(max_size=9000),
 )
-control = st.one_of(
+short_control = st.one_of(
     st.builds(
         Hello,
         st.just(PROTOCOL_VERSION),
@@ -193,6 +193,13 @@ control = st.one_of(
         st.binary(max_size=64),
         st.none() | st.sampled_from(Mode),
     ),
+    st.builds(Request, seqs, names, bodies),
+    st.builds(Reply, seqs, bodies, texts),
+    st.builds(Failure, st.sampled_from(ErrorCode), texts),
+)
+"""What a short command says or hears."""
+control = st.one_of(
+    short_control,
     st.builds(VolumePage, st.lists(states, max_size=5).map(tuple), st.booleans()),
     compares,
     st.builds(CompareResult, seqs, st.binary(min_size=1, max_size=40)),
@@ -210,10 +217,7 @@ control = st.one_of(
     st.builds(Offer, seqs, st.integers(1, 40).map(lambda blocks: bytes(range(OFFERED_BYTES)) * blocks)),
     st.builds(Wanted, seqs, st.lists(st.sampled_from([0, 1]), min_size=1, max_size=40).map(bytes)),
     remainders,
-    st.builds(Request, seqs, names, bodies),
-    st.builds(Reply, seqs, bodies, texts),
     st.builds(Query, seqs, st.binary(min_size=1, max_size=200)),
     st.builds(Result, seqs, st.binary(min_size=1, max_size=9000)),
-    st.builds(Failure, st.sampled_from(ErrorCode), texts),
 )
 messages = st.one_of(records, control)

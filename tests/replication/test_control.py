@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -181,10 +179,3 @@ async def test_the_default_identity_serves_commands_without_an_option(
         await nursery.start(appliance.serve, [listener])
         assert (await request(str(listener.address), None, "status"))["sessions"] == 1
         appliance.stop()
-
-
-def test_a_short_command_imports_no_more_than_it_needs() -> None:
-    """What takes longest to import is not: a user waits for it each time."""
-    code = "import sys, replication.snapshot_cli; print(*{'trio', 'numpy', 'lmdb', 'ssl', 'rich'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    assert done.stdout == "\n"
