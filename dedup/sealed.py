@@ -71,7 +71,7 @@ def _runs(slots: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _groups(reader: ContainerReader, slots: list[int], breathe: Callable[[], None]) -> Iterator[memoryview]:
-    """The slots' blocks, verified, 32 at a time; the buffer is used again for the next."""
+    """The slots' blocks, verified, a group's at a time; the buffer is used again for the next."""
     buffer = memoryview(bytearray(SEALED_GROUP_BLOCKS * BLOCK_BYTES))
     for first in range(0, len(slots), SEALED_GROUP_BLOCKS):
         breathe()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from dedup.layout import (
     RAW_SLOTS_OFFSET,
     RAW_TABLE_OFFSET,
     SEALED_GROUP,
+    SEALED_GROUP_BLOCKS,
     SEALED_HEADER,
     SEALED_HEADER_OFFSET,
     SEALED_TABLE_OFFSET,
@@ -87,7 +89,7 @@ HEADERS: Final[dict[str, Header]] = {
     "sealed header": (
         SEALED_HEADER,
         SEALED_HEADER_OFFSET,
-        _sealed_page(SealedHeader(33, 2, 99)),
+        _sealed_page(SealedHeader.of(33, 99)),
         _sealed_page,
         layout.unpack_sealed_header,
     ),
@@ -128,11 +130,14 @@ def test_headers_behind_a_checksum(name: str, data: st.DataObject) -> None:
 def _blocks(count: int) -> list[bytes]:
     """A group that compresses, then one that does not."""
     source = random.Random(3)
-    return [source.randbytes(BLOCK_BYTES) if index >= 32 else source.randbytes(16) * 256 for index in range(count)]
+    return [
+        source.randbytes(BLOCK_BYTES) if index >= SEALED_GROUP_BLOCKS else source.randbytes(16) * 256
+        for index in range(count)
+    ]
 
 
-BLOCKS: Final = _blocks(35)
-SLOTS: Final = [*range(20), *range(40, 55)]
+BLOCKS: Final = _blocks(SEALED_GROUP_BLOCKS + 3)
+SLOTS: Final = [*range(10), *range(40, 40 + len(BLOCKS) - 10)]
 
 
 def _raw() -> bytes:
@@ -213,7 +218,7 @@ def test_sealed_containers_behind_their_checksums(sealed: bytes, data: st.DataOb
         body = frame[: len(body)] + body[len(frame) :]
         rows = SEALED_GROUP.struct.pack(*first[:4], checksum(body[: first[1]])) + SEALED_GROUP.struct.pack(*second)
     table = numbers + table[len(numbers) : groups_at] + rows
-    packed = layout.pack_sealed_header(SealedHeader(header.slots, header.groups, checksum(table)))
+    packed = layout.pack_sealed_header(replace(header, table_checksum=checksum(table)))
     page = sealed[:SEALED_HEADER_OFFSET] + packed + sealed[SEALED_HEADER_OFFSET + len(packed) : SEALED_TABLE_OFFSET]
     _all_blocks(page + table + body)
 
@@ -231,7 +236,7 @@ def test_no_number_of_a_sealed_table_is_believed(sealed: bytes) -> None:
     def read_all() -> None:
         for changed in with_largest_numbers(rows):
             table = sealed[SEALED_TABLE_OFFSET : header.groups_offset] + changed
-            packed = layout.pack_sealed_header(SealedHeader(header.slots, header.groups, checksum(table)))
+            packed = layout.pack_sealed_header(replace(header, table_checksum=checksum(table)))
             page = sealed[:SEALED_HEADER_OFFSET] + packed
             content = page.ljust(SEALED_TABLE_OFFSET, b"\0") + table + sealed[header.table_end :]
             assert _all_blocks(content).items() <= WRITTEN.items()
@@ -244,9 +249,11 @@ def test_a_group_that_claims_to_be_huge_is_damage(sealed: bytes, length: int) ->
     header = layout.unpack_sealed_header(sealed, PATH)
     frame = b"\x28\xb5\x2f\xfd\xe0" + length.to_bytes(8, "little") + b"\x01\x00\x00"
     table = sealed[SEALED_TABLE_OFFSET : header.groups_offset]
-    table += SEALED_GROUP.struct.pack(header.table_end, len(frame), 32, layout.CODING_ZSTD, checksum(frame))
+    table += SEALED_GROUP.struct.pack(
+        header.table_end, len(frame), SEALED_GROUP_BLOCKS, layout.CODING_ZSTD, checksum(frame)
+    )
     table += SEALED_GROUP.struct.pack(header.table_end, len(frame), 3, layout.CODING_ZSTD, checksum(frame))
-    packed = layout.pack_sealed_header(SealedHeader(header.slots, header.groups, checksum(table)))
+    packed = layout.pack_sealed_header(replace(header, table_checksum=checksum(table)))
     page = sealed[:SEALED_HEADER_OFFSET] + packed + sealed[SEALED_HEADER_OFFSET + len(packed) : SEALED_TABLE_OFFSET]
     storage = MemoryFiles({layout.container_path(DIRECTORY, ONE): page + table + frame})
     reader = ContainerReader.open(storage, DIRECTORY, ONE)
@@ -260,12 +267,12 @@ def test_a_group_that_claims_to_be_huge_is_damage(sealed: bytes, length: int) ->
 
 def test_a_stored_group_of_another_length_than_its_blocks_is_damage(sealed: bytes) -> None:
     header = layout.unpack_sealed_header(sealed, PATH)
-    group = bytes(32 * BLOCK_BYTES)
+    group = bytes(SEALED_GROUP_BLOCKS * BLOCK_BYTES)
     for length in (0, len(group) - 1, len(group) - BLOCK_BYTES):
         table = sealed[SEALED_TABLE_OFFSET : header.groups_offset]
-        stored = header.table_end, length, 32, layout.CODING_STORED, checksum(group[:length])
+        stored = header.table_end, length, SEALED_GROUP_BLOCKS, layout.CODING_STORED, checksum(group[:length])
         table += SEALED_GROUP.struct.pack(*stored) + sealed[header.table_end - SEALED_GROUP.size : header.table_end]
-        packed = layout.pack_sealed_header(SealedHeader(header.slots, header.groups, checksum(table)))
+        packed = layout.pack_sealed_header(replace(header, table_checksum=checksum(table)))
         page = sealed[:SEALED_HEADER_OFFSET] + packed + sealed[SEALED_HEADER_OFFSET + len(packed) : SEALED_TABLE_OFFSET]
         storage = MemoryFiles({layout.container_path(DIRECTORY, ONE): page + table + group + bytes(3 * BLOCK_BYTES)})
         with pytest.raises(Damaged, match="slot table"):
