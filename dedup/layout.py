@@ -1,4 +1,5 @@
-"""Every byte layout of the store: magic numbers, structs, offsets, names of files. FORMAT.md says the same in prose.
+"""The byte layouts of the store, but for sealed containers (`sealed_layout`): magic numbers, structs, offsets, names of
+files. FORMAT.md says the same in prose.
 
 Files are little-endian; keys of LMDB are big-endian, so that their order is the order of what they name. Nothing here
 touches a disk. A header is checked in this order: magic, version (an unknown one may have another shape), checksum.
@@ -200,7 +201,7 @@ def unpack_store_marker(data: bytes, path: Path) -> StoreMarker:
         raise Damaged(f"{path}: offset {len(data)}: the marker is cut short")
     _, version, _, block_bytes, uuid, created, _ = STORE_MARKER.struct.unpack_from(data)
     know_version(version, path)
-    _verify(data, 0, STORE_MARKER.size, path, "the marker")
+    check_header(data, 0, STORE_MARKER.size, path, "the marker")
     if block_bytes != BLOCK_BYTES:
         raise UnknownFormat(f"{path}: blocks of {block_bytes} bytes are not known here (only of {BLOCK_BYTES})")
     return StoreMarker(uuid, TimeNs(created))
@@ -218,10 +219,16 @@ def know_version(version: int, path: Path) -> None:
         raise UnknownFormat(f"{path}: format version {version} is not known here (this is version {FORMAT_VERSION})")
 
 
-def _verify(data: bytes, start: int, end: int, path: Path, what: str) -> None:
+def check_header(data: bytes, start: int, end: int, path: Path, what: str) -> None:
+    """Damaged unless the last of the bytes start..end are the checksum of the others; the rest is for its message."""
     stored = int.from_bytes(data[end - CHECKSUM_BYTES : end], "little")
     if checksum(data[start : end - CHECKSUM_BYTES]) != stored:
         raise Damaged(f"{path}: offset {start}: {what} does not match its checksum")
+
+
+def padded(length: int) -> int:
+    """`length` rounded up to a multiple of 8."""
+    return -(-length // 8) * 8
 
 
 # ---- containers ------------------------------------------------------------------------------------------------------
@@ -244,33 +251,6 @@ CONTAINER_PAGE_BYTES: Final = 4096
 RAW_TABLE_OFFSET: Final = CONTAINER_PAGE_BYTES
 RAW_TABLE_BYTES: Final = SLOTS_MAX * FINGERPRINT_BYTES
 RAW_SLOTS_OFFSET: Final = RAW_TABLE_OFFSET + RAW_TABLE_BYTES
-
-SEALED_HEADER_OFFSET: Final = 64
-SEALED_HEADER: Final = Fields(
-    "sealed header",
-    ("slots", "H"),
-    ("group_blocks", "H"),
-    ("groups", "I"),
-    ("table_checksum", "Q"),
-    ("checksum", "Q"),
-)
-SEALED_TABLE_OFFSET: Final = CONTAINER_PAGE_BYTES
-SEALED_GROUP: Final = Fields(
-    "sealed group",
-    ("offset", "Q"),
-    ("stored_bytes", "I"),
-    ("blocks", "H"),
-    ("coding", "H"),
-    ("checksum", "Q"),
-)
-SEALED_GROUP_BLOCKS: Final = 16
-"""Of a group but the last, in what is sealed now: 64 KiB. Half of it costs a twentieth more room and makes reading on a
-sixth slower; twice as much makes a read of a single block, for which all of it is decoded, twice as slow."""
-SEALED_GROUP_BLOCKS_MAX: Final = 32
-"""In any sealed container; and in those whose header says 0: the first ones had no other, and did not say."""
-SEALED_SLOT_BYTES: Final = 2
-CODING_STORED: Final = 0
-CODING_ZSTD: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,73 +284,10 @@ def unpack_container_header(page: bytes, path: Path) -> ContainerHeader:
     if magic != CONTAINER_MAGIC:
         raise Damaged(f"{path}: offset 0: not a container")
     know_version(version, path)
-    _verify(page, 0, CONTAINER_HEADER.size, path, "the container's header")
+    check_header(page, 0, CONTAINER_HEADER.size, path, "the container's header")
     if form not in ContainerForm.__members__.values():
         raise UnknownFormat(f"{path}: container form {form} is not known here")
     return ContainerHeader(ContainerId(container), JournalId(journal), ContainerForm(form), TimeNs(created))
-
-
-@dataclass(frozen=True, slots=True)
-class SealedHeader:
-    slots: int
-    groups: int
-    table_checksum: int
-    group_blocks: int = SEALED_GROUP_BLOCKS
-    """As on the disk; what it stands for is `blocks_a_group`."""
-
-    @classmethod
-    def of(cls, slots: int, table_checksum: int = 0, group_blocks: int = SEALED_GROUP_BLOCKS) -> SealedHeader:
-        """With as many groups as these slots make."""
-        return cls(slots, -(-slots // (group_blocks or SEALED_GROUP_BLOCKS_MAX)), table_checksum, group_blocks)
-
-    @property
-    def blocks_a_group(self) -> int:
-        """Of every group but the last, which may have fewer."""
-        return self.group_blocks or SEALED_GROUP_BLOCKS_MAX
-
-    @property
-    def fingerprints_offset(self) -> int:
-        """Where the fingerprints start: after the slot numbers, rounded up to 8 bytes."""
-        return SEALED_TABLE_OFFSET + padded(self.slots * SEALED_SLOT_BYTES)
-
-    @property
-    def groups_offset(self) -> int:
-        return self.fingerprints_offset + self.slots * FINGERPRINT_BYTES
-
-    @property
-    def table_end(self) -> int:
-        """Where the groups' bytes start."""
-        return self.groups_offset + self.groups * SEALED_GROUP.size
-
-
-def pack_sealed_header(header: SealedHeader) -> bytes:
-    fields = header.slots, header.group_blocks, header.groups, header.table_checksum
-    return checked(SEALED_HEADER.struct.pack(*fields, 0))
-
-
-def unpack_sealed_header(page: bytes, path: Path) -> SealedHeader:
-    """Raises Damaged; `path` is for its message. The counts fit a container when it returns."""
-    end = SEALED_HEADER_OFFSET + SEALED_HEADER.size
-    if len(page) < end:
-        raise Damaged(f"{path}: offset {len(page)}: the sealed header is cut short")
-    _verify(page, SEALED_HEADER_OFFSET, end, path, "the sealed header")
-    header = sealed_header_said(page)
-    if header is None:
-        raise Damaged(f"{path}: offset {SEALED_HEADER_OFFSET}: the sealed header says what cannot be")
-    return header
-
-
-def sealed_header_said(page: bytes) -> SealedHeader | None:
-    """What the sealed header of a page that is long enough says, whatever its checksum; None where that cannot be."""
-    slots, group_blocks, groups, table_checksum, _ = SEALED_HEADER.struct.unpack_from(page, SEALED_HEADER_OFFSET)
-    header = SealedHeader.of(slots, table_checksum, group_blocks)
-    possible = slots <= SLOTS_MAX and group_blocks <= SEALED_GROUP_BLOCKS_MAX and groups == header.groups
-    return header if possible else None
-
-
-def padded(length: int) -> int:
-    """`length` rounded up to a multiple of 8."""
-    return -(-length // 8) * 8
 
 
 # ---- metadata journal ------------------------------------------------------------------------------------------------
@@ -447,7 +364,7 @@ def unpack_segment_header(data: bytes, path: Path) -> SegmentHeader:
     if magic != SEGMENT_MAGIC:
         raise Damaged(f"{path}: offset 0: not a journal segment")
     know_version(version, path)
-    _verify(data, 0, SEGMENT_HEADER.size, path, "the segment's header")
+    check_header(data, 0, SEGMENT_HEADER.size, path, "the segment's header")
     return SegmentHeader(Seq(first_seq), seed, TimeNs(created))
 
 

@@ -28,21 +28,23 @@ from dedup.layout import (
     RAW_SLOTS_OFFSET,
     RAW_TABLE_BYTES,
     RAW_TABLE_OFFSET,
+    SLOTS_MAX,
+    TEMPORARY_SUFFIX,
+    ContainerHeader,
+    checksum,
+    container_path,
+    fingerprint,
+    pack_container_header,
+    unpack_container_header,
+)
+from dedup.sealed_layout import (
     SEALED_GROUP_BLOCKS,
     SEALED_GROUP_BLOCKS_MAX,
     SEALED_HEADER,
     SEALED_HEADER_OFFSET,
     SEALED_TABLE_OFFSET,
-    SLOTS_MAX,
-    TEMPORARY_SUFFIX,
-    ContainerHeader,
     SealedHeader,
-    checksum,
-    container_path,
-    fingerprint,
-    pack_container_header,
     sealed_header_said,
-    unpack_container_header,
 )
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId, TimeNs

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from dedup.container import ContainerReader
-from dedup.layout import SEALED_GROUP_BLOCKS, TEMPORARY_SUFFIX, container_path
+from dedup.layout import TEMPORARY_SUFFIX, container_path
 from dedup.sealed_form import write_sealed
+from dedup.sealed_layout import SEALED_GROUP_BLOCKS
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId
 

@@ -28,22 +28,24 @@ import zstandard
 
 from dedup.errors import Damaged, OnItsWay
 from dedup.layout import (
-    CODING_STORED,
-    CODING_ZSTD,
     CONTAINER_PAGE_BYTES,
     FINGERPRINT_BYTES,
+    SLOTS_MAX,
+    ContainerHeader,
+    checksum,
+    pack_container_header,
+    padded,
+)
+from dedup.sealed_layout import (
+    CODING_STORED,
+    CODING_ZSTD,
     SEALED_GROUP,
     SEALED_GROUP_BLOCKS,
     SEALED_HEADER_OFFSET,
     SEALED_SLOT_BYTES,
     SEALED_TABLE_OFFSET,
-    SLOTS_MAX,
-    ContainerHeader,
     SealedHeader,
-    checksum,
-    pack_container_header,
     pack_sealed_header,
-    padded,
     unpack_sealed_header,
 )
 from dedup.storage import Buffer, Storage

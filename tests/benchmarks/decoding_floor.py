@@ -15,14 +15,8 @@ from pathlib import Path
 
 import zstandard
 
-from dedup.layout import (
-    CODING_ZSTD,
-    CONTAINER_PAGE_BYTES,
-    CONTAINERS_NAME,
-    SEALED_GROUP,
-    container_named,
-    unpack_sealed_header,
-)
+from dedup.layout import CONTAINER_PAGE_BYTES, CONTAINERS_NAME, container_named
+from dedup.sealed_layout import CODING_ZSTD, SEALED_GROUP, unpack_sealed_header
 from dedup.types import BLOCK_BYTES
 
 

@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dedup import container_pool, layout
+from dedup import container_pool, layout, sealed_layout
 from dedup.container import ContainerReader, RawContainerWriter
 from dedup.container_pool import ContainerPool
 from dedup.errors import Damaged, OnItsWay, StoreError, StoreFailed, StoreFull
@@ -27,7 +27,7 @@ from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId, Time
 from tests.dedup.faults import FaultyStorage, open_descriptors
 
 ONE = ContainerId(1)
-GROUP = layout.SEALED_GROUP_BLOCKS
+GROUP = sealed_layout.SEALED_GROUP_BLOCKS
 
 
 def make(directory: Path, blocks: list[bytes]) -> None:
@@ -62,11 +62,11 @@ def test_exact_bytes(tmp_path: Path) -> None:
     assert len(data) == size
     header = layout.unpack_container_header(data, tmp_path)
     assert (header.form, header.container, header.journal) == (ContainerForm.SEALED, 1, 3)
-    assert layout.unpack_sealed_header(data, tmp_path).slots == 2
+    assert sealed_layout.unpack_sealed_header(data, tmp_path).slots == 2
     assert data[4096:4104] == bytes([0, 0, 1, 0, 0, 0, 0, 0])
     assert data[4104:4136] == fingerprint(blocks[0]) + fingerprint(blocks[1])
-    offset, stored, count, coding, checksum = layout.SEALED_GROUP.struct.unpack_from(data, 4136)
-    assert (offset, stored, count, coding) == (4160, len(data) - 4160, 2, layout.CODING_ZSTD)
+    offset, stored, count, coding, checksum = sealed_layout.SEALED_GROUP.struct.unpack_from(data, 4136)
+    assert (offset, stored, count, coding) == (4160, len(data) - 4160, 2, sealed_layout.CODING_ZSTD)
     assert checksum == layout.checksum(data[4160:])
     assert zstandard.decompress(data[4160:]) == blocks[0] + blocks[1]
 
@@ -191,10 +191,10 @@ def test_no_flipped_byte_and_no_cut_gives_wrong_bytes(tmp_path: Path) -> None:
                 assert str(path) in str(error)
         return count
 
-    header = layout.SEALED_HEADER_OFFSET + layout.SEALED_HEADER.size
+    header = sealed_layout.SEALED_HEADER_OFFSET + sealed_layout.SEALED_HEADER.size
     for place in [*range(header), *range(4096, 4096 + 100), *range(4196, len(good), 13)]:
         path.write_bytes(good[:place] + bytes([good[place] ^ 0x04]) + good[place + 1 :])
-        unused = layout.CONTAINER_HEADER.size <= place < layout.SEALED_HEADER_OFFSET
+        unused = layout.CONTAINER_HEADER.size <= place < sealed_layout.SEALED_HEADER_OFFSET
         assert readable() == (2 if unused else 0), place
     for length in [*range(header), *range(4096, len(good), 17), len(good) - 1]:
         path.write_bytes(good[:length])
@@ -208,12 +208,12 @@ def test_a_table_that_says_what_cannot_be_is_damage(tmp_path: Path) -> None:
     seal(Storage(), tmp_path, ONE, None)
     path = container_path(tmp_path, ONE)
     good = path.read_bytes()
-    end = layout.unpack_sealed_header(good, path).table_end
+    end = sealed_layout.unpack_sealed_header(good, path).table_end
     for at, value in ((4096, b"\x01\x00\x01\x00"), (4098, b"\xff\xff"), (end - 12, b"\x09"), (end - 10, b"\x07")):
         bad = bytearray(good)
         bad[at : at + len(value)] = value
-        header = layout.SealedHeader.of(2, layout.checksum(bytes(bad[4096:end])))
-        bad[64:88] = layout.pack_sealed_header(header)
+        header = sealed_layout.SealedHeader.of(2, layout.checksum(bytes(bad[4096:end])))
+        bad[64:88] = sealed_layout.pack_sealed_header(header)
         path.write_bytes(bad)
         with pytest.raises(Damaged, match="cannot be"):
             ContainerReader.open(Storage(), tmp_path, ONE)
@@ -478,21 +478,21 @@ def test_a_replaced_file_is_not_held_open_for_ever(tmp_path: Path, monkeypatch: 
 def seal_as_at_first(directory: Path, blocks: list[bytes]) -> None:
     """A sealed container as the first versions wrote it: groups of 32, of which its header says nothing."""
     groups = [b"".join(blocks[at : at + 32]) for at in range(0, len(blocks), 32)]
-    header = layout.SealedHeader.of(len(blocks), group_blocks=0)
+    header = sealed_layout.SealedHeader.of(len(blocks), group_blocks=0)
     rows, stored, offset = b"", b"", header.table_end
     for group in groups:
-        coded, coding = zstandard.compress(group), layout.CODING_ZSTD
+        coded, coding = zstandard.compress(group), sealed_layout.CODING_ZSTD
         if len(coded) > len(group) * 15 / 16:
-            coded, coding = group, layout.CODING_STORED
+            coded, coding = group, sealed_layout.CODING_STORED
         row = offset, len(coded), len(group) // BLOCK_BYTES, coding, layout.checksum(coded)
-        rows, stored, offset = rows + layout.SEALED_GROUP.struct.pack(*row), stored + coded, offset + len(coded)
+        rows, stored, offset = rows + sealed_layout.SEALED_GROUP.struct.pack(*row), stored + coded, offset + len(coded)
     table = np.arange(len(blocks), dtype="<u2").tobytes()
     table = table.ljust(layout.padded(len(table)), b"\0") + b"".join(map(fingerprint, blocks)) + rows
     page = layout.pack_container_header(
         layout.ContainerHeader(ONE, JournalId(3), ContainerForm.SEALED, TimeNs(5))
-    ).ljust(layout.SEALED_HEADER_OFFSET, b"\0")
+    ).ljust(sealed_layout.SEALED_HEADER_OFFSET, b"\0")
     page += layout.checked(struct.pack("<IIQQ", len(blocks), len(groups), layout.checksum(table), 0))
-    container_path(directory, ONE).write_bytes(page.ljust(layout.SEALED_TABLE_OFFSET, b"\0") + table + stored)
+    container_path(directory, ONE).write_bytes(page.ljust(sealed_layout.SEALED_TABLE_OFFSET, b"\0") + table + stored)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -507,7 +507,7 @@ def test_what_the_first_versions_sealed_is_read_and_sealed_anew(tmp_path: Path, 
     assert [pool.read_block(address(ONE, slot)) for slot in range(150)] == blocks
     pool.close()
     seal(Storage(), tmp_path, ONE, None)
-    header = layout.unpack_sealed_header(container_path(tmp_path, ONE).read_bytes(), tmp_path)
+    header = sealed_layout.unpack_sealed_header(container_path(tmp_path, ONE).read_bytes(), tmp_path)
     assert (header.slots, header.blocks_a_group) == (150, GROUP)
     assert read_slot(tmp_path, 0, 150) == b"".join(blocks)
 
