@@ -6,14 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dedup.layout import (
-    CONTAINER_PAGE_BYTES,
-    RAW_SLOTS_OFFSET,
-    SLOTS_MAX,
-    container_path,
-    unpack_container_header,
-    unpack_sealed_header,
-)
+from dedup.layout import CONTAINER_PAGE_BYTES, RAW_SLOTS_OFFSET, SLOTS_MAX, container_path, unpack_container_header
+from dedup.sealed_layout import unpack_sealed_header
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId
 

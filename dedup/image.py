@@ -19,7 +19,8 @@ from dedup.types import BLOCK_BYTES, HOLE, TimeNs
 
 CHUNK_BLOCKS: Final = 256
 """What is decoded at a time ahead of a sequential reader: as much as the kernel's largest request."""
-AHEAD_CHUNKS: Final = 4
+AHEAD_CHUNKS: Final = 8
+"""The threads that decode find work while the reader takes what is ready."""
 
 
 def room_for(length: int) -> int:

@@ -1,4 +1,5 @@
-"""Every byte layout of the store: magic numbers, structs, offsets, names of files. FORMAT.md says the same in prose.
+"""The byte layouts of the store, but for sealed containers (`sealed_layout`): magic numbers, structs, offsets, names of
+files. FORMAT.md says the same in prose.
 
 Files are little-endian; keys of LMDB are big-endian, so that their order is the order of what they name. Nothing here
 touches a disk. A header is checked in this order: magic, version (an unknown one may have another shape), checksum.
@@ -199,7 +200,7 @@ def unpack_store_marker(data: bytes, path: Path) -> StoreMarker:
         raise Damaged(f"{path}: offset {len(data)}: the marker is cut short")
     _, version, _, block_bytes, uuid, created, _ = STORE_MARKER.struct.unpack_from(data)
     know_version(version, path)
-    _verify(data, 0, STORE_MARKER.size, path, "the marker")
+    check_header(data, 0, STORE_MARKER.size, path, "the marker")
     if block_bytes != BLOCK_BYTES:
         raise UnknownFormat(f"{path}: blocks of {block_bytes} bytes are not known here (only of {BLOCK_BYTES})")
     return StoreMarker(uuid, TimeNs(created))
@@ -217,10 +218,16 @@ def know_version(version: int, path: Path) -> None:
         raise UnknownFormat(f"{path}: format version {version} is not known here (this is version {FORMAT_VERSION})")
 
 
-def _verify(data: bytes, start: int, end: int, path: Path, what: str) -> None:
+def check_header(data: bytes, start: int, end: int, path: Path, what: str) -> None:
+    """Damaged unless the last of the bytes start..end are the checksum of the others; the rest is for its message."""
     stored = int.from_bytes(data[end - CHECKSUM_BYTES : end], "little")
     if checksum(data[start : end - CHECKSUM_BYTES]) != stored:
         raise Damaged(f"{path}: offset {start}: {what} does not match its checksum")
+
+
+def padded(length: int) -> int:
+    """`length` rounded up to a multiple of 8."""
+    return -(-length // 8) * 8
 
 
 # ---- containers ------------------------------------------------------------------------------------------------------
@@ -243,28 +250,6 @@ CONTAINER_PAGE_BYTES: Final = 4096
 RAW_TABLE_OFFSET: Final = CONTAINER_PAGE_BYTES
 RAW_TABLE_BYTES: Final = SLOTS_MAX * FINGERPRINT_BYTES
 RAW_SLOTS_OFFSET: Final = RAW_TABLE_OFFSET + RAW_TABLE_BYTES
-
-SEALED_HEADER_OFFSET: Final = 64
-SEALED_HEADER: Final = Fields(
-    "sealed header",
-    ("slots", "I"),
-    ("groups", "I"),
-    ("table_checksum", "Q"),
-    ("checksum", "Q"),
-)
-SEALED_TABLE_OFFSET: Final = CONTAINER_PAGE_BYTES
-SEALED_GROUP: Final = Fields(
-    "sealed group",
-    ("offset", "Q"),
-    ("stored_bytes", "I"),
-    ("blocks", "H"),
-    ("coding", "H"),
-    ("checksum", "Q"),
-)
-SEALED_GROUP_BLOCKS: Final = 32
-SEALED_SLOT_BYTES: Final = 2
-CODING_STORED: Final = 0
-CODING_ZSTD: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,52 +283,10 @@ def unpack_container_header(page: bytes, path: Path) -> ContainerHeader:
     if magic != CONTAINER_MAGIC:
         raise Damaged(f"{path}: offset 0: not a container")
     know_version(version, path)
-    _verify(page, 0, CONTAINER_HEADER.size, path, "the container's header")
+    check_header(page, 0, CONTAINER_HEADER.size, path, "the container's header")
     if form not in ContainerForm.__members__.values():
         raise UnknownFormat(f"{path}: container form {form} is not known here")
     return ContainerHeader(ContainerId(container), JournalId(journal), ContainerForm(form), TimeNs(created))
-
-
-@dataclass(frozen=True, slots=True)
-class SealedHeader:
-    slots: int
-    groups: int
-    table_checksum: int
-
-    @property
-    def fingerprints_offset(self) -> int:
-        """Where the fingerprints start: after the slot numbers, rounded up to 8 bytes."""
-        return SEALED_TABLE_OFFSET + padded(self.slots * SEALED_SLOT_BYTES)
-
-    @property
-    def groups_offset(self) -> int:
-        return self.fingerprints_offset + self.slots * FINGERPRINT_BYTES
-
-    @property
-    def table_end(self) -> int:
-        """Where the groups' bytes start."""
-        return self.groups_offset + self.groups * SEALED_GROUP.size
-
-
-def pack_sealed_header(header: SealedHeader) -> bytes:
-    return checked(SEALED_HEADER.struct.pack(header.slots, header.groups, header.table_checksum, 0))
-
-
-def unpack_sealed_header(page: bytes, path: Path) -> SealedHeader:
-    """Raises Damaged; `path` is for its message. The counts fit a container when it returns."""
-    end = SEALED_HEADER_OFFSET + SEALED_HEADER.size
-    if len(page) < end:
-        raise Damaged(f"{path}: offset {len(page)}: the sealed header is cut short")
-    _verify(page, SEALED_HEADER_OFFSET, end, path, "the sealed header")
-    slots, groups, table_checksum, _ = SEALED_HEADER.struct.unpack_from(page, SEALED_HEADER_OFFSET)
-    if slots > SLOTS_MAX or groups != -(-slots // SEALED_GROUP_BLOCKS):
-        raise Damaged(f"{path}: offset {SEALED_HEADER_OFFSET}: {slots} slots in {groups} groups cannot be")
-    return SealedHeader(slots, groups, table_checksum)
-
-
-def padded(length: int) -> int:
-    """`length` rounded up to a multiple of 8."""
-    return -(-length // 8) * 8
 
 
 # ---- metadata journal ------------------------------------------------------------------------------------------------
@@ -420,7 +363,7 @@ def unpack_segment_header(data: bytes, path: Path) -> SegmentHeader:
     if magic != SEGMENT_MAGIC:
         raise Damaged(f"{path}: offset 0: not a journal segment")
     know_version(version, path)
-    _verify(data, 0, SEGMENT_HEADER.size, path, "the segment's header")
+    check_header(data, 0, SEGMENT_HEADER.size, path, "the segment's header")
     return SegmentHeader(Seq(first_seq), seed, TimeNs(created))
 
 

@@ -28,26 +28,29 @@ from dedup.layout import (
     RAW_SLOTS_OFFSET,
     RAW_TABLE_BYTES,
     RAW_TABLE_OFFSET,
-    SEALED_GROUP_BLOCKS,
-    SEALED_HEADER,
-    SEALED_HEADER_OFFSET,
-    SEALED_TABLE_OFFSET,
     SLOTS_MAX,
     TEMPORARY_SUFFIX,
     ContainerHeader,
-    SealedHeader,
     checksum,
     container_path,
     fingerprint,
     pack_container_header,
     unpack_container_header,
 )
+from dedup.sealed_layout import (
+    SEALED_GROUP_BLOCKS,
+    SEALED_GROUP_BLOCKS_MAX,
+    SEALED_HEADER,
+    SEALED_HEADER_OFFSET,
+    SEALED_TABLE_OFFSET,
+    SealedHeader,
+    sealed_header_said,
+)
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId, TimeNs
 
 Fingerprints = Mapping[int, bytes]
 """Slot → fingerprint of what it must hold."""
-_GROUP_BYTES: Final = SEALED_GROUP_BLOCKS * BLOCK_BYTES
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 _READ_BLOCKS: Final = 256
 
@@ -207,14 +210,15 @@ def _as_sealed(storage: Storage, fd: int, size: int) -> Iterator[bytes]:
         data = storage.pread(fd, size, 0)
     except Damaged:
         return
-    table_end = _table_end(data)
-    if table_end is None:
+    header = _sealed_header(data)
+    if header is None:
         return
-    at = table_end
+    group_bytes = header.blocks_a_group * BLOCK_BYTES
+    at = header.table_end
     while at < len(data):
-        frame = _frame(data, at)
+        frame = _frame(data, at, group_bytes)
         if frame is None:
-            group, after = data[at : at + _GROUP_BYTES], at + _GROUP_BYTES
+            group, after = data[at : at + group_bytes], at + group_bytes
             following = data.find(_ZSTD_MAGIC, at + 1)
             # A frame that does not decode ends where the next one that does begins.
             if data.startswith(_ZSTD_MAGIC, at) and following > 0:
@@ -226,36 +230,35 @@ def _as_sealed(storage: Storage, fd: int, size: int) -> Iterator[bytes]:
         at = after
 
 
-def _frame(data: bytes, at: int) -> tuple[bytes, int] | None:
+def _frame(data: bytes, at: int, group_bytes: int) -> tuple[bytes, int] | None:
     """The content of the zstd frame there, and where it ends."""
     if not data.startswith(_ZSTD_MAGIC, at):
         return None
     frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
     try:
-        if zstandard.frame_content_size(data[at : at + 32]) > _GROUP_BYTES:
+        if zstandard.frame_content_size(data[at : at + 32]) > group_bytes:
             return None
-        content = frame.decompress(data[at : at + 2 * _GROUP_BYTES])
+        content = frame.decompress(data[at : at + 2 * group_bytes])
     except zstandard.ZstdError:
         return None
     if not frame.eof:
         return None
-    return content, min(len(data), at + 2 * _GROUP_BYTES) - len(frame.unused_data)
+    return content, min(len(data), at + 2 * group_bytes) - len(frame.unused_data)
 
 
-def _table_end(data: bytes) -> int | None:
-    """Where the groups begin: from the sealed header, or where that does not say, by the table's checksum."""
+def _sealed_header(data: bytes) -> SealedHeader | None:
+    """The sealed header, or where that says what cannot be, one by which the table matches its checksum."""
     if len(data) < SEALED_TABLE_OFFSET:
         return None
-    slots, groups, stored, _ = SEALED_HEADER.struct.unpack_from(data, SEALED_HEADER_OFFSET)
-    if slots <= SLOTS_MAX and groups == _groups(slots):
-        return SealedHeader(slots, groups, 0).table_end
-    for count in dict.fromkeys([*range(max(0, groups - 1) * SEALED_GROUP_BLOCKS + 1, SLOTS_MAX + 1), slots]):
-        if count <= SLOTS_MAX:
-            end = SealedHeader(count, _groups(count), 0).table_end
-            if end <= len(data) and checksum(memoryview(data)[SEALED_TABLE_OFFSET:end]) == stored:
-                return end
+    if said := sealed_header_said(data):
+        return said
+    slots, group_blocks, groups, stored, _ = SEALED_HEADER.struct.unpack_from(data, SEALED_HEADER_OFFSET)
+    for blocks in dict.fromkeys([group_blocks, SEALED_GROUP_BLOCKS, SEALED_GROUP_BLOCKS_MAX]):
+        if not 0 < blocks <= SEALED_GROUP_BLOCKS_MAX:
+            continue
+        for count in dict.fromkeys([*range(max(0, groups - 1) * blocks + 1, SLOTS_MAX + 1), slots]):
+            header = SealedHeader.of(count, stored, blocks)
+            table = memoryview(data)[SEALED_TABLE_OFFSET : header.table_end]
+            if count <= SLOTS_MAX and header.table_end <= len(data) and checksum(table) == stored:
+                return header
     return None
-
-
-def _groups(slots: int) -> int:
-    return -(-slots // SEALED_GROUP_BLOCKS)

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from dedup.container import ContainerReader
-from dedup.layout import SEALED_GROUP_BLOCKS, TEMPORARY_SUFFIX, container_path
+from dedup.layout import TEMPORARY_SUFFIX, container_path
 from dedup.sealed_form import write_sealed
+from dedup.sealed_layout import SEALED_GROUP_BLOCKS
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId
 
@@ -71,7 +72,7 @@ def _runs(slots: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _groups(reader: ContainerReader, slots: list[int], breathe: Callable[[], None]) -> Iterator[memoryview]:
-    """The slots' blocks, verified, 32 at a time; the buffer is used again for the next."""
+    """The slots' blocks, verified, a group's at a time; the buffer is used again for the next."""
     buffer = memoryview(bytearray(SEALED_GROUP_BLOCKS * BLOCK_BYTES))
     for first in range(0, len(slots), SEALED_GROUP_BLOCKS):
         breathe()

@@ -1,8 +1,8 @@
 """The sealed form of a container: how its bytes lie in the file, and how to get at a slot's block.
 
-Groups of up to 32 blocks, in slot order, each compressed as one or stored as it is, each under its own checksum; a
-table of the slots that are there with their fingerprints. What says whether a block is right is not here but in
-`container.ContainerReader`.
+Groups of blocks, in slot order, as many in each as the header says, each compressed as one or stored as it is, each
+under its own checksum; a table of the slots that are there with their fingerprints. What says whether a block is right
+is not here but in `container.ContainerReader`.
 
 Invariants:
 - the table is read and verified once, when the form is opened; a sealed file never changes (a new one replaces it);
@@ -18,40 +18,47 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 import numpy as np
 import zstandard
 
 from dedup.errors import Damaged, OnItsWay
 from dedup.layout import (
-    CODING_STORED,
-    CODING_ZSTD,
     CONTAINER_PAGE_BYTES,
     FINGERPRINT_BYTES,
+    SLOTS_MAX,
+    ContainerHeader,
+    checksum,
+    pack_container_header,
+    padded,
+)
+from dedup.sealed_layout import (
+    CODING_STORED,
+    CODING_ZSTD,
     SEALED_GROUP,
     SEALED_GROUP_BLOCKS,
     SEALED_HEADER_OFFSET,
     SEALED_SLOT_BYTES,
     SEALED_TABLE_OFFSET,
-    SLOTS_MAX,
-    ContainerHeader,
     SealedHeader,
-    checksum,
-    pack_container_header,
     pack_sealed_header,
-    padded,
     unpack_sealed_header,
 )
-from dedup.storage import Storage
+from dedup.storage import Buffer, Storage
 from dedup.types import BLOCK_BYTES
 
 ZSTD_LEVEL: Final = 6
 """A twelfth smaller than with level 1, and decoded in half the time; made in a child process, at 130 MiB/s."""
 CACHE_BYTES_MAX: Final = 32 << 20
-"""Decoded groups that a pool keeps: 256 of them, so that random reads within tens of MiB decode each once."""
-GROUP_BYTES_MAX: Final = SEALED_GROUP_BLOCKS * BLOCK_BYTES
+"""Decoded groups that a pool keeps: 512 of them, so that random reads within tens of MiB decode each once."""
+PLACE_BYTES: Final = SEALED_GROUP_BLOCKS * BLOCK_BYTES
+"""Of a group in the cache, as they are sealed now."""
+_AT_ONCE: Final = "multi_decompress_to_buffer"
+"""What not every build of zstandard can do."""
 _WORTHWHILE: Final = 15 / 16
 """A group that does not get smaller than this part of itself is stored as it is: reading it costs no decoding."""
 
@@ -59,41 +66,52 @@ _WORTHWHILE: Final = 15 / 16
 class GroupCache:
     """Decoded groups, the least recently used dropped first. Shared by the readers of a pool and between threads.
 
-    They lie in one piece of memory, so that it takes what it says and no more: allocated one by one, 128 KiB each, by
-    as many threads, they would take twice that. A group that somebody is about to decode is under way, from `begin` to
-    `end`: others wait for it.
+    They lie in one piece of memory, so that it takes what it says and no more: allocated one by one by as many threads,
+    they would take twice that. A group that is larger than PLACE_BYTES takes several places. One that somebody is about
+    to decode is under way, from `begin` to `end`: others wait for it.
     """
 
     def __init__(self, bytes_max: int = CACHE_BYTES_MAX) -> None:
-        """Keeps `bytes_max` // GROUP_BYTES_MAX groups, and takes no memory for those that it does not have yet."""
+        """Has `bytes_max` // PLACE_BYTES places, and takes no memory for those that hold nothing yet."""
         self._memory = memoryview(mmap.mmap(-1, bytes_max, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        self._places: OrderedDict[tuple[int, int], int] = OrderedDict()
-        self._free = list(range(bytes_max // GROUP_BYTES_MAX * GROUP_BYTES_MAX - GROUP_BYTES_MAX, -1, -GROUP_BYTES_MAX))
+        self._places: OrderedDict[tuple[int, int, int], int] = OrderedDict()
+        """By the group's key and the number of the part of it."""
+        self._free = [place * PLACE_BYTES for place in reversed(range(bytes_max // PLACE_BYTES))]
         self._under_way: dict[tuple[int, int], threading.Event] = {}
         self._lock = threading.Lock()
 
     def read(self, key: tuple[int, int], start: int, out: memoryview) -> bool:
-        """Fills `out` with the group's bytes from `start` on; False when it is not here."""
+        """Fills `out` with the group's bytes from `start` on; False, and `out` undefined, when they are not here."""
+        done = 0
         with self._lock:
-            place = self._places.get(key)
-            if place is None:
-                return False
-            self._places.move_to_end(key)
-            out[:] = self._memory[place + start : place + start + len(out)]
-            return True
+            while done < len(out):
+                number, at = divmod(start + done, PLACE_BYTES)
+                part = *key, number
+                place = self._places.get(part)
+                if place is None:
+                    return False
+                self._places.move_to_end(part)
+                take = min(PLACE_BYTES - at, len(out) - done)
+                out[done : done + take] = self._memory[place + at : place + at + take]
+                done += take
+        return True
 
-    def put(self, key: tuple[int, int], group: bytes) -> None:
+    def put(self, key: tuple[int, int], group: memoryview) -> None:
         with self._lock:
-            if key in self._places:
-                return
-            place = self._free.pop() if self._free else self._places.popitem(last=False)[1]
-            self._memory[place : place + len(group)] = group
-            self._places[key] = place
+            for number, start in enumerate(range(0, len(group), PLACE_BYTES)):
+                part = *key, number
+                if part in self._places:
+                    self._places.move_to_end(part)
+                    continue
+                place = self._free.pop() if self._free else self._places.popitem(last=False)[1]
+                content = group[start : start + PLACE_BYTES]
+                self._memory[place : place + len(content)] = content
+                self._places[part] = place
 
     def begin(self, key: tuple[int, int]) -> bool:
         """Whether the caller is to decode it, and to say so with `end`; False where it is here, or under way."""
         with self._lock:
-            if key in self._places or key in self._under_way:
+            if (*key, 0) in self._places or key in self._under_way:
                 return False
             self._under_way[key] = threading.Event()
             return True
@@ -124,6 +142,18 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     return found
 
 
+def _decoded(frames: list[Buffer], lengths: list[int]) -> list[memoryview]:
+    """The contents of the frames, which say of themselves that they have these lengths. ZstdError."""
+    if len(frames) > 1 and _AT_ONCE in zstandard.backend_features:
+        # One call leaves the interpreter to others once, not as often as there are frames.
+        decoded = _decompressor().multi_decompress_to_buffer(frames)
+        return [memoryview(cast("Buffer", decoded[place])) for place in range(len(decoded))]
+    return [
+        memoryview(_decompressor().decompress(frame, max_output_size=length))
+        for frame, length in zip(frames, lengths, strict=True)
+    ]
+
+
 class _Group(NamedTuple):
     """A row of the table of groups."""
 
@@ -138,7 +168,11 @@ class Decoding:
     """Groups of an open sealed file that are under way in the cache, until `run` or `give_up` ends, however it does."""
 
     def __init__(
-        self, cache: GroupCache, serial: int, begun: list[tuple[int, _Group]], read: Callable[[_Group, bool], bytes]
+        self,
+        cache: GroupCache,
+        serial: int,
+        begun: list[tuple[int, _Group]],
+        read: Callable[[list[_Group]], list[memoryview]],
     ) -> None:
         """Use `begin_decoding`."""
         self._cache = cache
@@ -147,15 +181,26 @@ class Decoding:
         self._read = read
 
     def run(self) -> None:
-        """Decodes them. One that is damaged is left: who reads it finds that out."""
+        """Decodes them, those that lie side by side at once. What is damaged, and what lies beside it, is left: who
+        reads it finds that out."""
         try:
             while self._begun:
-                number, group = self._begun[0]
+                together = self._first_together()
                 with suppress(Damaged):
-                    self._cache.put((self._serial, number), self._read(group, True))
-                self._end_first()
+                    decoded = self._read([group for _, group in together])
+                    for (number, _), content in zip(together, decoded, strict=True):
+                        self._cache.put((self._serial, number), content)
+                for _ in together:
+                    self._end_first()
         finally:
             self.give_up()
+
+    def _first_together(self) -> list[tuple[int, _Group]]:
+        """Of what is left, those that lie one right behind the other."""
+        for count, ((_, before), (_, after)) in enumerate(pairwise(self._begun), 1):
+            if after.offset != before.offset + before.stored_bytes:
+                return self._begun[:count]
+        return list(self._begun)
 
     def give_up(self) -> None:
         """Whoever needs what is left decodes it himself."""
@@ -184,19 +229,21 @@ class SealedForm:
             raise Damaged(f"{path}: offset {SEALED_TABLE_OFFSET}: the slot table does not match its checksum")
         self._slots = np.frombuffer(table, dtype="<u2", count=header.slots)
         self._table = memoryview(table)
+        self._group_blocks = header.blocks_a_group
         self._fingerprints_at = header.fingerprints_offset - SEALED_TABLE_OFFSET
         self._groups_at = header.groups_offset - SEALED_TABLE_OFFSET
         self._check_table(header)
 
     def _check_table(self, header: SealedHeader) -> None:
+        size = self._group_blocks
         slots = self._slots.astype(np.int64)
         ascending = bool((np.diff(slots) > 0).all()) and (header.slots == 0 or int(slots[-1]) < SLOTS_MAX)
-        blocks = [min(SEALED_GROUP_BLOCKS, header.slots - i * SEALED_GROUP_BLOCKS) for i in range(header.groups)]
-        begin, end = header.table_end, header.table_end + header.groups * GROUP_BYTES_MAX
+        blocks = [min(size, header.slots - i * size) for i in range(header.groups)]
+        begin, end = header.table_end, header.table_end + header.groups * size * BLOCK_BYTES
         sound = all(
             row[2] == expected
             and begin <= row[0] <= end
-            and row[1] <= GROUP_BYTES_MAX
+            and row[1] <= size * BLOCK_BYTES
             and (row[3] == CODING_ZSTD or (row[3] == CODING_STORED and row[1] == expected * BLOCK_BYTES))
             for row, expected in zip(
                 SEALED_GROUP.struct.iter_unpack(self._table[self._groups_at :]), blocks, strict=True
@@ -220,7 +267,7 @@ class SealedForm:
         index = int(np.searchsorted(self._slots, np.uint16(slot)))
         if index == len(self._slots) or self._slots[index] != slot:
             return 0
-        return self._group(index // SEALED_GROUP_BLOCKS).offset
+        return self._group(index // self._group_blocks).offset
 
     def fingerprints(self, slot: int, count: int, *, wait: bool = True) -> bytes:
         """16 bytes for each of the slots. Damaged when one is not there."""
@@ -237,7 +284,7 @@ class SealedForm:
         index = self._index(slot, count)
         done = 0
         while done < count:
-            number, start = divmod(index + done, SEALED_GROUP_BLOCKS)
+            number, start = divmod(index + done, self._group_blocks)
             group = self._group(number)
             if group.coding == CODING_STORED:
                 take = self._load_stored(number, start, group, out[done * BLOCK_BYTES : count * BLOCK_BYTES], wait)
@@ -271,10 +318,10 @@ class SealedForm:
         end = min(len(self._slots), start + count)
         if start >= end:
             return None
-        numbers = range(start // SEALED_GROUP_BLOCKS, (end - 1) // SEALED_GROUP_BLOCKS + 1)
+        numbers = range(start // self._group_blocks, (end - 1) // self._group_blocks + 1)
         groups = [(number, self._group(number)) for number in numbers]
         coded = [one for one in groups if one[1].coding == CODING_ZSTD and self._cache.begin((self._serial, one[0]))]
-        return Decoding(self._cache, self._serial, coded, self._read_group) if coded else None
+        return Decoding(self._cache, self._serial, coded, self._read_together) if coded else None
 
     def _index(self, slot: int, count: int) -> int:
         """Where the slot is in the table; the following ones come after it."""
@@ -291,30 +338,42 @@ class SealedForm:
         key = self._serial, number
         self._cache.await_end(key, wait=wait)
         if not self._cache.read(key, start, out):
-            decoded = self._read_group(group, wait)
+            decoded = self._read_together([group], wait=wait)[0]
             self._cache.put(key, decoded)
-            out[:] = memoryview(decoded)[start : start + len(out)]
+            out[:] = decoded[start : start + len(out)]
 
-    def _read_group(self, group: _Group, wait: bool) -> bytes:
-        coded = memoryview(bytearray(group.stored_bytes))
-        if self._storage.pread_into(self._fd, [coded], group.offset, wait=wait) != len(coded):
-            raise Damaged(f"{self._path}: offset {group.offset}: the group is cut short")
-        if checksum(coded) != group.checksum:
+    def _read_together(self, groups: list[_Group], *, wait: bool = True) -> list[memoryview]:
+        """The contents of groups that are compressed and lie one right behind the other. Damaged, WouldBlock."""
+        first = groups[0].offset
+        coded = memoryview(bytearray(sum([group.stored_bytes for group in groups])))
+        if self._storage.pread_into(self._fd, [coded], first, wait=wait) != len(coded):
+            raise Damaged(f"{self._path}: offset {first}: the group is cut short")
+        frames: list[Buffer] = [coded[group.offset - first :][: group.stored_bytes] for group in groups]
+        for group, frame in zip(groups, frames, strict=True):
+            self._check_frame(group, frame)
+        try:
+            decoded = _decoded(frames, [group.blocks * BLOCK_BYTES for group in groups])
+        except zstandard.ZstdError as error:
+            raise Damaged(f"{self._path}: offset {first}: the group cannot be decoded: {error}") from error
+        for group, content in zip(groups, decoded, strict=True):
+            self._check_length(group, len(content))
+        return decoded
+
+    def _check_frame(self, group: _Group, frame: Buffer) -> None:
+        if checksum(frame) != group.checksum:
             raise Damaged(f"{self._path}: offset {group.offset}: the group does not match its checksum")
-        return self._decode(coded, group.offset, group.blocks * BLOCK_BYTES)
-
-    def _decode(self, coded: memoryview, offset: int, length: int) -> bytes:
         try:
             # What a frame says of its length is what would be allocated for it.
-            said = zstandard.frame_content_size(coded)
-            if said != length:
-                raise Damaged(f"{self._path}: offset {offset}: the group has {said} bytes, not {length}")
-            decoded = _decompressor().decompress(coded, max_output_size=length)
+            said = zstandard.frame_content_size(frame)
         except zstandard.ZstdError as error:
-            raise Damaged(f"{self._path}: offset {offset}: the group cannot be decoded: {error}") from error
-        if len(decoded) != length:
-            raise Damaged(f"{self._path}: offset {offset}: the group has {len(decoded)} bytes, not {length}")
-        return decoded
+            raise Damaged(f"{self._path}: offset {group.offset}: the group cannot be decoded: {error}") from error
+        self._check_length(group, said)
+
+    def _check_length(self, group: _Group, length: int) -> None:
+        if length != group.blocks * BLOCK_BYTES:
+            raise Damaged(
+                f"{self._path}: offset {group.offset}: the group has {length} bytes, not {group.blocks * BLOCK_BYTES}"
+            )
 
 
 def write_sealed(
@@ -327,11 +386,11 @@ def write_sealed(
 ) -> int:
     """Writes a sealed container into an empty file and returns its size. Not durable. StoreFull, StoreFailed.
 
-    `slots` ascending, `fingerprints` 16 bytes each; `groups` gives their blocks, 32 at a time, as it is asked to. The
-    header is written last: a file without it is nothing.
+    `slots` ascending, `fingerprints` 16 bytes each; `groups` gives their blocks, SEALED_GROUP_BLOCKS at a time, as it
+    is asked to. The header is written last: a file without it is nothing.
     """
     compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=False, write_content_size=True)
-    sealed = SealedHeader(len(slots), -(-len(slots) // SEALED_GROUP_BLOCKS), 0)
+    sealed = SealedHeader.of(len(slots))
     rows = []
     offset = sealed.table_end
     for group in groups:
@@ -350,7 +409,7 @@ def write_sealed(
     page = bytearray(CONTAINER_PAGE_BYTES)
     packed = pack_container_header(header)
     page[: len(packed)] = packed
-    packed = pack_sealed_header(SealedHeader(sealed.slots, sealed.groups, checksum(table)))
+    packed = pack_sealed_header(replace(sealed, table_checksum=checksum(table)))
     page[SEALED_HEADER_OFFSET : SEALED_HEADER_OFFSET + len(packed)] = packed
     storage.pwritev(fd, [page, table], 0)
     return offset

@@ -5,20 +5,24 @@
 Two volumes: `random`, bytes of /dev/urandom, which nothing compresses; and `linux`, the files of /usr one after the
 other, each from a block boundary on as in a file system: programs, libraries, documents. The snapshot is the base of a
 store that a mount made. It is read from two copies of that store: as it was written (raw containers), and after every
-container was sealed as the second appliance does in time (groups of 128 KiB, zstd; `random` is stored in them as it
+container was sealed as the second appliance does in time (groups of 64 KiB, zstd; `random` is stored in them as it
 is). borg and restic have one archive of the same files, made with their usual options.
 
 Cold: the page cache is dropped before each run, for everyone; borg's and restic's mounts are made anew for each run, so
 that their own caches of chunks are empty, too; ours stays mounted, which leaves it its open files and at most 32 MiB of
 decoded groups, dropped by what it reads in between. Making the mounts is not in the time taken. Sequential: the whole
 file, in read(2)s of 1 MiB. Random: 4 KiB at a time, at depth 1, over the whole file.
+
+"zstd alone" is no mount but a floor, `decoding_floor`: the compressed groups of the sealed store read and decoded, by
+one thread and by as many as there are cores, and no byte handed over. A mount needs those cores for the rest, too, of
+which the bare passthrough shows the least.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +34,7 @@ from dedup.sealed import seal
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES
 from tests.benchmarks.borg import BorgRepository
+from tests.benchmarks.decoding_floor import Group, compressed_groups, decoding_rate
 from tests.benchmarks.mounts import BARE, drop_caches, fio, rewindfs, rss_anon, workplace
 from tests.benchmarks.report import Report, ratio, run_subject
 from tests.benchmarks.restic import ResticRepository
@@ -43,6 +48,8 @@ RESTIC: Final = "restic mount"
 RANDOM: Final = "random"
 LINUX: Final = "linux"
 LINUX_FILES: Final = Path("/usr")
+FLOORS: Final = {"zstd alone, one thread": 1, "zstd alone, a thread a core": os.cpu_count() or 1}
+NO_FLOORS: Final[Mapping[str, int]] = {}
 
 Reader = Callable[[str], AbstractContextManager[Path]]
 """Gives the file of a volume, for as long as it is read."""
@@ -109,6 +116,8 @@ class Compared:
 
     readers: dict[str, Reader]
     pids: dict[str, int]
+    compressed: list[Group]
+    """Of the store whose containers are sealed."""
 
 
 @contextmanager
@@ -140,6 +149,7 @@ def compared(directory: Path, size: int) -> Iterator[Compared]:
                 RESTIC: partial(restic_reader, restic, directory / "mnt-restic"),
             },
             {RAW: raw_pid, SEALED: sealed_pid},
+            compressed_groups(sealed),
         )
 
 
@@ -160,8 +170,10 @@ def measure(report: Report, quick: bool) -> None:
     rss: dict[str, int] = {}
     with workplace() as directory, compared(directory, size) as found:
 
-        def interleaved(volume: str, names: Sequence[str], rate: Callable[[Path], float]) -> dict[str, list[float]]:
-            runs: dict[str, list[float]] = {name: [] for name in names}
+        def interleaved(
+            volume: str, names: Sequence[str], rate: Callable[[Path], float], floors: Mapping[str, int] = NO_FLOORS
+        ) -> dict[str, list[float]]:
+            runs: dict[str, list[float]] = {name: [] for name in (*names, *floors)}
             for _ in range(rounds):
                 for name in names:
                     with found.readers[name](volume) as file:
@@ -169,12 +181,16 @@ def measure(report: Report, quick: bool) -> None:
                         runs[name].append(rate(file))
                     if name in found.pids:
                         rss[name] = max(rss.get(name, 0), rss_anon(found.pids[name]))
+                for name, threads in floors.items():
+                    drop_caches()
+                    runs[name].append(decoding_rate(found.compressed, threads))
             return runs
 
         for volume in (RANDOM, LINUX):
             # restic is no target, and slow.
             peers = (BORG, RESTIC) if volume == LINUX else (BORG,)
-            runs = interleaved(volume, (SOURCE, BARE, RAW, SEALED, *peers), sequential)
+            floors = FLOORS if volume == LINUX else NO_FLOORS
+            runs = interleaved(volume, (SOURCE, BARE, RAW, SEALED, *peers), sequential, floors)
             scaled = {name: [value / 1e6 for value in values] for name, values in runs.items()}
             report.table(f"sequential read, cold, 1 MiB: {volume}", "MB/s", scaled, SOURCE)
             for name in (RAW, SEALED):

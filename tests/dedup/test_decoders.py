@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dedup import layout, pins
+from dedup import layout, pins, sealed_layout
 from dedup.container import ContainerReader
 from dedup.errors import Damaged
 from dedup.layout import (
@@ -25,15 +26,10 @@ from dedup.layout import (
     PINS_MAGIC,
     RAW_SLOTS_OFFSET,
     RAW_TABLE_OFFSET,
-    SEALED_GROUP,
-    SEALED_HEADER,
-    SEALED_HEADER_OFFSET,
-    SEALED_TABLE_OFFSET,
     SEGMENT_HEADER,
     STORE_MARKER,
     ContainerHeader,
     Fields,
-    SealedHeader,
     SegmentHeader,
     StoreMarker,
     checksum,
@@ -41,6 +37,14 @@ from dedup.layout import (
 )
 from dedup.retention import AtLimit, Policy, check_policy, load_policy, save_policy
 from dedup.sealed import seal
+from dedup.sealed_layout import (
+    SEALED_GROUP,
+    SEALED_GROUP_BLOCKS,
+    SEALED_HEADER,
+    SEALED_HEADER_OFFSET,
+    SEALED_TABLE_OFFSET,
+    SealedHeader,
+)
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId, Seq, TimeNs
 from tests.dedup.mutations import (
@@ -66,7 +70,7 @@ Header = tuple[Fields, int, bytes, Callable[[Any], bytes], Callable[[bytes, Path
 
 
 def _sealed_page(header: SealedHeader) -> bytes:
-    return _SEALED_PAGE + layout.pack_sealed_header(header)
+    return _SEALED_PAGE + sealed_layout.pack_sealed_header(header)
 
 
 HEADERS: Final[dict[str, Header]] = {
@@ -87,9 +91,9 @@ HEADERS: Final[dict[str, Header]] = {
     "sealed header": (
         SEALED_HEADER,
         SEALED_HEADER_OFFSET,
-        _sealed_page(SealedHeader(33, 2, 99)),
+        _sealed_page(SealedHeader.of(33, 99)),
         _sealed_page,
-        layout.unpack_sealed_header,
+        sealed_layout.unpack_sealed_header,
     ),
     "segment header": (
         SEGMENT_HEADER,
@@ -128,11 +132,14 @@ def test_headers_behind_a_checksum(name: str, data: st.DataObject) -> None:
 def _blocks(count: int) -> list[bytes]:
     """A group that compresses, then one that does not."""
     source = random.Random(3)
-    return [source.randbytes(BLOCK_BYTES) if index >= 32 else source.randbytes(16) * 256 for index in range(count)]
+    return [
+        source.randbytes(BLOCK_BYTES) if index >= SEALED_GROUP_BLOCKS else source.randbytes(16) * 256
+        for index in range(count)
+    ]
 
 
-BLOCKS: Final = _blocks(35)
-SLOTS: Final = [*range(20), *range(40, 55)]
+BLOCKS: Final = _blocks(SEALED_GROUP_BLOCKS + 3)
+SLOTS: Final = [*range(10), *range(40, 40 + len(BLOCKS) - 10)]
 
 
 def _raw() -> bytes:
@@ -201,7 +208,7 @@ def test_sealed_containers(sealed: bytes, data: st.DataObject) -> None:
 @given(st.data())
 def test_sealed_containers_behind_their_checksums(sealed: bytes, data: st.DataObject) -> None:
     """Any table, and any group: what comes out has the fingerprint that the table says."""
-    header = layout.unpack_sealed_header(sealed, PATH)
+    header = sealed_layout.unpack_sealed_header(sealed, PATH)
     table = sealed[SEALED_TABLE_OFFSET : header.table_end]
     groups_at = header.groups_offset - SEALED_TABLE_OFFSET
     numbers = data.draw(mutated(table[: header.slots * 2], same_length=True) | st.just(table[: header.slots * 2]))
@@ -213,7 +220,7 @@ def test_sealed_containers_behind_their_checksums(sealed: bytes, data: st.DataOb
         body = frame[: len(body)] + body[len(frame) :]
         rows = SEALED_GROUP.struct.pack(*first[:4], checksum(body[: first[1]])) + SEALED_GROUP.struct.pack(*second)
     table = numbers + table[len(numbers) : groups_at] + rows
-    packed = layout.pack_sealed_header(SealedHeader(header.slots, header.groups, checksum(table)))
+    packed = sealed_layout.pack_sealed_header(replace(header, table_checksum=checksum(table)))
     page = sealed[:SEALED_HEADER_OFFSET] + packed + sealed[SEALED_HEADER_OFFSET + len(packed) : SEALED_TABLE_OFFSET]
     _all_blocks(page + table + body)
 
@@ -225,13 +232,13 @@ def _zstd_bomb(length: int) -> bytes:
 
 
 def test_no_number_of_a_sealed_table_is_believed(sealed: bytes) -> None:
-    header = layout.unpack_sealed_header(sealed, PATH)
+    header = sealed_layout.unpack_sealed_header(sealed, PATH)
     rows = sealed[header.groups_offset : header.table_end]
 
     def read_all() -> None:
         for changed in with_largest_numbers(rows):
             table = sealed[SEALED_TABLE_OFFSET : header.groups_offset] + changed
-            packed = layout.pack_sealed_header(SealedHeader(header.slots, header.groups, checksum(table)))
+            packed = sealed_layout.pack_sealed_header(replace(header, table_checksum=checksum(table)))
             page = sealed[:SEALED_HEADER_OFFSET] + packed
             content = page.ljust(SEALED_TABLE_OFFSET, b"\0") + table + sealed[header.table_end :]
             assert _all_blocks(content).items() <= WRITTEN.items()
@@ -241,12 +248,14 @@ def test_no_number_of_a_sealed_table_is_believed(sealed: bytes) -> None:
 
 @pytest.mark.parametrize("length", [1 << 40, 1 << 60, (1 << 64) - 2])
 def test_a_group_that_claims_to_be_huge_is_damage(sealed: bytes, length: int) -> None:
-    header = layout.unpack_sealed_header(sealed, PATH)
+    header = sealed_layout.unpack_sealed_header(sealed, PATH)
     frame = b"\x28\xb5\x2f\xfd\xe0" + length.to_bytes(8, "little") + b"\x01\x00\x00"
     table = sealed[SEALED_TABLE_OFFSET : header.groups_offset]
-    table += SEALED_GROUP.struct.pack(header.table_end, len(frame), 32, layout.CODING_ZSTD, checksum(frame))
-    table += SEALED_GROUP.struct.pack(header.table_end, len(frame), 3, layout.CODING_ZSTD, checksum(frame))
-    packed = layout.pack_sealed_header(SealedHeader(header.slots, header.groups, checksum(table)))
+    table += SEALED_GROUP.struct.pack(
+        header.table_end, len(frame), SEALED_GROUP_BLOCKS, sealed_layout.CODING_ZSTD, checksum(frame)
+    )
+    table += SEALED_GROUP.struct.pack(header.table_end, len(frame), 3, sealed_layout.CODING_ZSTD, checksum(frame))
+    packed = sealed_layout.pack_sealed_header(replace(header, table_checksum=checksum(table)))
     page = sealed[:SEALED_HEADER_OFFSET] + packed + sealed[SEALED_HEADER_OFFSET + len(packed) : SEALED_TABLE_OFFSET]
     storage = MemoryFiles({layout.container_path(DIRECTORY, ONE): page + table + frame})
     reader = ContainerReader.open(storage, DIRECTORY, ONE)
@@ -259,13 +268,13 @@ def test_a_group_that_claims_to_be_huge_is_damage(sealed: bytes, length: int) ->
 
 
 def test_a_stored_group_of_another_length_than_its_blocks_is_damage(sealed: bytes) -> None:
-    header = layout.unpack_sealed_header(sealed, PATH)
-    group = bytes(32 * BLOCK_BYTES)
+    header = sealed_layout.unpack_sealed_header(sealed, PATH)
+    group = bytes(SEALED_GROUP_BLOCKS * BLOCK_BYTES)
     for length in (0, len(group) - 1, len(group) - BLOCK_BYTES):
         table = sealed[SEALED_TABLE_OFFSET : header.groups_offset]
-        stored = header.table_end, length, 32, layout.CODING_STORED, checksum(group[:length])
+        stored = header.table_end, length, SEALED_GROUP_BLOCKS, sealed_layout.CODING_STORED, checksum(group[:length])
         table += SEALED_GROUP.struct.pack(*stored) + sealed[header.table_end - SEALED_GROUP.size : header.table_end]
-        packed = layout.pack_sealed_header(SealedHeader(header.slots, header.groups, checksum(table)))
+        packed = sealed_layout.pack_sealed_header(replace(header, table_checksum=checksum(table)))
         page = sealed[:SEALED_HEADER_OFFSET] + packed + sealed[SEALED_HEADER_OFFSET + len(packed) : SEALED_TABLE_OFFSET]
         storage = MemoryFiles({layout.container_path(DIRECTORY, ONE): page + table + group + bytes(3 * BLOCK_BYTES)})
         with pytest.raises(Damaged, match="slot table"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import dedup
-from dedup import fingerprint_filter, layout
+from dedup import fingerprint_filter, layout, sealed_layout
 from dedup.fingerprint_table import SLICE_BITS, SLICES
 from dedup.layout import Fields
 from dedup.metadata_journal import EntryKind
@@ -17,7 +17,7 @@ from dedup.metadata_journal import EntryKind
 PAGE = (Path(dedup.__file__).parent / "FORMAT.md").read_text()
 STRUCTS = {
     value.name: value
-    for module in (layout, fingerprint_filter)
+    for module in (layout, sealed_layout, fingerprint_filter)
     for value in vars(module).values()
     if isinstance(value, Fields)
 }
@@ -65,7 +65,7 @@ def test_constants() -> None:
         name: int(value) for _, columns, rows in tables() if columns == ["constant", "value"] for name, value in rows
     }
     assert len(said) > 10
-    assert {name: getattr(layout, name) for name in said} == said
+    assert {name: {**vars(layout), **vars(sealed_layout)}[name] for name in said} == said
 
 
 def test_magic_numbers() -> None:

@@ -71,7 +71,7 @@ def write_more(group: GroupWriter) -> bytes:
 
 
 def test_there_are_golden_stores() -> None:
-    assert {"v1-plain", "v1-groups", "v1-kept"} <= set(STORES)
+    assert {"v1-plain", "v1-groups", "v1-kept", "v1-sealed"} <= set(STORES)
 
 
 def test_an_older_store_is_read_as_it_is(golden: tuple[Path, Expected]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dedup import layout
+from dedup import layout, sealed_layout
 from dedup.errors import Damaged, NotAStore, StoreError, UnknownFormat
-from dedup.layout import ContainerHeader, SealedHeader, SegmentHeader, StoreMarker
+from dedup.layout import ContainerHeader, SegmentHeader, StoreMarker
+from dedup.sealed_layout import SealedHeader
 from dedup.types import BLOCK_BYTES, HOLE, ContainerForm, ContainerId, JournalId, Seq, TimeNs
 
 PATH = Path("/store/FILE")
@@ -45,12 +47,26 @@ def test_segment_header_exact_bytes() -> None:
 
 
 def test_sealed_header_round_trip_and_offsets() -> None:
-    header = SealedHeader(slots=33, groups=2, table_checksum=99)
-    page = bytes(layout.SEALED_HEADER_OFFSET) + layout.pack_sealed_header(header)
-    assert layout.unpack_sealed_header(page, PATH) == header
+    header = SealedHeader.of(slots=33, table_checksum=99)
+    page = bytes(sealed_layout.SEALED_HEADER_OFFSET) + sealed_layout.pack_sealed_header(header)
+    assert sealed_layout.unpack_sealed_header(page, PATH) == header
     assert header.fingerprints_offset == 4096 + 72
     assert header.groups_offset == header.fingerprints_offset + 33 * 16
-    assert header.table_end == header.groups_offset + 2 * 24
+    assert header.table_end == header.groups_offset + 3 * 24
+
+
+@given(st.integers(0, layout.SLOTS_MAX), st.integers(1, sealed_layout.SEALED_GROUP_BLOCKS_MAX))
+def test_groups_of_any_size_that_may_be(slots: int, group_blocks: int) -> None:
+    header = SealedHeader.of(slots, 7, group_blocks)
+    page = bytes(sealed_layout.SEALED_HEADER_OFFSET) + sealed_layout.pack_sealed_header(header)
+    assert sealed_layout.unpack_sealed_header(page, PATH) == header
+    assert (header.groups - 1) * group_blocks < slots <= header.groups * group_blocks
+
+
+def test_the_first_sealed_headers_said_nothing_of_the_size_of_groups() -> None:
+    first = layout.checked(struct.pack("<IIQQ", 33, 2, 99, 0))
+    header = sealed_layout.unpack_sealed_header(bytes(sealed_layout.SEALED_HEADER_OFFSET) + first, PATH)
+    assert (header.slots, header.groups, header.blocks_a_group, header.table_checksum) == (33, 2, 32, 99)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +100,11 @@ def test_what_is_no_store_and_what_is_a_later_one_are_told_apart() -> None:
 
 
 def test_sealed_header_with_impossible_counts_is_damage() -> None:
-    for header in (SealedHeader(33, 1, 0), SealedHeader(layout.SLOTS_MAX + 1, 513, 0)):
-        page = bytes(layout.SEALED_HEADER_OFFSET) + layout.pack_sealed_header(header)
+    too_many, too_large = layout.SLOTS_MAX + 1, sealed_layout.SEALED_GROUP_BLOCKS_MAX + 1
+    for header in (SealedHeader(33, 1, 0), SealedHeader.of(too_many), SealedHeader.of(99, 0, too_large)):
+        page = bytes(sealed_layout.SEALED_HEADER_OFFSET) + sealed_layout.pack_sealed_header(header)
         with pytest.raises(Damaged, match="cannot be"):
-            layout.unpack_sealed_header(page, PATH)
+            sealed_layout.unpack_sealed_header(page, PATH)
 
 
 @given(st.integers(1, layout.CONTAINER_MAX), st.integers(0, layout.SLOTS_MAX - 1))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dedup import layout
+from dedup import layout, sealed_layout
 from dedup.catalog import Index
 from dedup.damage import Report
 from dedup.errors import Damaged, NotAStore, StoreBusy
@@ -188,12 +188,12 @@ def sealed_header(built: Built) -> None:
 
 def sealed_count(built: Built) -> None:
     sealed(built)
-    flip(built.container(2), layout.SEALED_HEADER_OFFSET + 1)
+    flip(built.container(2), sealed_layout.SEALED_HEADER_OFFSET + 1)
 
 
 def sealed_table(built: Built) -> None:
     sealed(built)
-    flip(built.container(2), layout.SEALED_TABLE_OFFSET + 9)
+    flip(built.container(2), sealed_layout.SEALED_TABLE_OFFSET + 9)
 
 
 def copied_block(built: Built) -> None:

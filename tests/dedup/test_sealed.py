@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import threading
 from pathlib import Path
 
@@ -13,18 +14,20 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dedup import container_pool, layout
+from dedup import container_pool, layout, sealed_layout
 from dedup.container import ContainerReader, RawContainerWriter
 from dedup.container_pool import ContainerPool
 from dedup.errors import Damaged, OnItsWay, StoreError, StoreFailed, StoreFull
 from dedup.layout import address, container_path, fingerprint
+from dedup.salvage import found_in
 from dedup.sealed import seal
-from dedup.sealed_form import GROUP_BYTES_MAX, GroupCache
+from dedup.sealed_form import PLACE_BYTES, GroupCache
 from dedup.storage import Storage
-from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId
+from dedup.types import BLOCK_BYTES, ContainerForm, ContainerId, JournalId, TimeNs
 from tests.dedup.faults import FaultyStorage, open_descriptors
 
 ONE = ContainerId(1)
+GROUP = sealed_layout.SEALED_GROUP_BLOCKS
 
 
 def make(directory: Path, blocks: list[bytes]) -> None:
@@ -36,7 +39,9 @@ def make(directory: Path, blocks: list[bytes]) -> None:
 def mixed_blocks(count: int, seed: int = 0) -> list[bytes]:
     """A few groups that compress, a few that do not."""
     source = random.Random(seed)
-    return [source.randbytes(BLOCK_BYTES) if index // 32 % 2 else source.randbytes(64) * 64 for index in range(count)]
+    return [
+        source.randbytes(BLOCK_BYTES) if index // GROUP % 2 else source.randbytes(64) * 64 for index in range(count)
+    ]
 
 
 def read_slot(directory: Path, slot: int, count: int = 1) -> bytes:
@@ -57,11 +62,11 @@ def test_exact_bytes(tmp_path: Path) -> None:
     assert len(data) == size
     header = layout.unpack_container_header(data, tmp_path)
     assert (header.form, header.container, header.journal) == (ContainerForm.SEALED, 1, 3)
-    assert layout.unpack_sealed_header(data, tmp_path).slots == 2
+    assert sealed_layout.unpack_sealed_header(data, tmp_path).slots == 2
     assert data[4096:4104] == bytes([0, 0, 1, 0, 0, 0, 0, 0])
     assert data[4104:4136] == fingerprint(blocks[0]) + fingerprint(blocks[1])
-    offset, stored, count, coding, checksum = layout.SEALED_GROUP.struct.unpack_from(data, 4136)
-    assert (offset, stored, count, coding) == (4160, len(data) - 4160, 2, layout.CODING_ZSTD)
+    offset, stored, count, coding, checksum = sealed_layout.SEALED_GROUP.struct.unpack_from(data, 4136)
+    assert (offset, stored, count, coding) == (4160, len(data) - 4160, 2, sealed_layout.CODING_ZSTD)
     assert checksum == layout.checksum(data[4160:])
     assert zstandard.decompress(data[4160:]) == blocks[0] + blocks[1]
 
@@ -186,10 +191,10 @@ def test_no_flipped_byte_and_no_cut_gives_wrong_bytes(tmp_path: Path) -> None:
                 assert str(path) in str(error)
         return count
 
-    header = layout.SEALED_HEADER_OFFSET + layout.SEALED_HEADER.size
+    header = sealed_layout.SEALED_HEADER_OFFSET + sealed_layout.SEALED_HEADER.size
     for place in [*range(header), *range(4096, 4096 + 100), *range(4196, len(good), 13)]:
         path.write_bytes(good[:place] + bytes([good[place] ^ 0x04]) + good[place + 1 :])
-        unused = layout.CONTAINER_HEADER.size <= place < layout.SEALED_HEADER_OFFSET
+        unused = layout.CONTAINER_HEADER.size <= place < sealed_layout.SEALED_HEADER_OFFSET
         assert readable() == (2 if unused else 0), place
     for length in [*range(header), *range(4096, len(good), 17), len(good) - 1]:
         path.write_bytes(good[:length])
@@ -203,12 +208,12 @@ def test_a_table_that_says_what_cannot_be_is_damage(tmp_path: Path) -> None:
     seal(Storage(), tmp_path, ONE, None)
     path = container_path(tmp_path, ONE)
     good = path.read_bytes()
-    end = layout.unpack_sealed_header(good, path).table_end
+    end = sealed_layout.unpack_sealed_header(good, path).table_end
     for at, value in ((4096, b"\x01\x00\x01\x00"), (4098, b"\xff\xff"), (end - 12, b"\x09"), (end - 10, b"\x07")):
         bad = bytearray(good)
         bad[at : at + len(value)] = value
-        header = layout.SealedHeader(2, 1, layout.checksum(bytes(bad[4096:end])))
-        bad[64:88] = layout.pack_sealed_header(header)
+        header = sealed_layout.SealedHeader.of(2, layout.checksum(bytes(bad[4096:end])))
+        bad[64:88] = sealed_layout.pack_sealed_header(header)
         path.write_bytes(bad)
         with pytest.raises(Damaged, match="cannot be"):
             ContainerReader.open(Storage(), tmp_path, ONE)
@@ -237,8 +242,8 @@ def test_open_readers_and_the_pool_survive_sealing(tmp_path: Path) -> None:
 
 
 def test_group_cache_is_bounded() -> None:
-    cache = GroupCache(3 * GROUP_BYTES_MAX + 5)
-    groups = [bytes([number]) * (GROUP_BYTES_MAX - number) for number in range(51)]
+    cache = GroupCache(3 * PLACE_BYTES + 5)
+    groups = [bytes([number]) * (PLACE_BYTES - number) for number in range(51)]
 
     def holds(number: int) -> bool:
         out = memoryview(bytearray(1000))
@@ -248,12 +253,29 @@ def test_group_cache_is_bounded() -> None:
         return True
 
     for number in range(50):
-        cache.put((1, number), groups[number])
-        cache.put((1, number), groups[number])
+        cache.put((1, number), memoryview(groups[number]))
+        cache.put((1, number), memoryview(groups[number]))
     assert [number for number in range(50) if holds(number)] == [47, 48, 49]
     assert holds(47)
-    cache.put((1, 50), groups[50])
+    cache.put((1, 50), memoryview(groups[50]))
     assert [number for number in (47, 48, 49, 50) if holds(number)] == [47, 49, 50]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(1, 9)), max_size=20), st.integers(1, 5))
+def test_group_cache_gives_what_was_put_or_nothing(reads: list[tuple[int, int, int]], places: int) -> None:
+    """Groups that take one, two and three places, in fewer than all of them need."""
+    cache = GroupCache(places * PLACE_BYTES)
+    piece = PLACE_BYTES // 4
+    groups = [random.Random(number).randbytes(piece * (number * 4 + 2)) for number in range(3)]
+    for number, start, count in reads:
+        group = memoryview(groups[number % 3])
+        start = min(start, len(group) // piece - 1)
+        out = memoryview(bytearray(min(count * piece, len(group) - start * piece)))
+        if cache.read((1, number % 3), start * piece, out):
+            assert out == group[start * piece :][: len(out)]
+        cache.put((1, number % 3), group)
+        whole = memoryview(bytearray(len(group)))
+        assert cache.read((1, number % 3), 0, whole) == (len(group) <= places * PLACE_BYTES)
 
 
 class CountingStorage(Storage):
@@ -269,20 +291,20 @@ class CountingStorage(Storage):
 
 
 def test_of_a_group_stored_as_it_is_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
-    blocks = mixed_blocks(160)  # groups 1 and 3 do not compress; 0, 2 and 4 do
+    blocks = mixed_blocks(5 * GROUP)  # groups 1 and 3 do not compress; 0, 2 and 4 do
     make(tmp_path, blocks)
     seal(Storage(), tmp_path, ONE, None)
     storage = CountingStorage()
     reader = ContainerReader.open(storage, tmp_path, ONE)
-    assert reader.read_block(40) == blocks[40]
+    assert reader.read_block(GROUP + 8) == blocks[GROUP + 8]
     assert storage.lengths == [BLOCK_BYTES]
     data = bytearray(container_path(tmp_path, ONE).read_bytes())
-    at = data.index(blocks[41]) + 7
+    at = data.index(blocks[GROUP + 9]) + 7
     data[at] ^= 1
     container_path(tmp_path, ONE).write_bytes(data)
-    assert reader.read_block(40) == blocks[40], "its neighbour's damage is not its own"
-    with pytest.raises(Damaged, match="slot 41 does not match its fingerprint"):
-        reader.read_block(41)
+    assert reader.read_block(GROUP + 8) == blocks[GROUP + 8], "its neighbour's damage is not its own"
+    with pytest.raises(Damaged, match=f"slot {GROUP + 9} does not match its fingerprint"):
+        reader.read_block(GROUP + 9)
     reader.close()
 
 
@@ -301,18 +323,18 @@ def test_groups_stored_side_by_side_are_one_read(tmp_path: Path) -> None:
 
 
 def test_what_is_decoded_ahead_is_not_read_again_and_is_waited_for(tmp_path: Path) -> None:
-    blocks = mixed_blocks(96)
+    blocks = mixed_blocks(3 * GROUP)
     make(tmp_path, blocks)
     seal(Storage(), tmp_path, ONE, None)
     storage = CountingStorage()
     reader = ContainerReader.open(storage, tmp_path, ONE, cache=GroupCache())
-    decoding = reader.begin_decoding(0, 96)
+    decoding = reader.begin_decoding(0, 3 * GROUP)
     assert decoding is not None
-    out = memoryview(bytearray(96 * BLOCK_BYTES))
+    out = memoryview(bytearray(3 * GROUP * BLOCK_BYTES))
     with pytest.raises(OnItsWay):
-        reader.read_into(70, 1, out[:BLOCK_BYTES], wait=False)
-    assert reader.begin_decoding(0, 96) is None, "somebody decodes them already"
-    waiting = threading.Thread(target=reader.read_into, args=(0, 96, out))
+        reader.read_into(2 * GROUP + 6, 1, out[:BLOCK_BYTES], wait=False)
+    assert reader.begin_decoding(0, 3 * GROUP) is None, "somebody decodes them already"
+    waiting = threading.Thread(target=reader.read_into, args=(0, 3 * GROUP, out))
     waiting.start()
     decoding.run()
     waiting.join()
@@ -322,7 +344,7 @@ def test_what_is_decoded_ahead_is_not_read_again_and_is_waited_for(tmp_path: Pat
 
 
 def test_damage_met_ahead_is_left_to_who_reads(tmp_path: Path) -> None:
-    blocks = mixed_blocks(96)
+    blocks = mixed_blocks(3 * GROUP)
     make(tmp_path, blocks)
     seal(Storage(), tmp_path, ONE, None)
     path = container_path(tmp_path, ONE)
@@ -332,12 +354,12 @@ def test_damage_met_ahead_is_left_to_who_reads(tmp_path: Path) -> None:
     pool = ContainerPool(Storage(), tmp_path)
     first = address(ONE, 0)
     assert pool.read_block(first) == blocks[0]
-    pool.decode_ahead(np.arange(96, dtype=np.uint64) + np.uint64(first))
-    out = memoryview(bytearray(64 * BLOCK_BYTES))
-    pool.read_addresses(np.arange(64, dtype=np.uint64) + np.uint64(first), out)
-    assert bytes(out) == b"".join(blocks[:64])
+    pool.decode_ahead(np.arange(3 * GROUP, dtype=np.uint64) + np.uint64(first))
+    out = memoryview(bytearray(2 * GROUP * BLOCK_BYTES))
+    pool.read_addresses(np.arange(2 * GROUP, dtype=np.uint64) + np.uint64(first), out)
+    assert bytes(out) == b"".join(blocks[: 2 * GROUP])
     with pytest.raises(Damaged, match="does not match its checksum"):
-        pool.read_block(address(ONE, 64))
+        pool.read_block(address(ONE, 2 * GROUP))
     pool.close()
 
 
@@ -349,7 +371,7 @@ def read_whole(pool: ContainerPool, count: int) -> bytes:
 
 def test_a_decoding_that_breaks_off_keeps_no_reader_waiting(tmp_path: Path) -> None:
     """At the first group, by what is no damage: the others are under way too."""
-    blocks = mixed_blocks(160)
+    blocks = mixed_blocks(5 * GROUP)
     make(tmp_path, blocks)
     seal(Storage(), tmp_path, ONE, None)
 
@@ -363,14 +385,14 @@ def test_a_decoding_that_breaks_off_keeps_no_reader_waiting(tmp_path: Path) -> N
 
     storage = OutOfMemory()
     reader = ContainerReader.open(storage, tmp_path, ONE, cache=GroupCache())
-    decoding = reader.begin_decoding(0, 160)
+    decoding = reader.begin_decoding(0, 5 * GROUP)
     assert decoding is not None
     storage.failing = True
     with pytest.raises(MemoryError):
         decoding.run()
     storage.failing = False
-    out = memoryview(bytearray(160 * BLOCK_BYTES))
-    waiting = threading.Thread(target=reader.read_into, args=(0, 160, out), daemon=True)
+    out = memoryview(bytearray(5 * GROUP * BLOCK_BYTES))
+    waiting = threading.Thread(target=reader.read_into, args=(0, 5 * GROUP, out), daemon=True)
     waiting.start()
     waiting.join(60)
     assert bytes(out) == b"".join(blocks)
@@ -451,3 +473,81 @@ def test_a_replaced_file_is_not_held_open_for_ever(tmp_path: Path, monkeypatch: 
     assert pool.read_block(address(ONE, 9)) == blocks[9]
     assert open_descriptors() == before + 1, "of the new file only"
     pool.close()
+
+
+def seal_as_at_first(directory: Path, blocks: list[bytes]) -> None:
+    """A sealed container as the first versions wrote it: groups of 32, of which its header says nothing."""
+    groups = [b"".join(blocks[at : at + 32]) for at in range(0, len(blocks), 32)]
+    header = sealed_layout.SealedHeader.of(len(blocks), group_blocks=0)
+    rows, stored, offset = b"", b"", header.table_end
+    for group in groups:
+        coded, coding = zstandard.compress(group), sealed_layout.CODING_ZSTD
+        if len(coded) > len(group) * 15 / 16:
+            coded, coding = group, sealed_layout.CODING_STORED
+        row = offset, len(coded), len(group) // BLOCK_BYTES, coding, layout.checksum(coded)
+        rows, stored, offset = rows + sealed_layout.SEALED_GROUP.struct.pack(*row), stored + coded, offset + len(coded)
+    table = np.arange(len(blocks), dtype="<u2").tobytes()
+    table = table.ljust(layout.padded(len(table)), b"\0") + b"".join(map(fingerprint, blocks)) + rows
+    page = layout.pack_container_header(
+        layout.ContainerHeader(ONE, JournalId(3), ContainerForm.SEALED, TimeNs(5))
+    ).ljust(sealed_layout.SEALED_HEADER_OFFSET, b"\0")
+    page += layout.checked(struct.pack("<IIQQ", len(blocks), len(groups), layout.checksum(table), 0))
+    container_path(directory, ONE).write_bytes(page.ljust(sealed_layout.SEALED_TABLE_OFFSET, b"\0") + table + stored)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_the_first_versions_sealed_is_read_and_sealed_anew(tmp_path: Path, ahead: bool) -> None:
+    blocks = mixed_blocks(150)
+    seal_as_at_first(tmp_path, blocks)
+    pool = ContainerPool(Storage(), tmp_path)
+    assert pool.read_block(address(ONE, 40)) == blocks[40]
+    if ahead:
+        pool.decode_ahead(np.arange(150, dtype=np.uint64) + np.uint64(address(ONE, 0)))
+    assert read_whole(pool, 150) == b"".join(blocks)
+    assert [pool.read_block(address(ONE, slot)) for slot in range(150)] == blocks
+    pool.close()
+    seal(Storage(), tmp_path, ONE, None)
+    header = sealed_layout.unpack_sealed_header(container_path(tmp_path, ONE).read_bytes(), tmp_path)
+    assert (header.slots, header.blocks_a_group) == (150, GROUP)
+    assert read_slot(tmp_path, 0, 150) == b"".join(blocks)
+
+
+@pytest.mark.parametrize("damaged", ["nothing", "container header", "slots", "group_blocks", "groups"])
+@pytest.mark.parametrize("first", [False, True])
+def test_what_is_left_of_groups_of_either_size_is_found(tmp_path: Path, first: bool, damaged: str) -> None:
+    """Whatever number of the headers is wrong."""
+    blocks = mixed_blocks(150)
+    if first:
+        seal_as_at_first(tmp_path, blocks)
+    else:
+        make(tmp_path, blocks)
+        seal(Storage(), tmp_path, ONE, None)
+    fields = {"container header": 20, "slots": 65, "group_blocks": 66, "groups": 68}
+    data = bytearray(container_path(tmp_path, ONE).read_bytes())
+    if damaged in fields:
+        data[fields[damaged]] ^= 0x40
+    container_path(tmp_path, ONE).write_bytes(data)
+    wanted = set(map(fingerprint, blocks))
+    assert found_in(Storage(), tmp_path, ONE, wanted) == wanted
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_groups_are_decoded_by_every_build_of_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    if not at_once:
+        monkeypatch.setattr(zstandard, "backend_features", {"buffer_types"})
+    blocks = [random.Random(slot).randbytes(64) * 64 for slot in range(5 * GROUP + 3)]
+    make(tmp_path, blocks)
+    seal(Storage(), tmp_path, ONE, None)
+    storage = CountingStorage()
+    reader = ContainerReader.open(storage, tmp_path, ONE, cache=GroupCache())
+    decoding = reader.begin_decoding(0, len(blocks))
+    assert decoding is not None
+    decoding.run()
+    assert len(storage.lengths) == 1, "they lie side by side"
+    out = memoryview(bytearray(len(blocks) * BLOCK_BYTES))
+    reader.read_into(0, len(blocks), out)
+    assert bytes(out) == b"".join(blocks)
+    assert len(storage.lengths) == 1, "all were decoded"
+    reader.close()
