@@ -48,7 +48,8 @@ RESTIC: Final = "restic mount"
 RANDOM: Final = "random"
 LINUX: Final = "linux"
 LINUX_FILES: Final = Path("/usr")
-FLOORS: Final = {"zstd alone, one thread": 1, "zstd alone, a thread a core": os.cpu_count() or 1}
+ALL_CORES: Final = "zstd alone, a thread a core"
+FLOORS: Final = {"zstd alone, one thread": 1, ALL_CORES: os.cpu_count() or 1}
 NO_FLOORS: Final[Mapping[str, int]] = {}
 
 Reader = Callable[[str], AbstractContextManager[Path]]
@@ -195,7 +196,10 @@ def measure(report: Report, quick: bool) -> None:
             report.table(f"sequential read, cold, 1 MiB: {volume}", "MB/s", scaled, SOURCE)
             for name in (RAW, SEALED):
                 subject = f"sequential read of a {name}, {volume}"
-                report.at_least(subject, BORG, ratio(runs, name, BORG), 3)
+                # As a mount it hands over no more than the bare one, and it has no more than was decoded.
+                bounds = (BARE, ALL_CORES) if name == SEALED and floors else (BARE,)
+                floor = min(ratio(runs, bound, BORG) for bound in bounds)
+                report.at_least(subject, BORG, ratio(runs, name, BORG), 3, floor=floor)
                 report.at_least(subject, SOURCE, ratio(runs, name, SOURCE), 0.6)
         for volume in (RANDOM, LINUX):
             runs = interleaved(volume, (BARE, RAW, SEALED, BORG), partial(random_4k, milliseconds))
