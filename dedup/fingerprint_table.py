@@ -1,4 +1,4 @@
-"""Fingerprints and their addresses in memory, sorted, 24 bytes each: what need not be in LMDB yet.
+"""Fingerprints and their addresses in memory, sorted, 24 bytes each: what need not be in a run yet.
 
 Invariants:
 - `_high` ascends; `_high`, `_low` and `_where` have the same length, and stand for the same fingerprint at each place;
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -20,17 +19,12 @@ from dedup.layout import FINGERPRINT_BYTES
 from dedup.types import HOLE, Address
 
 U64 = NDArray[np.uint64]
+Rows = tuple[U64, U64, U64]
+"""Of fingerprints: their first halves, their second halves, their addresses."""
 _HALF_BYTES: Final = FINGERPRINT_BYTES // 2
-_FEW: Final = 8
-"""Up to so many are sought one by one: numpy costs some microseconds before it begins."""
-SLICE_BITS: Final = 6
-SLICES: Final = 1 << SLICE_BITS
-"""Parts of all fingerprints there may be, by their first bits: they are spread evenly."""
-_SLICE_SHIFT: Final = 64 - SLICE_BITS
 _SEEN_BITS: Final = 23
 """8 MiB, an eighth of it true with a million fingerprints."""
 _SEEN_SHIFT: Final = np.uint64(64 - _SEEN_BITS)
-_SEEN_SLICE_BITS: Final = _SEEN_BITS - SLICE_BITS
 
 
 class FingerprintTable:
@@ -49,26 +43,18 @@ class FingerprintTable:
     def __len__(self) -> int:
         return len(self._high)
 
-    def find(self, fingerprints: Sequence[bytes]) -> dict[bytes, Address]:
-        """The addresses of those that are there."""
-        if len(fingerprints) <= _FEW:
-            each = [(mark, self._find_one(mark)) for mark in fingerprints]
-            return {mark: Address(where) for mark, where in each if where != HOLE}
-        found = self._find(*halves(b"".join(fingerprints)))
-        return {fingerprints[at]: Address(int(found[at])) for at in np.flatnonzero(found).tolist()}
-
-    def _find_one(self, mark: bytes) -> int:
-        high = int.from_bytes(mark[:_HALF_BYTES], "big")
-        if not self._seen[high >> (64 - _SEEN_BITS)]:
-            return HOLE
-        at = bisect_left(self._sought, high)
-        while at < len(self._sought) and self._sought[at] == high:
-            if self._low[at] == int.from_bytes(mark[_HALF_BYTES:], "big"):
-                return int(self._where[at])
-            at += 1
+    def find_one(self, high: int, low: int) -> Address:
+        """The address of the fingerprint with these halves, HOLE if it is not there."""
+        if self._seen[high >> (64 - _SEEN_BITS)]:
+            at = bisect_left(self._sought, high)
+            while at < len(self._sought) and self._sought[at] == high:
+                if self._low[at] == low:
+                    return Address(int(self._where[at]))
+                at += 1
         return HOLE
 
-    def _find(self, high: U64, low: U64) -> U64:
+    def find(self, high: U64, low: U64) -> U64:
+        """`find_one` of each."""
         found = np.zeros(len(high), np.uint64)
         maybe = np.flatnonzero(self._seen[high >> _SEEN_SHIFT])
         if not len(maybe) or not len(self._high):
@@ -80,8 +66,7 @@ class FingerprintTable:
         same = alike & (self._low[inside] == low)
         found[maybe[same]] = self._where[inside[same]]
         for other in np.flatnonzero(alike & ~same).tolist():  # half of it is the same, which hardly happens
-            mark = int(high[other]).to_bytes(_HALF_BYTES, "big") + int(low[other]).to_bytes(_HALF_BYTES, "big")
-            found[maybe[other]] = self._find_one(mark)
+            found[maybe[other]] = self.find_one(int(high[other]), int(low[other]))
         return found
 
     def add(self, fingerprints: bytes, addresses: U64) -> None:
@@ -91,7 +76,7 @@ class FingerprintTable:
         if (np.diff(high[order]) == 0).any():
             order = np.lexsort((low, high))  # stable: of those that are twice in there the first one stays
         high, low, where = high[order], low[order], addresses[order]
-        new = self._find(high, low) == HOLE
+        new = self.find(high, low) == HOLE
         new[1:] &= (high[1:] != high[:-1]) | (low[1:] != low[:-1])
         if not new.all():
             high, low, where = high[new], low[new], where[new]
@@ -103,32 +88,18 @@ class FingerprintTable:
             np.insert(self._where, places, where.astype(np.uint64)),
         )
 
-    def slice(self, number: int) -> list[tuple[bytes, Address]]:
-        """Part `number` of SLICES, ascending."""
-        start, end = self._bounds(number)
-        marks = _joined(self._high[start:end], self._low[start:end])
-        edges = pairwise(range(0, len(marks) + 1, FINGERPRINT_BYTES))
-        return [
-            (marks[first:last], Address(where))
-            for (first, last), where in zip(edges, self._where[start:end].tolist(), strict=True)
-        ]
-
-    def drop_slice(self, number: int) -> None:
-        """Part `number` is not in there any more."""
-        start, end = self._bounds(number)
-        self._set(*(np.concatenate((one[:start], one[end:])) for one in (self._high, self._low, self._where)))
-        self._seen[number << _SEEN_SLICE_BITS : (number + 1) << _SEEN_SLICE_BITS] = False
+    def rows(self) -> Rows:
+        """All of it, ascending by their first halves."""
+        return self._high, self._low, self._where
 
     def drop(self, entries: Sequence[tuple[bytes, Address]]) -> None:
         """Takes out each fingerprint that still has that address."""
-        found = self.find([mark for mark, _ in entries])
-        gone = [where for mark, where in entries if found.get(mark) == where]
-        if gone:
-            self._keep(~np.isin(self._where, np.array(gone, np.uint64)))
-
-    def _bounds(self, number: int) -> tuple[int, int]:
-        start = bisect_left(self._sought, number << _SLICE_SHIFT)
-        return start, bisect_left(self._sought, (number + 1) << _SLICE_SHIFT)
+        if not entries:
+            return
+        found = self.find(*halves(b"".join([mark for mark, _ in entries])))
+        gone = found[found == np.array([where for _, where in entries], np.uint64)]
+        if len(gone):
+            self._keep(~np.isin(self._where, gone))
 
     def _keep(self, kept: NDArray[np.bool_]) -> None:
         self._set(self._high[kept], self._low[kept], self._where[kept])
@@ -140,10 +111,6 @@ def halves(fingerprints: bytes) -> tuple[U64, U64]:
     return rows[:, 0].astype(np.uint64), rows[:, 1].astype(np.uint64)
 
 
-def _joined(high: U64, low: U64) -> bytes:
-    return np.stack((high, low), axis=1).astype(">u8").tobytes()
-
-
-def slice_numbers(fingerprints: bytes) -> U64:
-    """Which of SLICES each is in."""
-    return halves(fingerprints)[0] >> np.uint64(_SLICE_SHIFT)
+def halves_of_one(fingerprint: bytes) -> tuple[int, int]:
+    """`halves` of one."""
+    return int.from_bytes(fingerprint[:_HALF_BYTES], "big"), int.from_bytes(fingerprint[_HALF_BYTES:], "big")
