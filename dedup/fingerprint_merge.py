@@ -21,8 +21,8 @@ from dedup.fingerprint_table import U64, Rows
 from dedup.storage import Storage
 from dedup.types import Address
 
-_PAGES_PER_PIECE: Final = 96
-"""Of each run: with four runs 65,000 rows, 1.5 MB."""
+_PAGES_PER_PIECE: Final = 384
+"""Of all runs together: 65,000 rows, 1.5 MB."""
 _PIECES_PER_SYNC: Final = 8
 _HALF_MAX: Final = (1 << 64) - 1
 DROPPED_MAX: Final = 1 << 16
@@ -48,10 +48,11 @@ class FingerprintMerge:
 
     def step(self) -> int:
         """The next piece; how many rows it has. StoreFull, StoreFailed."""
+        share = max(1, _PAGES_PER_PIECE // len(self.runs))
         ahead = [
-            int(run.fences[page + _PAGES_PER_PIECE])
+            int(run.fences[page + share])
             for run, page in zip(self.runs, self._pages, strict=True)
-            if page + _PAGES_PER_PIECE < run.page_count
+            if page + share < run.page_count
         ]
         end = max(min(ahead), self._from + 1) if ahead else None
         if end is not None and end > _HALF_MAX:

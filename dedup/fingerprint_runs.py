@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Final
@@ -42,6 +42,8 @@ FAN: Final = 4
 """So many neighbours of one size are merged; a size is a fourfold range of rows."""
 _MERGED_PER_NEW: Final = 5
 """Rows merged for each new one at least: so none gathers while there are as many sizes, as in a store of 4 TiB."""
+
+_ROWS_AT_ONCE: Final = 1 << 16
 
 
 def run_name(number: int) -> str:
@@ -141,7 +143,7 @@ class FingerprintRuns:
             prepared = self._merged()
             if rows is not None and len(rows[0]):
                 number, path = self._new_path()
-                run = write_run(self._storage, path, len(rows[0]), [rows])
+                run = write_run(self._storage, path, len(rows[0]), _pieces(rows))
                 assert run is not None, "there are rows"
                 prepared[number] = run
                 self._owed += _MERGED_PER_NEW * run.row_count
@@ -226,6 +228,13 @@ class FingerprintRuns:
             for run in opened.values():
                 run.close()
             self._runs, self._prepared = {}, None
+
+
+def _pieces(rows: Rows) -> Iterator[Rows]:
+    """The same, few enough at a time for memory."""
+    for at in range(0, len(rows[0]), _ROWS_AT_ONCE):
+        high, low, where = (column[at : at + _ROWS_AT_ONCE] for column in rows)
+        yield high, low, where
 
 
 def _due(runs: dict[int, FingerprintRun]) -> list[int]:
