@@ -167,7 +167,8 @@ class FingerprintRuns:
         with self._lock:
             assert self._prepared is not None, "prepare comes first"
             before, self._runs, self._prepared = self._runs, self._prepared, None
-            if self._merge is not None and self._merge.is_done:
+            # One that was done only after `prepare` is named by the next commit.
+            if self._merge is not None and self._merge.runs[0] not in self._runs.values():
                 self._merge = None
             self._remove(before)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dedup import fingerprint_index
+from dedup import fingerprint_index, fingerprint_merge
 from dedup.catalog import Index
 from dedup.fingerprint_index import FingerprintIndex
 from dedup.fingerprint_run import FingerprintRun
@@ -22,6 +24,7 @@ from dedup.layout import address, fingerprint
 from dedup.storage import Storage
 from dedup.types import HOLE, Address, ContainerId
 from dedup.watermark import Merged, Watermark
+from tests.dedup.crash_storage import unsynced
 
 
 def fp(number: int) -> bytes:
@@ -224,6 +227,39 @@ def test_what_gathers_in_memory_goes_into_runs(fixture: Fixture, monkeypatch: py
     assert sorted(fixture.directory.glob("*.rwf")) == [
         fixture.directory / run_name(number) for number in sorted(fixture.env.fingerprint_runs())
     ]
+
+
+def test_a_thread_merges_beside_everything_else(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 200)
+    monkeypatch.setattr(fingerprint_merge, "_PAGES_PER_PIECE", 4)
+    ends, source, model = threading.Event(), random.Random(8), dict[bytes, Address]()
+    pieces = [0]
+
+    def merge() -> None:
+        while not ends.is_set():
+            pieces[0] += fixture.index.merge()
+
+    with unsynced(), ThreadPoolExecutor(1) as pool:
+        merging = pool.submit(merge)
+        try:
+            for turn in range(60):
+                model |= {mark: fixture.store(mark) for mark in [source.randbytes(16) for _ in range(150)]}
+                fixture.checkpoint(fails=turn % 7 == 6)
+                asked = source.sample(sorted(model), 100)
+                assert fixture.index.lookup(asked) == [model[mark] for mark in asked]
+                gone = source.sample(sorted(model.items()), 5)
+                with fixture.env.write() as txn:
+                    fixture.index.remove(txn, gone)
+                for mark, _ in gone:
+                    del model[mark]
+        finally:
+            ends.set()
+        merging.result()
+    assert pieces[0] > 10
+    fixture.checkpoint()
+    assert fixture.index.lookup(list(model)) == list(model.values())
+    fixture.reopen()
+    assert fixture.index.lookup(list(model)) == list(model.values())
 
 
 def test_removed_slots_that_stay_in_their_container_are_named_for_a_while_only(

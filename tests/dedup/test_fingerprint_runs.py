@@ -126,6 +126,8 @@ def test_runs_equal_a_dict(
                 some = {mark: Address(number + at) for at, mark in enumerate(unknown, 1)} if what == "run" else {}
                 number += len(some)
                 numbers = runs.prepare(rows_of(dict(some)) if some else None)
+                while rng.random() < 0.5 and runs.merge():
+                    pass  # beside the commit
                 if rng.random() < 0.7:
                     runs.settle()
                     named = numbers
