@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 from dedup.fingerprint_run import FingerprintRun, RunWriter
-from dedup.fingerprint_table import U64, Rows
+from dedup.fingerprint_table import Rows, ascending
 from dedup.storage import Storage
 from dedup.types import Address
 
@@ -80,7 +80,7 @@ class FingerprintMerge:
                 stop = int(np.searchsorted(high, np.uint64(end)))
                 self._pages[number] = max(first, behind - 1)  # its last rows may be of the next piece
             parts.append((high[start:stop], low[start:stop], where[start:stop]))
-        return _sorted(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return ascending(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _finish(self) -> None:
         if self._writer.row_count:
@@ -112,17 +112,3 @@ class FingerprintMerge:
         if self.merged is not None:
             self.merged.close()
         self._writer.close()
-
-
-def _sorted(high: U64, low: U64, where: U64) -> Rows:
-    """The rows of several runs, ascending by their first halves; of a fingerprint that is there twice the first one."""
-    order = np.argsort(high, kind="stable")
-    sought = high[order]
-    if (sought[1:] == sought[:-1]).any():
-        order = np.lexsort((low, high))  # stable, too
-        sought = high[order]
-        beside = low[order]
-        new = np.ones(len(order), bool)
-        new[1:] = (sought[1:] != sought[:-1]) | (beside[1:] != beside[:-1])
-        order, sought = order[new], sought[new]
-    return sought, low[order], where[order]

@@ -1,7 +1,8 @@
 """Fingerprints and their addresses in memory, sorted, 24 bytes each: what need not be in a run yet.
 
 Invariants:
-- `_high` ascends; `_high`, `_low` and `_where` have the same length, and stand for the same fingerprint at each place;
+- each part has rows, and at least _GROWTH times as many as the one after it when something was just added; so there
+  are few, and each fingerprint is sorted again a few times only;
 - `_seen` is true at the first bits of every fingerprint that is there: most of those that are not end with that look;
 - a fingerprint is there once, with the first address that was added for it.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -22,75 +24,100 @@ U64 = NDArray[np.uint64]
 Rows = tuple[U64, U64, U64]
 """Of fingerprints: their first halves, their second halves, their addresses."""
 _HALF_BYTES: Final = FINGERPRINT_BYTES // 2
+_GROWTH: Final = 3
 _SEEN_BITS: Final = 23
 """8 MiB, an eighth of it true with a million fingerprints."""
 _SEEN_SHIFT: Final = np.uint64(64 - _SEEN_BITS)
 
 
-class FingerprintTable:
-    """Not thread-safe. Adding costs a copy of the whole; so add many at a time."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some of a table's fingerprints. `high` ascends, and the three stand for the same fingerprint at each place."""
 
-    __slots__ = ("_high", "_low", "_seen", "_sought", "_where")
+    high: U64
+    low: U64
+    where: U64
+    sought: memoryview
+    """`high`; gives ints, and quicker than the array does."""
+
+    @classmethod
+    def of(cls, rows: Rows) -> _Part:
+        return cls(*rows, memoryview(rows[0].data))
+
+    @property
+    def rows(self) -> Rows:
+        return self.high, self.low, self.where
+
+    def find_one(self, high: int, low: int) -> Address:
+        at = bisect_left(self.sought, high)
+        while at < len(self.sought) and self.sought[at] == high:
+            if self.low[at] == low:
+                return Address(int(self.where[at]))
+            at += 1
+        return HOLE
+
+    def find(self, high: U64, low: U64) -> U64:
+        inside = np.minimum(np.searchsorted(self.high, high), len(self.high) - 1)
+        alike = self.high[inside] == high
+        same = alike & (self.low[inside] == low)
+        found: U64 = np.where(same, self.where[inside], np.uint64(HOLE))
+        for other in np.flatnonzero(alike & ~same).tolist():  # half of it is the same, which hardly happens
+            found[other] = self.find_one(int(high[other]), int(low[other]))
+        return found
+
+
+class FingerprintTable:
+    """Not thread-safe. Adding costs a sort, of what is there, too, now and then; so add many at a time."""
+
+    __slots__ = ("_parts", "_seen")
 
     def __init__(self) -> None:
         self._seen = np.zeros(1 << _SEEN_BITS, bool)
-        self._set(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.uint64))
-
-    def _set(self, high: U64, low: U64, where: U64) -> None:
-        self._high, self._low, self._where = high, low, where
-        self._sought = memoryview(high.data)  # gives ints, and quicker than the array does
+        self._parts: list[_Part] = []
 
     def __len__(self) -> int:
-        return len(self._high)
+        return sum(len(part.high) for part in self._parts)
 
     def find_one(self, high: int, low: int) -> Address:
         """The address of the fingerprint with these halves, HOLE if it is not there."""
         if self._seen[high >> (64 - _SEEN_BITS)]:
-            at = bisect_left(self._sought, high)
-            while at < len(self._sought) and self._sought[at] == high:
-                if self._low[at] == low:
-                    return Address(int(self._where[at]))
-                at += 1
+            for part in self._parts:
+                if (where := part.find_one(high, low)) != HOLE:
+                    return where
         return HOLE
 
     def find(self, high: U64, low: U64) -> U64:
         """`find_one` of each."""
         found = np.zeros(len(high), np.uint64)
         maybe = np.flatnonzero(self._seen[high >> _SEEN_SHIFT])
-        if not len(maybe) or not len(self._high):
-            return found
-        high, low = high[maybe], low[maybe]
-        places = np.searchsorted(self._high, high)
-        inside = np.minimum(places, len(self._high) - 1)
-        alike = self._high[inside] == high
-        same = alike & (self._low[inside] == low)
-        found[maybe[same]] = self._where[inside[same]]
-        for other in np.flatnonzero(alike & ~same).tolist():  # half of it is the same, which hardly happens
-            found[maybe[other]] = self.find_one(int(high[other]), int(low[other]))
+        if len(maybe):
+            high, low = high[maybe], low[maybe]
+            for part in self._parts:
+                found[maybe] |= part.find(high, low)  # it is in one of them at most, and HOLE is 0
         return found
 
     def add(self, fingerprints: bytes, addresses: U64) -> None:
         """Adds those that are not there yet; `fingerprints` are FINGERPRINT_BYTES for each address, none a HOLE."""
-        high, low = halves(fingerprints)
-        order = np.argsort(high, kind="stable")
-        if (np.diff(high[order]) == 0).any():
-            order = np.lexsort((low, high))  # stable: of those that are twice in there the first one stays
-        high, low, where = high[order], low[order], addresses[order]
+        high, low, where = ascending(*halves(fingerprints), addresses.astype(np.uint64))
         new = self.find(high, low) == HOLE
-        new[1:] &= (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-        if not new.all():
-            high, low, where = high[new], low[new], where[new]
-        places = np.searchsorted(self._high, high)
+        if not new.any():
+            return
         self._seen[high >> _SEEN_SHIFT] = True
-        self._set(
-            np.insert(self._high, places, high),
-            np.insert(self._low, places, low),
-            np.insert(self._where, places, where.astype(np.uint64)),
-        )
+        self._parts.append(_Part.of((high[new], low[new], where[new])))
+        while len(self._parts) > 1 and len(self._parts[-2].high) < _GROWTH * len(self._parts[-1].high):
+            self._join(2)
+
+    def _join(self, count: int) -> None:
+        """The last parts become one."""
+        columns = zip(*(part.rows for part in self._parts[-count:]), strict=True)
+        self._parts[-count:] = [_Part.of(ascending(*map(np.concatenate, columns)))]
 
     def rows(self) -> Rows:
         """All of it, ascending by their first halves."""
-        return self._high, self._low, self._where
+        if not self._parts:
+            return ascending(*np.zeros((3, 0), np.uint64))
+        self._join(len(self._parts))
+        return self._parts[0].rows
 
     def drop(self, entries: Sequence[tuple[bytes, Address]]) -> None:
         """Takes out each fingerprint that still has that address."""
@@ -99,10 +126,22 @@ class FingerprintTable:
         found = self.find(*halves(b"".join([mark for mark, _ in entries])))
         gone = found[found == np.array([where for _, where in entries], np.uint64)]
         if len(gone):
-            self._keep(~np.isin(self._where, gone))
+            kept = ((part, ~np.isin(part.where, gone)) for part in self._parts)
+            left = [_Part.of((part.high[some], part.low[some], part.where[some])) for part, some in kept]
+            self._parts = [part for part in left if len(part.high)]
 
-    def _keep(self, kept: NDArray[np.bool_]) -> None:
-        self._set(self._high[kept], self._low[kept], self._where[kept])
+
+def ascending(high: U64, low: U64, where: U64) -> Rows:
+    """The rows by their first halves; of a fingerprint that is there twice the first one only."""
+    order = np.argsort(high, kind="stable")
+    sought = high[order]
+    if (sought[1:] == sought[:-1]).any():
+        order = np.lexsort((low, high))  # stable, too
+        sought, beside = high[order], low[order]
+        new = np.ones(len(order), bool)
+        new[1:] = (sought[1:] != sought[:-1]) | (beside[1:] != beside[:-1])
+        order, sought = order[new], sought[new]
+    return sought, low[order], where[order]
 
 
 def halves(fingerprints: bytes) -> tuple[U64, U64]:
