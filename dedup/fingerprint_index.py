@@ -194,7 +194,7 @@ class FingerprintIndex:
         is_run = is_all or len(self._unmerged) + len(self._frozen) + gone > UNMERGED_MAX
         if is_all:
             self._gather()
-        numbers = self._runs.prepare(self._unmerged.rows() if is_run else None)
+        numbers = self._runs.prepare(self._unmerged if is_run else None)
         if numbers != self._runs.numbers:
             self._index.put_fingerprint_runs(txn, numbers)
         if watermark is not None and is_run:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Final
@@ -30,7 +30,7 @@ from dedup.errors import Damaged, StoreFailed, StoreFull, UnknownFormat, Unreada
 from dedup.fingerprint_filter import bits_of_one, may_have, may_have_one
 from dedup.fingerprint_merge import FingerprintMerge
 from dedup.fingerprint_run import FingerprintRun, write_run
-from dedup.fingerprint_table import U64, Rows
+from dedup.fingerprint_table import U64, FingerprintTable
 from dedup.storage import Storage
 from dedup.types import HOLE, Address
 
@@ -42,8 +42,6 @@ FAN: Final = 4
 """So many neighbours of one size are merged; a size is a fourfold range of rows."""
 _MERGED_PER_NEW: Final = 5
 """Rows merged for each new one at least: so none gathers while there are as many sizes, as in a store of 4 TiB."""
-
-_ROWS_AT_ONCE: Final = 1 << 16
 
 
 def run_name(number: int) -> str:
@@ -132,19 +130,19 @@ class FingerprintRuns:
                 found[there] = runs[number].find(high[there], low[there])
         return found
 
-    def prepare(self, rows: Rows | None) -> list[int]:
-        """Makes ready what the next commit names: a merge that is done, a run of these rows (ascending, none twice).
+    def prepare(self, table: FingerprintTable | None) -> list[int]:
+        """Makes ready what the next commit names: a merge that is done, a run of the table.
         DURABLE when it returns the numbers. `settle` follows, or another `prepare`. StoreFull, StoreFailed."""
-        while self._owed > 0 and rows is not None and self.merge():
+        while self._owed > 0 and table is not None and self.merge():
             pass
         with self._lock:
             failed, self._prepared = self._prepared, None
             self._remove(failed or {})
             prepared = self._merged()
-            if rows is not None and len(rows[0]):
+            if table is not None and len(table):
                 number, path = self._new_path()
-                run = write_run(self._storage, path, len(rows[0]), _pieces(rows))
-                assert run is not None, "there are rows"
+                run = write_run(self._storage, path, len(table), table.pieces())
+                assert run is not None, "the table has rows"
                 prepared[number] = run
                 self._owed += _MERGED_PER_NEW * run.row_count
             self._prepared = prepared
@@ -229,13 +227,6 @@ class FingerprintRuns:
             for run in opened.values():
                 run.close()
             self._runs, self._prepared = {}, None
-
-
-def _pieces(rows: Rows) -> Iterator[Rows]:
-    """The same, few enough at a time for memory."""
-    for at in range(0, len(rows[0]), _ROWS_AT_ONCE):
-        high, low, where = (column[at : at + _ROWS_AT_ONCE] for column in rows)
-        yield high, low, where
 
 
 def _due(runs: dict[int, FingerprintRun]) -> list[int]:

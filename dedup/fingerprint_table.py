@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +25,8 @@ Rows = tuple[U64, U64, U64]
 """Of fingerprints: their first halves, their second halves, their addresses."""
 _HALF_BYTES: Final = FINGERPRINT_BYTES // 2
 _GROWTH: Final = 3
+_PIECES: Final = 16
+_PIECE_RANGE: Final = (1 << 64) // _PIECES
 _SEEN_BITS: Final = 23
 """8 MiB, an eighth of it true with a million fingerprints."""
 _SEEN_SHIFT: Final = np.uint64(64 - _SEEN_BITS)
@@ -47,6 +49,11 @@ class _Part:
     @property
     def rows(self) -> Rows:
         return self.high, self.low, self.where
+
+    def between(self, first: int, end: int) -> Rows:
+        """Those whose first half is from `first` up to `end`."""
+        some = slice(bisect_left(self.sought, first), bisect_left(self.sought, end))
+        return self.high[some], self.low[some], self.where[some]
 
     def find_one(self, high: int, low: int) -> Address:
         at = bisect_left(self.sought, high)
@@ -105,19 +112,23 @@ class FingerprintTable:
         self._seen[high >> _SEEN_SHIFT] = True
         self._parts.append(_Part.of((high[new], low[new], where[new])))
         while len(self._parts) > 1 and len(self._parts[-2].high) < _GROWTH * len(self._parts[-1].high):
-            self._join(2)
+            self._join_last()
 
-    def _join(self, count: int) -> None:
-        """The last parts become one."""
-        columns = zip(*(part.rows for part in self._parts[-count:]), strict=True)
-        self._parts[-count:] = [_Part.of(ascending(*map(np.concatenate, columns)))]
+    def _join_last(self) -> None:
+        """The last two parts become one; a column at a time, for memory."""
+        last = self._parts[-2:]
+        order = np.argsort(np.concatenate([part.high for part in last]), kind="stable")
+        columns = zip(*(part.rows for part in last), strict=True)
+        high, low, where = (np.concatenate(column)[order] for column in columns)
+        self._parts[-2:] = [_Part.of((high, low, where))]
 
-    def rows(self) -> Rows:
-        """All of it, ascending by their first halves."""
-        if not self._parts:
-            return ascending(*np.zeros((3, 0), np.uint64))
-        self._join(len(self._parts))
-        return self._parts[0].rows
+    def pieces(self) -> Iterator[Rows]:
+        """All of it, ascending by their first halves, a piece at a time: for memory, too."""
+        for number in range(_PIECES):
+            some = [part.between(number * _PIECE_RANGE, (number + 1) * _PIECE_RANGE) for part in self._parts]
+            if some:
+                high, low, where = (np.concatenate(column) for column in zip(*some, strict=True))
+                yield ascending(high, low, where)
 
     def drop(self, entries: Sequence[tuple[bytes, Address]]) -> None:
         """Takes out each fingerprint that still has that address."""

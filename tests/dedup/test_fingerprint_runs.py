@@ -35,10 +35,15 @@ def _unsynced() -> Iterator[None]:
 Marks = Callable[[random.Random, int], list[bytes]]
 
 
-def rows_of(entries: dict[bytes, int]) -> Rows:
+def table_of(entries: dict[bytes, int]) -> FingerprintTable:
     table = FingerprintTable()
     table.add(b"".join(entries), np.array(list(entries.values()), np.uint64))
-    return table.rows()
+    return table
+
+
+def rows_of(entries: dict[bytes, int]) -> Rows:
+    high, low, where = (np.concatenate(column) for column in zip(*table_of(entries).pieces(), strict=True))
+    return high, low, where
 
 
 def dense(rng: random.Random, count: int) -> list[bytes]:
@@ -125,7 +130,7 @@ def test_runs_equal_a_dict(
                 unknown = [mark for mark in rng.sample(marks, rng.choice((1, 40, 400))) if mark not in model]
                 some = {mark: Address(number + at) for at, mark in enumerate(unknown, 1)} if what == "run" else {}
                 number += len(some)
-                numbers = runs.prepare(rows_of(dict(some)) if some else None)
+                numbers = runs.prepare(table_of(dict(some)) if some else None)
                 while rng.random() < 0.5 and runs.merge():
                     pass  # beside the commit
                 if rng.random() < 0.7:
@@ -161,7 +166,7 @@ def found_in(runs: FingerprintRuns, asked: list[bytes]) -> dict[bytes, int]:
 
 
 def settled(runs: FingerprintRuns, entries: dict[bytes, int] | None = None) -> list[int]:
-    numbers = runs.prepare(rows_of(entries) if entries else None)
+    numbers = runs.prepare(table_of(entries) if entries else None)
     runs.settle()
     return numbers
 
