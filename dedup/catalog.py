@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -51,7 +51,7 @@ from dedup.types import (
     VolumeId,
     VolumeState,
 )
-from dedup.watermark import Merged, Watermark
+from dedup.watermark import Merged, RunsNamed, Watermark
 
 MAP_BYTES: Final = 1 << 40
 """Size of the LMDB map: address space only, the file grows as it is used. Fixed: a map cannot grow under readers."""
@@ -64,7 +64,7 @@ STATES_MAX: Final = 8192
 _CHECKED: Final = b"\xc1"
 _WATERMARK: Final = b"watermark"
 _MERGED: Final = b"merged"
-_FILTER: Final = b"filter"
+_RUNS: Final = b"runs"
 _GONE: Final = b"gone"
 """First part of keys in `store`; an address follows, u64 big-endian."""
 _MANIFEST: Final = b"manifest"
@@ -167,7 +167,7 @@ class Index:
         txn.put(_WATERMARK, _encode(watermark), db=self.db["store"])
 
     def merged(self) -> Merged | None:
-        """Which fingerprints are in `fingerprints`; None: all that a checkpoint covers."""
+        """Which fingerprints are in the runs; None: all that a checkpoint covers."""
         with self.read() as txn:
             value = txn.get(_MERGED, db=self.db["store"])
         return None if value is None else _decode(value, Merged)
@@ -175,17 +175,17 @@ class Index:
     def put_merged(self, txn: Txn, merged: Merged) -> None:
         txn.put(_MERGED, _encode(merged), db=self.db["store"])
 
-    def filter_tag(self) -> int | None:
-        """The tag of the filter that knows what is in `fingerprints`; None: there is none."""
+    def fingerprint_runs(self) -> tuple[int, ...]:
+        """The numbers of the runs that have the fingerprints, oldest first."""
         with self.read() as txn:
-            value = txn.get(_FILTER, db=self.db["store"])
-        return None if value is None else _number(value, 8)
+            value = txn.get(_RUNS, db=self.db["store"])
+        return () if value is None else _decode(value, RunsNamed).numbers
 
-    def put_filter_tag(self, txn: Txn, tag: int) -> None:
-        txn.put(_FILTER, tag.to_bytes(8, "big"), db=self.db["store"])
+    def put_fingerprint_runs(self, txn: Txn, numbers: Sequence[int]) -> None:
+        txn.put(_RUNS, _encode(RunsNamed(tuple(numbers))), db=self.db["store"])
 
     def gone(self) -> NDArray[np.uint64]:
-        """Slots whose fingerprints were removed before they were in `fingerprints`, ascending."""
+        """Slots whose fingerprints were removed before they were in a run, ascending."""
         with self.read() as txn, txn.cursor(self.db["store"]) as cursor:
             return np.fromiter(map(_gone_address, _keys_under(cursor, _GONE)), np.uint64)
 

@@ -1,56 +1,67 @@
 """The fingerprint index: fingerprint → address of a block that may be the same. A hit is a candidate, never a proof.
 
 Four layers, looked through in this order: `recent` (noted since the last checkpoint began), `frozen` (being committed
-by it), `unmerged` (of older checkpoints, in memory) and LMDB, unless its filter says that it is not there. Losing any
-of it costs deduplication, never data.
+by it), `unmerged` (of older checkpoints, in memory) and the runs, files beside LMDB. Losing any of it costs
+deduplication, never data.
 
-Fingerprints are random: each one put into LMDB changes a page of its own, and in a store with a long history that is as
-many bytes as the block has. So they gather in memory, where they are found again from the tables of the containers when
-the store is opened, and go into LMDB by slices: UNMERGED_MAX of them touch each page some times, and not once each.
+Fingerprints are random: each one put into a tree changes a page of its own, and in a store with a long history that is
+as many bytes as the block has. So they gather in memory, where they are found again from the tables of the containers
+when the store is opened, and UNMERGED_MAX of them become a run, written front to back (see `fingerprint_runs`).
 
 Invariants:
 - in each layer the first address noted for a fingerprint stays: a later one, of a block that merely collides or of one
-  that was stored anew since the first was damaged, is found in memory only, if at all;
-- LMDB never leads the containers: `commit` is called only after they are synced;
-- a fingerprint is out of memory only when the read transaction sees it in LMDB;
-- what `Merged` says is in LMDB is there, but what was removed; what it does not say is in the containers' tables, and
-  what was removed of that is named under `gone` until `Merged` says it, or the table does not have it any more;
-- what is named under `gone` counts as what is in memory does: neither grows without rounds that end it.
+  that was stored anew since the first was damaged, is found, if at all, until the runs that have the two are merged;
+- LMDB, which names the runs, never leads the containers: `commit` is called only after they are synced;
+- what `Merged` says is in the runs is there, but what was removed; what it does not say is in the containers' tables,
+  and what was removed of that is named under `gone` until `Merged` says it, or the table does not have it any more;
+- what is named under `gone` counts as what is in memory does: neither grows without a run that ends it.
 
-Called by one thread at a time. `lookup` of a stored fingerprint costs about 1 µs, of an unknown one less.
+Called by one thread at a time, but `merge`. `lookup` of a stored fingerprint costs about 1 µs, of an unknown one less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import lmdb
 import numpy as np
 
-from dedup.errors import Damaged
-from dedup.fingerprint_filter import FILTER_NAME, FingerprintFilter
-from dedup.fingerprint_table import SLICE_BITS, SLICES, U64, FingerprintTable, halves
-from dedup.layout import FINGERPRINT_BYTES, FINGERPRINT_VALUE
+from dedup.fingerprint_runs import FingerprintRuns
+from dedup.fingerprint_table import U64, FingerprintTable, halves, halves_of_one
+from dedup.fingerprint_upgrade import upgrade
+from dedup.layout import FINGERPRINT_BYTES
 from dedup.storage import Storage
-from dedup.types import Address, ContainerId
+from dedup.types import HOLE, Address, ContainerId
 from dedup.watermark import Merged, Watermark
 
 if TYPE_CHECKING:
     from dedup.catalog import Index, Txn
 
 UNMERGED_MAX: Final = 1 << 20
-"""Fingerprints that stay out of LMDB at most: those of 4 GiB of blocks, 24 MB of memory. The removed ones among them
-that have to be named count, too."""
-_SLICES_PER_COMMIT: Final = 4
-_FORGOTTEN_PER_ROUND: Final = 1 << 16
-"""Of those; ingest waits meanwhile."""
+"""Fingerprints that stay out of the runs at most: those of 4 GiB of blocks, 24 MB of memory. The removed ones among
+them that have to be named count, too."""
+_FORGOTTEN_PER_RUN: Final = 1 << 16
+"""Of those, when a run is made; ingest waits meanwhile."""
 _CONTAINERS_AT_ONCE: Final = 8
 """Of those that are read when the store is opened: adding each alone would copy the whole as often."""
-_MANY: Final = 16
+_FEW: Final = 8
+"""Up to so many are sought one by one: numpy costs some microseconds before it begins."""
 _ROW: Final = np.dtype(f"V{FINGERPRINT_BYTES}")
-_VALUE_BYTES: Final = FINGERPRINT_VALUE.size
+
+
+@dataclass(frozen=True, slots=True)
+class _Next:
+    """What becomes true once the caller's transaction is committed."""
+
+    merged: Merged | None
+    covered: Watermark
+    gone_count: int
+    is_run: bool
+    """What was `unmerged` is in a run."""
+    is_all: bool
+    """And so is what was `frozen`."""
 
 
 class FingerprintIndex:
@@ -58,24 +69,22 @@ class FingerprintIndex:
 
     def __init__(self, index: Index, storage: Storage) -> None:
         self._index = index
-        self._storage = storage
-        self._filter_path = Path(index.env.path()) / FILTER_NAME
-        tag = index.filter_tag()
-        self._filter = None if tag is None else FingerprintFilter.open(storage, self._filter_path, tag)
-        self._db = index.db["fingerprints"]
+        upgrade(index, storage)
+        named = list(index.fingerprint_runs())
+        self._runs = FingerprintRuns(storage, Path(index.env.path()), named)
+        if self._runs.numbers != named:
+            with index.write() as txn:  # one that can be read again some day has what was removed meanwhile
+                index.put_fingerprint_runs(txn, self._runs.numbers)
         self._recent: dict[bytes, Address] = {}
         self._frozen: dict[bytes, Address] = {}
         self._unmerged = FingerprintTable()
         self.merged = index.merged()
-        """As LMDB says it; None: everything committed is there."""
+        """As LMDB says it; None: everything committed is in the runs."""
         self._covered = index.watermark()
-        """What was appended by then is in `_unmerged` or in LMDB."""
+        """What was appended by then is in `_unmerged` or in the runs."""
         self._gone_count = 0
         """How many slots are named under `gone`; more than there are, where a transaction that named some failed."""
-        self._next: tuple[Merged | None, Watermark, int] | None = None
-        """What `merged`, `_covered` and `_gone_count` become once the caller's transaction is committed."""
-        self._txn: Txn | None = None
-        self._cursor: lmdb.Cursor[bytes] | None = None
+        self._next: _Next | None = None
 
     @property
     def pending_count(self) -> int:
@@ -84,7 +93,7 @@ class FingerprintIndex:
 
     @property
     def unmerged_count(self) -> int:
-        """Fingerprints that checkpoints cover and LMDB does not have yet, 24 bytes each."""
+        """Fingerprints that checkpoints cover and no run has yet, 24 bytes each."""
         return len(self._unmerged)
 
     def load(self, containers: Iterable[tuple[bytes, U64]]) -> None:
@@ -110,29 +119,35 @@ class FingerprintIndex:
             self._unmerged.add(b"".join(marks), np.concatenate(places))
 
     def lookup(self, fingerprints: Sequence[bytes]) -> list[Address | None]:
-        """The candidate for each fingerprint, in their order. Damaged when LMDB holds something else."""
+        """The candidate for each fingerprint, in their order."""
         recent, frozen = self._recent, self._frozen
         if frozen:
             found: list[Address | None] = [recent.get(mark) or frozen.get(mark) for mark in fingerprints]
         else:
             found = list(map(recent.get, fingerprints))
-        unknown = [mark for mark, where in zip(fingerprints, found, strict=True) if where is None]
-        if not unknown:
-            return found
-        stored: dict[bytes, Address] = {}
-        if len(self._unmerged):
-            stored = self._unmerged.find(unknown)
-            if stored:
-                unknown = [mark for mark in unknown if mark not in stored]
-        if self._filter is not None and unknown:
-            maybe = self._filter.may_have(*halves(b"".join(unknown)))
-            unknown = [unknown[at] for at in np.flatnonzero(maybe).tolist()]
-        if unknown and (cursor := self._reading()) is not None:
-            stored |= _addresses(cursor.getmulti(unknown))
-        if stored:
-            return [
-                stored.get(mark) if where is None else where for mark, where in zip(fingerprints, found, strict=True)
-            ]
+        unknown = [at for at, where in enumerate(found) if where is None]
+        if len(unknown) <= _FEW:
+            for at in unknown:
+                found[at] = self._find_one(fingerprints[at]) or None
+        else:
+            addresses = self._find(b"".join([fingerprints[at] for at in unknown]))
+            for index in np.flatnonzero(addresses).tolist():
+                found[unknown[index]] = Address(int(addresses[index]))
+        return found
+
+    def _find_one(self, fingerprint: bytes) -> Address:
+        high, low = halves_of_one(fingerprint)
+        return self._unmerged.find_one(high, low) or self._runs.find_one(high, low)
+
+    def _find(self, fingerprints: bytes) -> U64:
+        """The address of each, HOLE for those that neither memory nor a run has."""
+        high, low = halves(fingerprints)
+        found = self._unmerged.find(high, low)
+        rest = np.flatnonzero(found == HOLE)
+        if len(rest) == len(found):
+            return self._runs.find(high, low)
+        if len(rest):
+            found[rest] = self._runs.find(high[rest], low[rest])
         return found
 
     def note(self, fingerprint: bytes, where: Address) -> None:
@@ -169,96 +184,61 @@ class FingerprintIndex:
         self._recent = {}
 
     def commit(self, txn: Txn, watermark: Watermark | None = None) -> None:
-        """Puts what is due into the caller's write transaction; it counts when that is committed.
+        """Puts what is due into runs, and names them in the caller's write transaction; it counts when that is
+        committed. StoreFull, StoreFailed.
 
-        `watermark` is what it covers; without one (a rebuild of the index) everything goes into LMDB.
+        `watermark` is what it covers; without one (a rebuild of the index) everything goes into a run.
         """
-        gone = self._gone_count
-        if watermark is None or self.merged is None:
-            if self._filter is not None:
-                self._filter.forget()
-            for number in range(SLICES):
-                self._put(txn, self._unmerged.slice(number))
-            self._put(txn, sorted(self._frozen.items()))
-            merged = None if watermark is None else Merged(watermark, watermark, 0)
-        else:
-            excess = len(self._unmerged) + len(self._frozen) + gone - UNMERGED_MAX
-            merged, gone = self._merge(txn, self.merged, excess)
-        self._next = merged, watermark or self._covered, gone
-        if merged is not None and merged != self.merged:
+        merged, gone = self.merged, self._gone_count
+        is_all = watermark is None or merged is None
+        is_run = is_all or len(self._unmerged) + len(self._frozen) + gone > UNMERGED_MAX
+        if is_all:
+            self._gather()
+        numbers = self._runs.prepare(self._unmerged if is_run else None)
+        if numbers != self._runs.numbers:
+            self._index.put_fingerprint_runs(txn, numbers)
+        if watermark is not None and is_run:
+            whole = watermark if is_all else self._covered
+            merged = Merged(whole, whole, 0)
             self._index.put_merged(txn, merged)
-
-    def _merge(self, txn: Txn, merged: Merged, excess: int) -> tuple[Merged, int]:
-        """The next slices, until so many fingerprints are in; how many slots are named under `gone` after that."""
-        gone = self._gone_count
-        for _ in range(_SLICES_PER_COMMIT):
-            if excess <= 0:
-                break
-            if merged.slices == 0:
-                merged = Merged(merged.whole, self._covered, 0)
-            part = self._unmerged.slice(merged.slices)
-            self.announce(txn, merged.slices, b"".join([mark for mark, _ in part]))
-            self._put(txn, part)
-            excess -= len(part)
-            merged = Merged(merged.whole, merged.round, merged.slices + 1)
-            if merged.slices == SLICES:
-                merged = Merged(merged.round, merged.round, 0)
-                gone = self._index.forget_gone(txn, merged.whole, _FORGOTTEN_PER_ROUND)
-        return merged, gone
-
-    def announce(self, txn: Txn, number: int, fingerprints: bytes) -> None:
-        """Those of one slice that are put into LMDB by the caller's write transaction: the filter must let them by."""
-        if self._filter is None:
-            self._filter = FingerprintFilter.make(self._storage, self._filter_path)
-        self._index.put_filter_tag(txn, self._filter.tag)
-        self._filter.add(number, fingerprints, self._stored(txn, number))
-
-    def _stored(self, txn: Txn, number: int) -> Iterator[bytes]:
-        """What LMDB has of a slice."""
-        with txn.cursor(self._db) as cursor:
-            if cursor.set_range(bytes([number << (8 - SLICE_BITS)])):
-                for key in cursor.iternext(keys=True, values=False):
-                    if key[0] >> (8 - SLICE_BITS) != number:
-                        return
-                    yield key
-
-    def _put(self, txn: Txn, entries: Sequence[tuple[bytes, Address]]) -> None:
-        pack = FINGERPRINT_VALUE.pack
-        if entries:
-            txn.cursor(self._db).putmulti([(mark, pack(where)) for mark, where in entries], overwrite=False)
+            gone = self._index.forget_gone(txn, whole, _FORGOTTEN_PER_RUN)
+        self._next = _Next(merged, watermark or self._covered, gone, is_run, is_all)
 
     def committed(self) -> None:
-        """The caller's transaction is committed: forgets what LMDB holds now, and reads it there."""
+        """The caller's transaction is committed: forgets what the runs have now."""
         assert self._next is not None, "commit comes first"
-        self._end_reading()
-        (now, covered, self._gone_count), before, self._next = self._next, self.merged, None
-        if now is None or before is None:
+        done, self._next = self._next, None
+        self._runs.settle()
+        if done.is_run:
             self._unmerged = FingerprintTable()
-        else:
-            number = before.slices
-            while number != now.slices:
-                self._unmerged.drop_slice(number)
-                number = (number + 1) % SLICES
-            if self._frozen:
-                addresses = np.fromiter(self._frozen.values(), np.uint64, len(self._frozen))
-                self._unmerged.add(b"".join(self._frozen), addresses)
+        if not done.is_all:
+            self._gather()
         self._frozen = {}
-        self.merged, self._covered = now or before, covered
+        self.merged, self._covered, self._gone_count = done.merged, done.covered, done.gone_count
+
+    def _gather(self) -> None:
+        """What is frozen joins what is in memory already; twice is once."""
+        if self._frozen:
+            addresses = np.fromiter(self._frozen.values(), np.uint64, len(self._frozen))
+            self._unmerged.add(b"".join(self._frozen), addresses)
+
+    def merge(self) -> bool:
+        """A piece of the work on the runs, some ten milliseconds; any thread may call it, beside everything else.
+        False: there is none until the next commit. StoreFailed."""
+        return self._runs.merge()
 
     def remove(self, txn: Txn, entries: Iterable[tuple[bytes, Address]]) -> None:
         """Takes out, in the caller's write transaction, each fingerprint that still stands for that address.
 
-        Nobody may look up until the caller has ended the transaction and called `reread`.
+        What memory and the runs have of them is gone, DURABLY, even if that fails.
         """
         entries = list(entries)
         self._unmerged.drop(entries)
-        cursor = txn.cursor(self._db)
+        self._runs.drop(entries)
         for fingerprint, where in entries:
             for layer in (self._recent, self._frozen):
                 if layer.get(fingerprint) == where:
                     del layer[fingerprint]
-            if cursor.set_key(fingerprint) and _address(cursor.value()) == where:
-                cursor.delete()
         if self.merged is not None and entries:
             addresses = np.array([where for _, where in entries], np.uint64)
             had = self.merged.has_each(b"".join([mark for mark, _ in entries]), addresses)
@@ -273,45 +253,6 @@ class FingerprintIndex:
                 forgotten = self._index.forget_gone_of(txn, container)
             self._gone_count -= forgotten
 
-    def reread(self) -> None:
-        """The next lookup sees what LMDB holds then."""
-        self._end_reading()
-
     def close(self) -> None:
-        """Ends the read transaction. What is pending is dropped."""
-        self._end_reading()
-        if self._filter is not None:
-            self._filter.close()
-            self._filter = None
-
-    def _reading(self) -> lmdb.Cursor[bytes] | None:
-        """The cursor of the long-lived read transaction, begun when it is first needed; None where LMDB has nothing."""
-        if self._txn is None:
-            self._txn = self._index.env.begin(db=self._db)
-            if self._txn.stat(self._db)["entries"]:
-                self._cursor = self._txn.cursor(self._db)
-        return self._cursor
-
-    def _end_reading(self) -> None:
-        if self._cursor is not None:
-            self._cursor.close()
-        if self._txn is not None:
-            self._txn.abort()
-        self._cursor = self._txn = None
-
-
-def _addresses(pairs: Sequence[tuple[bytes, bytes]]) -> dict[bytes, Address]:
-    """What LMDB has for each fingerprint that it knows. Damaged."""
-    if len(pairs) < _MANY:
-        return {mark: _address(value) for mark, value in pairs}
-    marks, values = zip(*pairs, strict=True)
-    if set(map(len, values)) != {_VALUE_BYTES}:
-        return {mark: _address(value) for mark, value in pairs}  # says which, and what is wrong with it
-    addresses: list[Address] = np.frombuffer(b"".join(values), "<u8").tolist()
-    return dict(zip(marks, addresses, strict=True))
-
-
-def _address(value: bytes | memoryview) -> Address:
-    if len(value) != _VALUE_BYTES:
-        raise Damaged(f"fingerprint index: a value of {len(value)} bytes is not an address; rebuild the index")
-    return Address(int.from_bytes(value, "little"))
+        """What is pending is dropped."""
+        self._runs.close()

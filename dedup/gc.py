@@ -184,12 +184,8 @@ class Collection:
         if not entries:
             return ()
         self._store.refuse_if_failed()
-        fingerprints = self._store.fingerprints
-        try:
-            with self._store.index.write() as txn:
-                fingerprints.remove(txn, sorted(entries))
-        finally:
-            fingerprints.reread()
+        with self._store.index.write() as txn:
+            self._store.fingerprints.remove(txn, sorted(entries))
         return tuple(condemned)
 
     def postponed(self) -> tuple[str, ...]:

@@ -104,12 +104,19 @@ class Storage:
             pending = _after(pending, count)
         return total
 
-    def map_to_read(self, fd: int, length: int) -> mmap.mmap:
-        """The file's first bytes, which it has, as memory that shows what is written to them. StoreFailed."""
+    def map_to_read(self, fd: int, length: int, offset: int, *, read_now: bool) -> mmap.mmap:
+        """A part of the file, which it has, as memory that shows what is written to it. `offset` is of a page.
+        StoreFailed.
+
+        With `read_now` it is read from the disk at once and then stays at hand; else page by page, when looked at.
+        """
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if read_now else 0)
         try:
-            return mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ)
+            mapped = mmap.mmap(fd, length, flags, mmap.PROT_READ, offset=offset)
         except OSError as error:
             _refused(error, self.path_of(fd), "cannot be mapped")
+        mapped.madvise(mmap.MADV_RANDOM)
+        return mapped
 
     def let_pass(self, fd: int) -> None:
         """What is written to the descriptor from now on, PASSING_BYTES or more at a time, begins its way to the disk at

@@ -61,7 +61,7 @@ class _Closable(Protocol):
 
 
 class Store:
-    """The writer of one store. Not thread-safe except `sync`: the caller takes turns for everything else."""
+    """The writer of one store. Not thread-safe but for `sync` and `merge`: the caller takes turns for the rest."""
 
     def __init__(self, path: Path, storage: Storage, lock_fd: int, uuid: bytes) -> None:
         self.path = path
@@ -250,6 +250,18 @@ class Store:
         for group in dirty:
             group.checkpointed()
         self._checkpointed_at = time.monotonic()
+
+    def merge(self) -> bool:
+        """Some ten milliseconds of work on the fingerprint index; False: there is none until the next checkpoint.
+
+        May run in a thread beside everything else, but `close`. StoreFailed, now and ever after.
+        """
+        self.refuse_if_failed()
+        try:
+            return self.fingerprints.merge()
+        except StoreFailed as error:
+            self.fail(str(error))
+            raise
 
     def complete_containers(self) -> None:
         """What is stored next begins new containers, so that those so far can be sealed and collected."""

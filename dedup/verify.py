@@ -120,7 +120,7 @@ class Inspection:
             try:
                 with index.read() as txn:
                     ids = index.group_ids(txn)
-                for read in (index.watermark, index.merged, index.filter_tag, index.gone):
+                for read in (index.watermark, index.merged, index.fingerprint_runs, index.gone):
                     read()
             except (Damaged, lmdb.Error) as error:
                 self.checks[INDEX].add(Damage(str(error), layout.INDEX_NAME))

@@ -1,17 +1,19 @@
-"""How far a checkpoint has come with the slots of the containers: which are durable, whose fingerprints are in LMDB."""
+"""How far a checkpoint has come with the slots of the containers: which are durable, whose fingerprints are in runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dedup import layout
-from dedup.fingerprint_table import slice_numbers
+from dedup.fingerprint_table import halves
 from dedup.types import Address, ContainerId
 
 Mask = NDArray[np.bool_]
+_SLICE_SHIFT: Final = np.uint64(64 - 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +48,26 @@ class Watermark:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """Which fingerprints LMDB has: of all slots that `whole` covers, and, of those that `round` covers, the ones of the
-    first `slices` of `fingerprint_table.SLICES` slices. Those that were removed aside."""
+    """Which fingerprints the runs have: of all slots that `whole` covers. Those that were removed aside.
+
+    Older versions put them into LMDB by parts: of those that `round` covers, the ones of the first `slices` of 64
+    slices are in, too. Such a mark stays until the next run is made: then `round` is `whole`, and `slices` is 0."""
 
     whole: Watermark
     round: Watermark
     slices: int
 
     def has_each(self, fingerprints: bytes, addresses: NDArray[np.uint64]) -> Mask:
-        """Whether the fingerprint of each slot is in LMDB."""
-        in_slices: Mask = slice_numbers(fingerprints) < np.uint64(self.slices)
-        return self.whole.covers_each(addresses) | (self.round.covers_each(addresses) & in_slices)
+        """Whether the fingerprint of each slot is in a run."""
+        had = self.whole.covers_each(addresses)
+        if self.slices:
+            slices = halves(fingerprints)[0] >> _SLICE_SHIFT
+            had |= self.round.covers_each(addresses) & (slices < np.uint64(self.slices))
+        return had
+
+
+@dataclass(frozen=True, slots=True)
+class RunsNamed:
+    """The runs that there are, oldest first."""
+
+    numbers: tuple[int, ...]

@@ -15,9 +15,9 @@ reads and compares the old block of each duplicate, that each record is a journa
 what the appliance adds, and is in its time.
 
 `history`: the same ingest into a store that has an index, pointer maps and journal as of so many GiB written before:
-LMDB holds a random fingerprint for each block (put in sorted order, thus pages as full as they get), the journal an
-entry for each MiB, the pointer maps its checkpoints; the containers are sparse files of the true length. What is
-duplicated lies in blocks that were truly written.
+the runs hold a random fingerprint for each block, as many are in memory as can be, so that the next run and a merge are
+due, the journal has an entry for each MiB, the pointer maps its checkpoints; the containers are sparse files of the
+true length. What is duplicated lies in blocks that were truly written.
 
 `run`: processor time of the appliance for a 4 KiB record, new, when records arrive 1, 4, 16 or 64 at a time.
 """
@@ -134,7 +134,7 @@ def opened(path: Path, source: Source, history_gib: float) -> Iterator[Store]:
     try:
         store.group(GROUP).ingest(beginning(VOLUME_BYTES))
         if history_gib:
-            write_history(store, GROUP, round(history_gib * 1024))
+            store = write_history(store, GROUP, round(history_gib * 1024))
         play(store, record(source.records(store, source.known, MIB)))
         yield store
     finally:

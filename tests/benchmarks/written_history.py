@@ -1,20 +1,24 @@
 """The index and the journal that so much history leaves, made in seconds: its blocks have addresses and no bytes.
 
 For each MiB one journal entry (a write behind the one before it), 256 pointers in checkpoints as due, and 256 random
-fingerprints in the index, put in sorted order by slices; the last ones, as many as stay out of LMDB, are noted and
-taken in by checkpoints, so that each further checkpoint has to put older ones there. The containers are sparse files of
-their true length, whose blocks nothing reads: a random fingerprint is never found again.
+fingerprints in the index, in runs as they come to be; the last ones, as many as stay in memory, are noted and taken in
+by checkpoints, so that the next checkpoint has to make a run of them, and that one makes a merge due. The containers
+are sparse files of their true length, whose blocks nothing reads: a random fingerprint is never found again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dedup import layout
 from dedup.fingerprint_index import UNMERGED_MAX
-from dedup.fingerprint_table import SLICES
+from dedup.fingerprint_run import write_run
+from dedup.fingerprint_runs import FAN, run_name
+from dedup.fingerprint_table import Rows
 from dedup.metadata_journal import EntryKind, Logged, LoggedExtent
 from dedup.store import Store
 from dedup.types import BLOCK_BYTES, FINE_JOURNAL, ContainerForm, ContainerId, TimeNs
@@ -22,10 +26,13 @@ from tests.benchmarks.recorded_stream import VOLUME, stamp
 
 MIB: Final = 1 << 20
 BLOCKS_PER_MIB: Final = MIB // BLOCK_BYTES
+PIECES: Final = 64
+"""In which a run is written: no more than one of them is in memory."""
 
 
-def write_history(store: Store, group_name: str, mib: int) -> None:
-    """Adds history of `mib` MiB, at most 65536 GiB, to the store, which goes on behind it."""
+def write_history(store: Store, group_name: str, mib: int) -> Store:
+    """Adds history of `mib` MiB, at most 65536 GiB, to the store, and gives it back opened anew; it goes on behind
+    it."""
     containers = -(-mib * BLOCKS_PER_MIB // layout.SLOTS_MAX)
     first = store.settle().next_container
     store.spent(ContainerId(first + containers - 1))
@@ -34,8 +41,12 @@ def write_history(store: Store, group_name: str, mib: int) -> None:
     store.settle()
     blocks = mib * BLOCKS_PER_MIB
     unmerged = min(blocks // 2, UNMERGED_MAX)
-    _stored_fingerprints(store, blocks - unmerged, first)
+    _runs(store, blocks - unmerged, first)
+    path = store.path
+    store.close()
+    store = Store.open(path)
     _unmerged_fingerprints(store, blocks - unmerged, unmerged, first)
+    return store
 
 
 def _containers(store: Store, first: int, count: int) -> None:
@@ -66,26 +77,46 @@ def _entries(store: Store, group_name: str, mib: int, first: int) -> None:
             store.checkpoint()
 
 
-def _stored_fingerprints(store: Store, count: int, first: int) -> None:
+def _runs(store: Store, count: int, first: int) -> None:
     random = np.random.default_rng(count)
-    database = store.index.db["fingerprints"]
+    numbers = [*store.index.fingerprint_runs()]
     done = 0
-    for number in range(SLICES):
-        take = count * (number + 1) // SLICES - done
-        marks = random.integers(0, (1 << 64) // SLICES, (take, 2), dtype=np.uint64)
-        marks[:, 0] += np.uint64(number * ((1 << 64) // SLICES))
-        marks = marks[np.argsort(marks[:, 0])].astype(">u8")
-        keys = marks.tobytes()
-        places = np.arange(done, done + take, dtype=np.uint64)
-        where = (np.uint64(first) + places // layout.SLOTS_MAX) << np.uint64(layout.SLOT_BITS)
-        values = (where | places % layout.SLOTS_MAX).astype("<u8").tobytes()
-        with store.index.write() as txn:
-            store.fingerprints.announce(txn, number, keys)
-            txn.cursor(database).putmulti(
-                [(keys[at * 16 : at * 16 + 16], values[at * 8 : at * 8 + 8]) for at in range(take)], append=True
-            )
-        done += take
-    store.fingerprints.reread()
+    for rows in _run_sizes(count):
+        number = max(numbers, default=0) + 1
+        path = store.path / layout.INDEX_NAME / run_name(number)
+        run = write_run(store.storage, path, rows, _pieces(random, rows, first, done))
+        if run is not None:
+            run.close()
+            numbers.append(number)
+        done += rows
+    with store.index.write() as txn:
+        store.index.put_fingerprint_runs(txn, numbers)
+
+
+def _pieces(random: np.random.Generator, rows: int, first: int, done: int) -> Iterator[Rows]:
+    for piece in range(PIECES):
+        start, end = rows * piece // PIECES, rows * (piece + 1) // PIECES
+        high = np.sort(random.integers(0, (1 << 64) // PIECES, end - start, dtype=np.uint64))
+        high += np.uint64(piece * ((1 << 64) // PIECES))
+        low = random.integers(0, 1 << 64, end - start, dtype=np.uint64)
+        yield high, low, _addresses(first, done + start, end - start)
+
+
+def _run_sizes(count: int) -> list[int]:
+    """Of so many fingerprints, the largest first, when the next run is the one that makes a merge due."""
+    newest = FAN - 1
+    older, rest = divmod(count - newest * UNMERGED_MAX, UNMERGED_MAX)
+    if older < FAN:
+        return [count]
+    sizes = [FAN**power * UNMERGED_MAX for power in range(12, 0, -1) for _ in range(older // FAN**power % FAN)]
+    sizes[0] += older % FAN * UNMERGED_MAX + rest
+    return sizes + [UNMERGED_MAX] * newest
+
+
+def _addresses(first: int, start: int, count: int) -> NDArray[np.uint64]:
+    places = np.arange(start, start + count, dtype=np.uint64)
+    where = (np.uint64(first) + places // layout.SLOTS_MAX) << np.uint64(layout.SLOT_BITS)
+    return where | places % layout.SLOTS_MAX
 
 
 def _unmerged_fingerprints(store: Store, done: int, count: int, first: int) -> None:
@@ -93,9 +124,7 @@ def _unmerged_fingerprints(store: Store, done: int, count: int, first: int) -> N
     for start in range(done, done + count, layout.SLOTS_MAX):
         take = min(layout.SLOTS_MAX, done + count - start)
         marks = random.bytes(take * layout.FINGERPRINT_BYTES)
-        places = np.arange(start, start + take, dtype=np.uint64)
-        where = (np.uint64(first) + places // layout.SLOTS_MAX) << np.uint64(layout.SLOT_BITS)
         store.fingerprints.note_each(
-            [marks[at : at + 16] for at in range(0, len(marks), 16)], (where | places % layout.SLOTS_MAX).tolist()
+            [marks[at : at + 16] for at in range(0, len(marks), 16)], _addresses(first, start, take).tolist()
         )
         store.checkpoint()

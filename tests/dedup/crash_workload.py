@@ -36,13 +36,15 @@ _Result = TypeVar("_Result")
 
 SLOTS: Final = 12
 SEGMENT_BYTES: Final = 1500
+UNMERGED: Final = 8
 """Small enough that the workload fills several containers and segments."""
 
 
 def small_files(patch: pytest.MonkeyPatch) -> None:
-    """Containers and segments are full after a few records."""
+    """Containers and segments are full after a few records, and so is what memory takes of fingerprints."""
     patch.setattr("dedup.container.SLOTS_MAX", SLOTS)
     patch.setattr("dedup.metadata_journal.SEGMENT_BYTES_MAX", SEGMENT_BYTES)
+    patch.setattr("dedup.fingerprint_index.UNMERGED_MAX", UNMERGED)
 
 
 @dataclass

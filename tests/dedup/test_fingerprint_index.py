@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +14,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dedup import fingerprint_index
+from dedup import fingerprint_index, fingerprint_merge
 from dedup.catalog import Index
-from dedup.errors import Damaged
 from dedup.fingerprint_index import FingerprintIndex
-from dedup.fingerprint_table import SLICES, FingerprintTable
+from dedup.fingerprint_run import FingerprintRun
+from dedup.fingerprint_runs import run_name
+from dedup.fingerprint_table import FingerprintTable, halves, halves_of_one
 from dedup.layout import address, fingerprint
 from dedup.storage import Storage
-from dedup.types import Address, ContainerId
-from dedup.watermark import Watermark
+from dedup.types import HOLE, Address, ContainerId
+from dedup.watermark import Merged, Watermark
+from tests.dedup.crash_storage import unsynced
 
 
 def fp(number: int) -> bytes:
@@ -35,7 +40,6 @@ class Fixture:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.env = Index(directory, writer=True)
-        self.db = self.env.db["fingerprints"]
         self.index = FingerprintIndex(self.env, Storage())
         self.slots: dict[Address, bytes] = {}
         self.used = 0
@@ -63,14 +67,18 @@ class Fixture:
     def reopen(self) -> None:
         self.close()
         self.env = Index(self.directory, writer=True)
-        self.db = self.env.db["fingerprints"]
         self.index = FingerprintIndex(self.env, Storage())
         self.index.load([(b"".join(self.slots.values()), np.fromiter(self.slots, np.uint64, len(self.slots)))])
 
     def stored(self) -> dict[bytes, int]:
-        """What LMDB has."""
-        with self.env.read() as txn, txn.cursor(self.db) as cursor:
-            return {key: int.from_bytes(value, "little") for key, value in cursor}
+        """What the runs have that LMDB names."""
+        stored: dict[bytes, int] = {}
+        for number in self.env.fingerprint_runs():
+            run = FingerprintRun.open(Storage(), self.directory / run_name(number))
+            for high, low, where in zip(*(column.tolist() for column in run.rows(0, run.page_count)), strict=True):
+                stored.setdefault(high.to_bytes(8, "big") + low.to_bytes(8, "big"), where)
+            run.close()
+        return stored
 
     def close(self) -> None:
         self.index.close()
@@ -152,15 +160,7 @@ def test_remove_takes_out_only_the_address_that_goes(fixture: Fixture) -> None:
     index.note(fp(3), Address(103))
     with fixture.env.write() as txn:
         index.remove(txn, [(fp(1), Address(101)), (fp(2), Address(555)), (fp(3), Address(103)), (fp(4), Address(1))])
-    index.reread()
     assert index.lookup([fp(1), fp(2), fp(3)]) == [None, 102, None]
-
-
-def test_a_value_that_is_no_address_is_damage(fixture: Fixture) -> None:
-    with fixture.env.write() as txn:
-        txn.put(fp(1), b"short", db=fixture.db)
-    with pytest.raises(Damaged, match="not an address"):
-        fixture.index.lookup([fp(1)])
 
 
 @pytest.mark.parametrize("few", [False, True])
@@ -169,10 +169,9 @@ def test_a_value_that_is_no_address_is_damage(fixture: Fixture) -> None:
 def test_equals_a_dict(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, few: bool, seed: int
 ) -> None:
-    """Noted, committed or not, removed, merged by slices where only few stay in memory, opened anew."""
+    """Noted, committed or not, removed, in runs that are merged where only few stay in memory, opened anew."""
     if few:
         monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 6)
-        monkeypatch.setattr(fingerprint_index, "_SLICES_PER_COMMIT", 40)
     source = random.Random(seed)
     fixture = Fixture(tmp_path_factory.mktemp("index"))
     marks = [fingerprint(bytes([number])) for number in range(60)]
@@ -185,11 +184,12 @@ def test_equals_a_dict(
                 model[key] = fixture.store(key)
         elif choice < 0.8:
             fixture.checkpoint(fails=source.random() < 0.3)
+            for _ in range(source.randrange(3)):
+                fixture.index.merge()
         elif choice < 0.85 and model:
             gone = source.sample(sorted(model.items()), min(3, len(model)))
             with fixture.env.write() as txn:
                 fixture.index.remove(txn, gone)
-            fixture.index.reread()
             for key, where in gone:
                 del model[key]
                 if source.random() < 0.5:
@@ -206,30 +206,68 @@ def test_equals_a_dict(
     fixture.close()
 
 
-def test_what_gathers_in_memory_goes_into_lmdb_by_slices(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 256)
+def test_what_gathers_in_memory_goes_into_runs(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are merged though nobody calls `merge`, and what is in memory stays little."""
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 64)
     fixture.checkpoint()
     placed = {}
-    for number in range(2048):
+    for number in range(4096):
         mark = fingerprint(number.to_bytes(4, "big"))
         placed[mark] = fixture.store(mark)
         if number % 32 == 31:
             fixture.checkpoint()
-            assert fixture.index.unmerged_count <= 400
+            assert fixture.index.unmerged_count <= 96
+            assert len(fixture.env.fingerprint_runs()) <= 12
     assert fixture.index.lookup(list(placed)) == list(placed.values())
     stored = fixture.stored()
-    assert len(stored) > 1000 and stored.items() <= placed.items()
+    assert len(stored) >= 4096 - 96 and stored.items() <= placed.items()
     fixture.reopen()
-    assert 2048 - len(stored) <= fixture.index.unmerged_count <= 600
+    assert fixture.index.unmerged_count == 4096 - len(stored)
     assert fixture.index.lookup(list(placed)) == list(placed.values())
+    assert sorted(fixture.directory.glob("*.rwf")) == [
+        fixture.directory / run_name(number) for number in sorted(fixture.env.fingerprint_runs())
+    ]
+
+
+def test_a_thread_merges_beside_everything_else(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 200)
+    monkeypatch.setattr(fingerprint_merge, "_PAGES_PER_PIECE", 4)
+    ends, source, model = threading.Event(), random.Random(8), dict[bytes, Address]()
+    pieces = [0]
+
+    def merge() -> None:
+        while not ends.is_set():
+            pieces[0] += fixture.index.merge()
+
+    with unsynced(), ThreadPoolExecutor(1) as pool:
+        merging = pool.submit(merge)
+        try:
+            for turn in range(60):
+                model |= {mark: fixture.store(mark) for mark in [source.randbytes(16) for _ in range(150)]}
+                fixture.checkpoint(fails=turn % 7 == 6)
+                asked = source.sample(sorted(model), 100)
+                assert fixture.index.lookup(asked) == [model[mark] for mark in asked]
+                gone = source.sample(sorted(model.items()), 5)
+                with fixture.env.write() as txn:
+                    fixture.index.remove(txn, gone)
+                for mark, _ in gone:
+                    del model[mark]
+        finally:
+            ends.set()
+        merging.result()
+    assert pieces[0] > 10
+    fixture.checkpoint()
+    assert fixture.index.lookup(list(model)) == list(model.values())
+    fixture.reopen()
+    assert fixture.index.lookup(list(model)) == list(model.values())
 
 
 def test_removed_slots_that_stay_in_their_container_are_named_for_a_while_only(
     fixture: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as the last two rounds removed, of 16 checkpoints each, however few fingerprints are in memory."""
+    """As many as may be in memory, however few are."""
     monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 64)
-    monkeypatch.setattr(fingerprint_index, "_FORGOTTEN_PER_ROUND", 200)
+    monkeypatch.setattr(fingerprint_index, "_FORGOTTEN_PER_RUN", 200)
     fixture.checkpoint()
     removed: list[bytes] = []
     most = 0
@@ -239,13 +277,12 @@ def test_removed_slots_that_stay_in_their_container_are_named_for_a_while_only(
         fixture.checkpoint()
         with fixture.env.write() as txn:
             fixture.index.remove(txn, entries)
-        fixture.index.reread()
         removed += marks
         most = max(most, len(fixture.env.gone()))
         if number % 29 == 28:
             fixture.reopen()
         assert not any(fixture.index.lookup(removed))
-    assert 64 < most <= 64 + 2 * 16 * 8
+    assert 48 < most <= 64
     assert not fixture.stored().keys() & set(removed)
 
 
@@ -256,7 +293,6 @@ def test_a_container_that_was_swept_has_no_removed_slots_to_name(fixture: Fixtur
     fixture.checkpoint()
     with fixture.env.write() as txn:
         fixture.index.remove(txn, [*entries[:15], *others])
-    fixture.index.reread()
     fixture.reopen()
     assert fixture.env.gone().tolist() == sorted(where for _, where in [*entries[:15], *others])
     assert fixture.index.lookup([mark for mark, _ in entries]) == [None] * 15 + [where for _, where in entries[15:]]
@@ -268,21 +304,76 @@ def test_a_container_that_was_swept_has_no_removed_slots_to_name(fixture: Fixtur
     assert fixture.index.lookup([mark for mark, _ in entries]) == [None] * 15 + [where for _, where in entries[15:]]
 
 
-def test_an_index_of_before_goes_on_with_what_it_has(fixture: Fixture) -> None:
-    """One that no `Merged` was written into has everything in LMDB."""
+def old_store(fixture: Fixture, rows: dict[bytes, bytes], merged: Merged | None) -> None:
+    """As versions left it that had the fingerprints in LMDB."""
     with fixture.env.write() as txn:
-        txn.put(fp(1), (101).to_bytes(8, "little"), db=fixture.db)
-        fixture.env.put_watermark(txn, Watermark(CONTAINER, {}))
+        for mark, value in rows.items():
+            txn.put(mark, value, db=fixture.env.db["fingerprints"])
+        txn.put(b"filter", bytes(8), db=fixture.env.db["store"])
+        fixture.env.put_watermark(txn, Watermark(ContainerId(CONTAINER + 1), {CONTAINER: fixture.used}))
+        if merged is not None:
+            fixture.env.put_merged(txn, merged)
+    (fixture.directory / "filter").write_bytes(bytes(4096))
+
+
+def test_an_index_of_before_goes_on_with_what_it_has(fixture: Fixture) -> None:
+    """One that no `Merged` was written into has everything in LMDB; what there is no address is left out."""
+    old_store(fixture, {fp(1): (101).to_bytes(8, "little"), fp(3): b"short", fp(4): bytes(8)}, None)
     fixture.reopen()
-    fixture.store(fp(1))
-    assert fixture.index.lookup([fp(1)]) == [address(CONTAINER, 0)]  # whoever notes it has looked before
+    assert not (fixture.directory / "filter").exists()
+    with fixture.env.read() as txn:
+        assert txn.stat(fixture.env.db["fingerprints"])["entries"] == 0
+        assert txn.get(b"filter", db=fixture.env.db["store"]) is None
+    assert fixture.index.lookup([fp(1), fp(3), fp(4)]) == [101, None, None]
     fixture.checkpoint()
     fixture.store(fp(2))
     fixture.checkpoint()
     assert fixture.stored() == {fp(1): 101}
     fixture.reopen()
-    assert fixture.index.lookup([fp(1), fp(2)]) == [101, address(CONTAINER, 1)]
+    assert fixture.index.lookup([fp(1), fp(2)]) == [101, address(CONTAINER, 0)]
     assert fixture.index.unmerged_count == 1
+
+
+def test_an_index_of_before_that_was_between_two_slices(fixture: Fixture) -> None:
+    """Of the newer fingerprints those of the first slices are in LMDB, but what was removed: that is named nowhere."""
+    marks = [fingerprint(bytes([number])) for number in range(200)]
+    placed = {mark: fixture.store(mark) for mark in marks}
+    fixture.index.forget_recent()
+    within = [mark for mark in marks if mark[0] < 32 * 4]
+    removed = set(within[:10])
+    rows = {mark: placed[mark].to_bytes(8, "little") for mark in within[10:]}
+    now = Watermark(ContainerId(CONTAINER + 1), {CONTAINER: fixture.used})
+    old_store(fixture, rows, Merged(Watermark(CONTAINER, {}), now, 32))
+    wanted = [None if mark in removed else placed[mark] for mark in marks]
+    for _ in range(2):
+        fixture.reopen()
+        assert fixture.index.lookup(marks) == wanted
+        assert fixture.index.unmerged_count == len(marks) - len(within)
+
+
+def test_no_row_of_before_is_an_address(fixture: Fixture) -> None:
+    old_store(fixture, {fp(3): b"short"}, None)
+    fixture.reopen()
+    assert fixture.env.fingerprint_runs() == ()
+    assert fixture.index.lookup([fp(3)]) == [None]
+    assert not list(fixture.directory.glob("*.rwf"))
+
+
+@pytest.mark.parametrize(
+    "spoil", [Path.unlink, lambda path: path.write_bytes(b"torn"), lambda path: os.truncate(path, 5000)]
+)
+def test_a_run_that_is_lost_costs_what_it_has(fixture: Fixture, spoil: Callable[[Path], object]) -> None:
+    fixture.store(fp(1))
+    fixture.checkpoint()  # the first makes a run
+    fixture.store(fp(2))
+    fixture.checkpoint()
+    spoil(fixture.directory / run_name(1))
+    fixture.reopen()
+    assert fixture.index.lookup([fp(1), fp(2)]) == [None, address(CONTAINER, 1)]
+    fixture.store(fp(1))
+    fixture.checkpoint()
+    fixture.reopen()
+    assert fixture.index.lookup([fp(1), fp(2)]) == [address(CONTAINER, 2), address(CONTAINER, 1)]
 
 
 @settings(max_examples=60)
@@ -292,14 +383,19 @@ def test_a_table_equals_a_dict(added: list[list[tuple[int, int]]]) -> None:
     table, model = FingerprintTable(), dict[bytes, int]()
     number = 0
     for some in added:
-        marks = [high.to_bytes(8, "little") + low.to_bytes(8, "big") for high, low in some]
+        marks = [high.to_bytes(8, "big") + low.to_bytes(8, "big") for high, low in some]
         places = list(range(number + 1, number + 1 + len(marks)))
         number += len(marks)
         table.add(b"".join(marks), np.array(places, np.uint64))
         for mark, place in zip(marks, places, strict=True):
             model.setdefault(mark, place)
-    every = [high.to_bytes(8, "little") + low.to_bytes(8, "big") for high in range(4) for low in range(4)]
-    assert table.find(every) == model
-    assert [table.find([mark]).get(mark) for mark in every] == [model.get(mark) for mark in every]
-    entries = [entry for number in range(SLICES) for entry in table.slice(number)]
-    assert dict(entries) == model and len(entries) == len(model)
+    every = [high.to_bytes(8, "big") + low.to_bytes(8, "big") for high in range(4) for low in range(4)]
+    high, low = halves(b"".join(every))
+    assert table.find(high, low).tolist() == [model.get(mark, HOLE) for mark in every]
+    assert [table.find_one(*halves_of_one(mark)) for mark in every] == [model.get(mark, HOLE) for mark in every]
+    pieces = list(table.pieces()) or [tuple(np.zeros((3, 0), np.uint64))]
+    high, low, where = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    assert (high[1:] >= high[:-1]).all()
+    entries = zip(high.tolist(), low.tolist(), where.tolist(), strict=True)
+    assert {one.to_bytes(8, "big") + other.to_bytes(8, "big"): place for one, other, place in entries} == model
+    assert len(where) == len(model)

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 
 import dedup
-from dedup import fingerprint_filter, layout, sealed_layout
-from dedup.fingerprint_table import SLICE_BITS, SLICES
+from dedup import fingerprint_filter, fingerprint_index, fingerprint_run, fingerprint_runs, layout, sealed_layout
 from dedup.layout import Fields
 from dedup.metadata_journal import EntryKind
 
 PAGE = (Path(dedup.__file__).parent / "FORMAT.md").read_text()
 STRUCTS = {
     value.name: value
-    for module in (layout, sealed_layout, fingerprint_filter)
+    for module in (layout, sealed_layout, fingerprint_run)
     for value in vars(module).values()
     if isinstance(value, Fields)
 }
@@ -73,20 +72,23 @@ def test_magic_numbers() -> None:
         ("STORE marker", layout.STORE_MAGIC),
         ("container header", layout.CONTAINER_MAGIC),
         ("segment header", layout.SEGMENT_MAGIC),
-        ("filter header", fingerprint_filter.FILTER_MAGIC),
+        ("run header", fingerprint_run.RUN_MAGIC),
     ):
         assert OFFSET_TABLES[name][0][3] == "`" + magic.decode().replace("\n", "\\n") + "`"
 
 
-def test_the_filter_s_numbers() -> None:
-    (words,) = re.findall(r"^Beside LMDB's files lies `filter`.*?\n\n", PAGE, re.MULTILINE | re.DOTALL)
+def test_the_numbers_of_runs() -> None:
+    (words,) = re.findall(r"^### Runs of fingerprints.*?^### ", PAGE, re.MULTILINE | re.DOTALL)
+    rows = fingerprint_run.RUN_PAGE_ROWS
     for said in (
-        f"A page of {fingerprint_filter.HEADER_BYTES:,} bytes",
-        f"then {fingerprint_filter.PART_BYTES:,} bytes for each slice",
-        f"2^{fingerprint_filter.PART_BITS} bits",
+        f"newest ones out, up to {fingerprint_index.UNMERGED_MAX:,} ",
+        f"A run has a page of {fingerprint_run.RUN_PAGE_BYTES:,} bytes",
+        f"the filter most / {fingerprint_filter.PAIR_ROWS} pairs of words and the",
+        f"fences room for most / {rows} numbers",
+        f"A page has {rows} first halves, {rows} second halves, {rows} addresses",
     ):
         assert said in words.replace("\n", " ")
-    assert f"goes in by slices, of which there are {SLICES}, by a fingerprint's first {SLICE_BITS} bits" in PAGE
+    assert f"index/{fingerprint_runs.run_name(1)} " in PAGE
 
 
 def test_kinds() -> None:

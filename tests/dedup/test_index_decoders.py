@@ -46,7 +46,7 @@ from tests.dedup.model import Model
 from tests.dedup.mutations import FEW, either, mutated, outcome
 
 DATABASES: Final = (
-    "groups", "anchors", "times", "volumes", "paths", "names", "gaps", "runs", "pointers", "fingerprints", "store",
+    "groups", "anchors", "times", "volumes", "paths", "names", "gaps", "runs", "pointers", "store",
 )  # fmt: skip
 A: Final = VolumeId(1)
 
@@ -93,7 +93,7 @@ def changed(index: Index, data: st.DataObject, database: str) -> Iterator[None]:
     try:
         with txn.cursor(db) as cursor:
             key, value = data.draw(st.sampled_from(list(cursor)))
-        if database != "fingerprints" and (not value or data.draw(st.integers(0, 4)) == 0):
+        if not value or data.draw(st.integers(0, 4)) == 0:
             txn.delete(key, db=db)
             txn.put(data.draw(mutated(key, same_length=data.draw(st.booleans()))) or b"\0", value, db=db)
         else:
@@ -113,6 +113,8 @@ def _decode_all(index: Index) -> None:
         reads: list[Callable[[], object]] = [
             lambda: index.group_ids(txn),
             index.watermark,
+            index.merged,
+            index.fingerprint_runs,
             lambda: group.paths(txn),
             lambda: group.snapshots(txn),
             lambda: group.snapshot(txn, "early"),

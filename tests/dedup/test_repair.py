@@ -153,8 +153,8 @@ def merged_row(built: Built) -> None:
     store_row(built, b"merged")
 
 
-def filter_row(built: Built) -> None:
-    store_row(built, b"filter")
+def runs_row(built: Built) -> None:
+    store_row(built, b"runs")
 
 
 def gone_row(built: Built) -> None:
@@ -235,7 +235,7 @@ WHOLE: list[Callable[[Built], None]] = [
     garbage_index,
     empty_index,
     merged_row,
-    filter_row,
+    runs_row,
     gone_row,
     header,
     other_number,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from dedup import fingerprint_index, layout
-from dedup.errors import Damaged, MomentRefused, NotAStore, StoreError, StoreFailed, Unreadable
-from dedup.fingerprint_filter import FILTER_NAME, FingerprintFilter
+from dedup.errors import Damaged, MomentRefused, NotAStore, StoreError, StoreFailed, StoreFull, Unreadable
+from dedup.fingerprint_runs import FAN, RUN_SUFFIX, run_named
 from dedup.layout import fingerprint
-from dedup.storage import Storage
+from dedup.storage import Buffer, Storage
 from dedup.store import Store
 from dedup.types import ReconcileBegin, Retire, Seq, VolumeId
 from dedup.verify import verify
@@ -199,39 +200,40 @@ def test_an_opening_that_fails_gives_everything_back(path: Path) -> None:
     Store.open(path).close()
 
 
-def test_a_filter_that_cannot_be_read_costs_nothing_but_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_be_read_costs_space_and_nothing_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
     store, model, volume = filled(path)
-    for _ in range(20):
-        store.group("g").ingest([model.write(volume, 0, os.urandom(8192))])
+    first = os.urandom(8192)
+    for data in (first, os.urandom(8192), os.urandom(8192)):
+        store.group("g").ingest([model.write(volume, 0, data)])
+        if data is first:
+            held = store.group("g").head_address(volume, 0)
         store.checkpoint()
     store.close()
     known = open_descriptors()
 
     class Blind(Storage):
         def pread(self, fd: int, length: int, offset: int) -> bytes:
-            if self.path_of(fd).name == FILTER_NAME:
+            if self.path_of(fd).suffix == RUN_SUFFIX:
                 raise Unreadable(f"{self.path_of(fd)}: offset {offset}: cannot be read: made to fail")
             return super().pread(fd, length, offset)
 
     store = Store.open(path, Blind())
     group = store.group("g")
-    group.ingest([model.write(volume, 8192, model.content[volume][:8192])])
-    assert group.head_address(volume, 2) == group.head_address(volume, 0), "found again"
-    for _ in range(20):
-        group.ingest([model.write(volume, 0, os.urandom(8192))])
-        store.checkpoint()
-    check_moment(group.reader(), model, model.seq)
-    tag = store.index.filter_tag()
+    group.ingest([model.write(volume, 8192, first)])
+    assert group.head_address(volume, 2) != held, "stored once more"
     store.close()
+    for _ in range(2):
+        store = Store.open(path)
+        group = store.group("g")
+        group.ingest([model.write(volume, 16384, model.content[volume][8192:16384])])
+        assert group.head_address(volume, 4) == group.head_address(volume, 2)
+        check_moment(group.reader(), model, model.seq)
+        store.close()
     assert open_descriptors() == known
-    assert tag is not None
-    found = FingerprintFilter.open(Storage(), path / "index" / FILTER_NAME, tag)
-    assert found is not None, "made anew"
-    found.close()
 
 
-def test_a_filter_that_cannot_be_synced_stops_the_store(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_be_synced_stops_the_store(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
     store, model, volume = filled(path)
     store.close()
@@ -241,14 +243,20 @@ def test_a_filter_that_cannot_be_synced_stops_the_store(path: Path, monkeypatch:
     for _ in range(2):
         group.ingest([model.write(volume, 0, os.urandom(8192))])
         store.checkpoint()
-    assert FILTER_NAME in storage.synced
+    assert any(name.endswith(RUN_SUFFIX) for name in storage.synced)
     group.ingest([model.write(volume, 0, os.urandom(8192))])
-    storage.failing = FILTER_NAME
+    storage.failing = RUN_SUFFIX
     with pytest.raises(StoreFailed, match="made to fail"):
         store.checkpoint()
     storage.failing = ""
     later = Seq(model.seq)
-    for call in (store.sync, store.checkpoint, lambda: group.ingest([twin(model, volume).write(volume, 0, b"late")])):
+    calls = (
+        store.sync,
+        store.checkpoint,
+        store.merge,
+        lambda: group.ingest([twin(model, volume).write(volume, 0, b"late")]),
+    )
+    for call in calls:
         with pytest.raises(StoreFailed, match="made to fail"):
             call()
     store.close()
@@ -256,6 +264,78 @@ def test_a_filter_that_cannot_be_synced_stops_the_store(path: Path, monkeypatch:
     assert store.group("g").durable == later
     check_moment(store.group("g").reader(), model, model.seq)
     store.close()
+
+
+def with_runs(path: Path, storage: Storage) -> tuple[Store, Model, VolumeId]:
+    """A store that has a merge due."""
+    store, model, volume = filled(path)
+    store.close()
+    store = Store.open(path, storage)
+    while len(store.index.fingerprint_runs()) < FAN + 1:
+        store.group("g").ingest([model.write(volume, 0, os.urandom(8192))])
+        store.checkpoint()
+    return store, model, volume
+
+
+def test_a_merge_that_cannot_be_synced_stops_the_store(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
+    known = open_descriptors()
+    storage = WatchedStorage()
+    store, model, _ = with_runs(path, storage)
+    storage.failing = RUN_SUFFIX
+    for _ in range(2):
+        with pytest.raises(StoreFailed, match="made to fail"):
+            store.merge()
+    with pytest.raises(StoreFailed, match="made to fail"):
+        store.checkpoint()
+    store.close()
+    store = Store.open(path)
+    check_moment(store.group("g").reader(), model, model.seq)
+    store.close()
+    assert open_descriptors() == known
+
+
+def test_a_merge_that_finds_the_disk_full_is_done_another_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
+
+    class FullStorage(Storage):
+        is_full = False
+
+        def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+            if self.is_full and self.path_of(fd).suffix == RUN_SUFFIX:
+                raise StoreFull("no space left")
+            super().pwritev(fd, buffers, offset)
+
+    known = open_descriptors()
+    storage = FullStorage()
+    store, model, volume = with_runs(path, storage)
+    named = store.index.fingerprint_runs()
+    storage.is_full = True
+    assert not store.merge()
+    group = store.group("g")
+    group.ingest([model.write(volume, 8192, model.content[volume][:8192])])
+    assert group.head_address(volume, 2) == group.head_address(volume, 0)
+    group.ingest([model.write(volume, 0, os.urandom(8192))])
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 1 << 20)
+    store.checkpoint()
+    assert store.index.fingerprint_runs() == named
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
+    for _ in range(2):
+        with pytest.raises(StoreFull):
+            store.checkpoint()
+            group.ingest([model.write(volume, 0, os.urandom(8192))])
+            store.checkpoint()
+    storage.is_full = False
+    assert store.merge()
+    store.checkpoint()
+    assert len(store.index.fingerprint_runs()) < len(named)
+    check_moment(group.reader(), model, model.seq)
+    store.close()
+    left = {run_named(name) for name in os.listdir(path / "index")} - {None}
+    store = Store.open(path)
+    assert left == set(store.index.fingerprint_runs())
+    store.close()
+    assert open_descriptors() == known
 
 
 def test_the_name_of_a_group_is_durable_whoever_made_it(path: Path) -> None:

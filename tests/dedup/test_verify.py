@@ -286,7 +286,7 @@ def test_a_group_that_the_index_does_not_know(built: Built) -> None:
     assert "index-equals-journal" in failed(verify(built.path))
 
 
-@pytest.mark.parametrize("key", [b"watermark", b"merged", b"filter", b"gone" + bytes(3)])
+@pytest.mark.parametrize("key", [b"watermark", b"merged", b"runs", b"gone" + bytes(3)])
 def test_a_row_of_the_whole_store_that_does_not_decode(built: Built, key: bytes) -> None:
     """No store opens over it, so it has to be said."""
     index = Index(built.path / "index", writer=True)

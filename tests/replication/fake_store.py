@@ -144,8 +144,9 @@ class FakeStore:
     storage = Storage()
 
     def __init__(self) -> None:
-        self.full = self.broken = self.sync_fails = False
-        self.syncs = self.checkpoints = 0
+        self.full = self.broken = self.sync_fails = self.merge_fails = False
+        self.syncs = self.checkpoints = self.merges = 0
+        self.to_merge = 0
         self.due = False
         self.sync_begun = threading.Semaphore(0)
         self.sync_gate = _open_gate()
@@ -182,6 +183,15 @@ class FakeStore:
         self.checkpoints += 1
         for group in self.groups:
             group.durable = group.held
+
+    def merge(self) -> bool:
+        if self.merge_fails:
+            raise StoreFailed("fdatasync of a run of fingerprints failed: Input/output error")
+        if not self.to_merge:
+            return False
+        self.to_merge -= 1
+        self.merges += 1
+        return True
 
     def usage(self) -> FakeUsage:
         return FakeUsage(bytes=1, snapshots=sum(len(group.names) for group in self.groups))

@@ -401,6 +401,23 @@ async def test_a_due_checkpoint_is_made_and_makes_durable(store: FakeStore, monk
         assert (store.checkpoints, store.syncs) == (1, 1)  # the sync before it runs beside ingest
 
 
+async def test_what_a_checkpoint_makes_due_is_merged_beside_ingest(store: FakeStore) -> None:
+    store.to_merge = 2  # by an earlier writer
+    async with running(store) as world:
+        peer = await world.feeding()
+        for merged in (2, 7):
+            with trio.fail_after(5):
+                while store.merges < merged:  # noqa: ASYNC110 - a store knows no events
+                    await trio.sleep(0.001)
+            store.to_merge = 5
+            store.due = True
+            await peer.say(write(store.groups[0].held + 1))
+        with trio.fail_after(5):
+            while store.merges < 12:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+    assert (store.merges, store.to_merge) == (12, 0)
+
+
 async def test_a_full_disk_refuses_the_batch_and_later_goes_on(store: FakeStore) -> None:
     async with running(store) as world:
         peer, other = await world.feeding(), await world.agent("other")
@@ -419,18 +436,19 @@ async def test_a_full_disk_refuses_the_batch_and_later_goes_on(store: FakeStore)
         await again.hear_ack(3, 3)
 
 
-@pytest.mark.parametrize("where", ["sync", "ingest"])
+@pytest.mark.parametrize("where", ["sync", "ingest", "merge"])
 async def test_a_failed_store_ends_the_appliance_and_tells_everyone(store: FakeStore, where: str) -> None:
     heard: list[Message | None] = []
     with pytest.raises(BaseExceptionGroup) as caught:
         async with running(store) as world:
             peer, other = await world.feeding(), await world.agent("other")
             await peer.hear_ack(2, 2)
-            store.broken, store.sync_fails = where == "ingest", where == "sync"
+            store.broken, store.sync_fails, store.merge_fails = (where == one for one in ("ingest", "sync", "merge"))
+            store.due = where == "merge"
             await peer.say(write(3))
             for each in (peer, other):
                 while isinstance(answer := await each.hear(), Ack):
-                    assert answer.durable <= 2
+                    assert answer.durable <= (3 if where == "merge" else 2)
                 heard.append(answer)
             await trio.sleep_forever()
     assert caught.group_contains(StoreFailed)

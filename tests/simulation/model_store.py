@@ -252,6 +252,10 @@ class ModelStore:
     def checkpoint_due(self) -> bool:
         return False
 
+    def merge(self) -> bool:
+        """It has nothing to merge."""
+        return False
+
     def checkpoint(self) -> None:
         self.sync()
 

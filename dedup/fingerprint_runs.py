@@ -1,0 +1,238 @@
+"""The runs of a store: files beside LMDB that together have the fingerprints that memory has not.
+
+A table that is full becomes a run. Neighbours of about one size are merged, so there are at most a few of each size,
+and a fingerprint is written once more for each fourfold growth of the store: front to back, some 100 bytes for a block
+of 4096, where a tree that is changed in random places writes a page.
+
+Merging has no end, so it goes in pieces. `merge` does the next one, beside look-ups and ingest; whoever never calls it
+has what is owed done before the next run is made.
+
+Invariants:
+- runs stand in the order in which their fingerprints came, and of one that is in two the older address counts;
+- `prepare` gives the number of a run only once it is DURABLE, and no file goes that the last commit names;
+- what is dropped of a run is dropped of what it is becoming, before that is named;
+- memory does not depend on how long the runs are;
+- a merge that finds the disk full, or a page that cannot be read, is given up, and costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from dedup.errors import Damaged, StoreFailed, StoreFull, UnknownFormat, Unreadable
+from dedup.fingerprint_filter import bits_of_one, may_have, may_have_one
+from dedup.fingerprint_merge import FingerprintMerge
+from dedup.fingerprint_run import FingerprintRun, write_run
+from dedup.fingerprint_table import U64, FingerprintTable
+from dedup.storage import Storage
+from dedup.types import HOLE, Address
+
+log = logging.getLogger(__name__)
+
+RUN_SUFFIX: Final = ".rwf"
+_RUN_DIGITS: Final = 10
+FAN: Final = 4
+"""So many neighbours of one size are merged; a size is a fourfold range of rows."""
+_MERGED_PER_NEW: Final = 5
+"""Rows merged for each new one at least: so none gathers while there are as many sizes, as in a store of 4 TiB."""
+
+
+def run_name(number: int) -> str:
+    return f"{number:0{_RUN_DIGITS}d}{RUN_SUFFIX}"
+
+
+def run_named(name: str) -> int | None:
+    """The number of the run that a file name stands for, None when it is no run's name."""
+    stem = name.removesuffix(RUN_SUFFIX)
+    is_one = stem != name and len(stem) == _RUN_DIGITS and stem.isascii() and stem.isdigit()
+    return int(stem) if is_one else None
+
+
+class FingerprintRuns:
+    """Called by one thread at a time, `merge` by any other."""
+
+    def __init__(self, storage: Storage, directory: Path, numbers: Sequence[int]) -> None:
+        """Opens those that LMDB names, oldest first; without one that cannot be read blocks are stored once more. Files
+        of others are removed. StoreFailed."""
+        self._storage = storage
+        self._directory = directory
+        self._lock = threading.Lock()
+        """Held by all that is not a look-up."""
+        self._runs: dict[int, FingerprintRun] = {}
+        """Those that the last commit names, oldest first."""
+        self._prepared: dict[int, FingerprintRun] | None = None
+        """What they are once the next commit is done."""
+        self._merge: FingerprintMerge | None = None
+        self._merge_number = 0
+        self._owed = 0
+        """Rows to be merged before the next run is made."""
+        found = {number for name in storage.listdir(directory) if (number := run_named(name)) is not None}
+        self._last_number = max([*found, *numbers], default=0)
+        for number in found.difference(numbers):
+            storage.unlink(self._path(number))
+        try:
+            for number in numbers:
+                self._open(number)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, number: int) -> None:
+        try:
+            self._runs[number] = FingerprintRun.open(self._storage, self._path(number))
+        except (Damaged, UnknownFormat, FileNotFoundError) as error:
+            log.warning("blocks of a run of fingerprints are stored once more when they come again: %s", error)
+
+    def _path(self, number: int) -> Path:
+        return self._directory / run_name(number)
+
+    def _new_path(self) -> tuple[int, Path]:
+        self._last_number += 1
+        return self._last_number, self._path(self._last_number)
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Those that the last commit names, oldest first."""
+        return list(self._runs)
+
+    @property
+    def row_count(self) -> int:
+        """How many fingerprints were written into them."""
+        return sum(run.row_count for run in self._runs.values())
+
+    def find_one(self, high: int, low: int) -> Address:
+        """The address of the fingerprint with these halves, HOLE if it is not there."""
+        bits = bits_of_one(low)
+        for run in self._runs.values():
+            if may_have_one(run.quick_filter, high, bits) and (where := run.find_one(high, low)) != HOLE:
+                return where
+        return HOLE
+
+    def find(self, high: U64, low: U64) -> U64:
+        """`find_one` of each."""
+        found = np.zeros(len(high), np.uint64)
+        runs = list(self._runs.values())
+        if runs:
+            numbers, places = may_have([run.filter for run in runs], high, low)
+            for number in np.unique(numbers).tolist():  # the oldest comes first, and counts
+                there = places[numbers == number]
+                there = there[found[there] == HOLE]
+                found[there] = runs[number].find(high[there], low[there])
+        return found
+
+    def prepare(self, table: FingerprintTable | None) -> list[int]:
+        """Makes ready what the next commit names: a merge that is done, a run of the table.
+        DURABLE when it returns the numbers. `settle` follows, or another `prepare`. StoreFull, StoreFailed."""
+        while self._owed > 0 and table is not None and self.merge():
+            pass
+        with self._lock:
+            failed, self._prepared = self._prepared, None
+            self._remove(failed or {})
+            prepared = self._merged()
+            if table is not None and len(table):
+                number, path = self._new_path()
+                run = write_run(self._storage, path, len(table), table.pieces())
+                assert run is not None, "the table has rows"
+                prepared[number] = run
+                self._owed += _MERGED_PER_NEW * run.row_count
+            self._prepared = prepared
+            return list(prepared)
+
+    def _merged(self) -> dict[int, FingerprintRun]:
+        """The runs, with one in the place of those that it was merged from."""
+        if self._merge is None or not self._merge.is_done:
+            return dict(self._runs)
+        merged: dict[int, FingerprintRun] = {}
+        for number, run in self._runs.items():
+            if run not in self._merge.runs:
+                merged[number] = run
+            elif self._merge.merged is not None:
+                merged[self._merge_number] = self._merge.merged
+        return merged
+
+    def settle(self) -> None:
+        """What was prepared is committed."""
+        with self._lock:
+            assert self._prepared is not None, "prepare comes first"
+            before, self._runs, self._prepared = self._runs, self._prepared, None
+            # One that was done only after `prepare` is named by the next commit.
+            if self._merge is not None and self._merge.runs[0] not in self._runs.values():
+                self._merge = None
+            self._remove(before)
+
+    def _remove(self, runs: dict[int, FingerprintRun]) -> None:
+        """Those of them that nothing names, nor will."""
+        for number, run in runs.items():
+            if number not in self._runs and (self._merge is None or run is not self._merge.merged):
+                run.close()
+                try:
+                    self._storage.unlink(run.path)
+                except (FileNotFoundError, StoreFailed) as error:
+                    log.warning("left until the store is opened anew: %s", error)
+
+    def merge(self) -> bool:
+        """The next piece of what is to be merged, some ten milliseconds of work. False: there is nothing to be done
+        until the next commit. StoreFailed."""
+        with self._lock:
+            try:
+                if self._merge is None:
+                    self._begin_merge()
+                if self._merge is None or self._merge.is_done:
+                    self._owed = 0
+                    return False
+                self._owed -= self._merge.step()
+            except (StoreFull, Unreadable) as error:
+                log.warning("runs of fingerprints are not merged for now: %s", error)
+                self._give_up_merge()
+                return False
+            return True
+
+    def _begin_merge(self) -> None:
+        due = _due(self._runs)
+        if due:
+            self._merge_number, path = self._new_path()
+            self._merge = FingerprintMerge(self._storage, path, [self._runs[number] for number in due])
+
+    def _give_up_merge(self) -> None:
+        merge, self._merge = self._merge, None
+        if merge is not None:
+            merge.abandon()
+
+    def drop(self, entries: Sequence[tuple[bytes, Address]]) -> None:
+        """Takes out each fingerprint that has that address. DURABLE when it returns. StoreFull, StoreFailed."""
+        with self._lock:
+            for run in self._runs.values():
+                run.drop(entries)
+            if self._merge is not None and not self._merge.drop(entries):
+                self._give_up_merge()
+
+    def close(self) -> None:
+        """Without another write: files that nothing names are left to whoever opens the store next."""
+        with self._lock:
+            opened = self._runs | (self._prepared or {})
+            if self._merge is not None:
+                if self._merge.merged not in opened.values():
+                    self._merge.close()
+                self._merge = None
+            for run in opened.values():
+                run.close()
+            self._runs, self._prepared = {}, None
+
+
+def _due(runs: dict[int, FingerprintRun]) -> list[int]:
+    """The smallest FAN neighbours or more of one size; a run counts as at least as large as those after it."""
+    sizes = [run.row_count.bit_length() // 2 for run in runs.values()]
+    grown = list(accumulate(reversed(sizes), max))[::-1]
+    numbered = zip(grown, runs, strict=True)
+    alike = [[number for _, number in some] for _, some in groupby(numbered, key=lambda one: one[0])]
+    return next((some for some in reversed(alike) if len(some) >= FAN), [])
