@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import xxhash
@@ -43,6 +43,13 @@ from dedup.types import BLOCK_BYTES, LOST_CONTAINER, ContainerForm, ContainerId,
 log = logging.getLogger("rewindfs.container")
 
 
+STREAM_BYTES: Final = 64 << 10
+"""Appends from this size on are taken for a part of a stream. Smaller ones share pages and writes to the disk with what
+comes after them."""
+NEAR_BYTES: Final = 32 << 20
+"""So much of a stream stays in memory: what was just written is at times written again, and compared then."""
+
+
 class RawContainerWriter:
     """Fills one new container. Called by one thread at a time, but `sync`, which may run beside `append`."""
 
@@ -57,6 +64,8 @@ class RawContainerWriter:
         self._appended = 0
         """Appends that are complete, and as many of them as were synced: one that is under way counts as neither."""
         self._synced = 0
+        self._forgotten = RAW_SLOTS_OFFSET
+        """The slots' bytes below are left to the disk."""
 
     @classmethod
     def create(
@@ -77,7 +86,6 @@ class RawContainerWriter:
             storage.close(fd)
             storage.unlink(path)
             raise
-        storage.let_pass(fd)
         return cls(storage, path, fd, container, journal)
 
     @property
@@ -101,7 +109,21 @@ class RawContainerWriter:
         table = b"".join(fingerprints)
         self._storage.pwritev(self._fd, [table], RAW_TABLE_OFFSET + first * FINGERPRINT_BYTES)
         self._appended += 1
+        if count * BLOCK_BYTES >= STREAM_BYTES:
+            self._let_pass(RAW_SLOTS_OFFSET + first * BLOCK_BYTES, count * BLOCK_BYTES)
         return first
+
+    def _let_pass(self, offset: int, length: int) -> None:
+        """Has what was appended begin its way to the disk, and what lies NEAR_BYTES behind it leave memory.
+
+        At several hundred MB/s the page cache costs more than the writing: each page is a new one, until memory is full
+        and the pages of applications go (measured, of a mount without replication: 0.40 as ever, 0.8 to 1 with this).
+        """
+        self._storage.begin_write_back(self._fd, offset, length)
+        far = offset + length - NEAR_BYTES
+        if far > self._forgotten:
+            self._storage.forget_cached(self._fd, self._forgotten, far - self._forgotten)
+            self._forgotten = far
 
     def sync(self) -> None:
         """Everything appended before the call is DURABLE when it returns; costs nothing when it is. StoreFailed."""

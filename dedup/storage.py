@@ -8,12 +8,13 @@ name the path:
 - FileNotFoundError and FileExistsError pass through: callers ask for them.
 
 Invariants:
-- every open descriptor that came from here has its path in `_paths` until `close`, and is in `_passing` no longer;
+- every open descriptor that came from here has its path in `_paths` until `close`;
 - `pwritev` has written everything when it returns; when it raises, any part may have been written.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -28,11 +29,11 @@ Buffer = bytes | bytearray | memoryview
 
 IOV_MAX: Final = 1024
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-PASSING_BYTES: Final = 64 << 10
-"""Writes from this size on leave memory, where that was asked for: smaller ones share pages and writes to the disk with
-what comes after them, and are more likely read again."""
-RWF_DONTCACHE: Final = 0x80
-"""pwritev2(2), since Linux 6.14; linux/fs.h. Python has no name for it yet."""
+_SYNC_FILE_RANGE_WRITE: Final = 2
+"""sync_file_range(2); of linux/fs.h. Python has neither."""
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 class Storage:
@@ -40,7 +41,6 @@ class Storage:
 
     def __init__(self) -> None:
         self._paths: dict[int, Path] = {}
-        self._passing: set[int] = set()
 
     def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
         """A new descriptor (close-on-exec). FileNotFoundError, FileExistsError, StoreFull, StoreFailed."""
@@ -57,7 +57,6 @@ class Storage:
         """Gives the descriptor back. Promises nothing about what was written: `datasync` does."""
         # The path goes first: the number may be given out anew, to another thread, as soon as it is closed.
         self._paths.pop(fd, None)
-        self._passing.discard(fd)
         os.close(fd)
 
     def path_of(self, fd: int) -> Path:
@@ -118,16 +117,6 @@ class Storage:
         mapped.madvise(mmap.MADV_RANDOM)
         return mapped
 
-    def let_pass(self, fd: int) -> None:
-        """What is written to the descriptor from now on, PASSING_BYTES or more at a time, begins its way to the disk at
-        once and then leaves memory: for what comes in streams and is not read again soon. A hint: the file holds the
-        same with and without, and where the kernel or the file system cannot do that, writes are as ever.
-
-        At several hundred MB/s the page cache costs more than the writing: each page is a new one, until the memory is
-        full and the pages of applications go. Measured: 4 GiB in sync mode 0.30 -> 0.67 of a mount without replication.
-        """
-        self._passing.add(fd)
-
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
         """Writes all the buffers one after the other. Not durable. StoreFull, StoreFailed: any part may be written."""
         count = self._pwritev_some(fd, buffers[:IOV_MAX], offset)
@@ -141,13 +130,6 @@ class Storage:
 
     def _pwritev_some(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         try:
-            if fd in self._passing and sum(map(len, buffers)) >= PASSING_BYTES:
-                try:
-                    return os.pwritev(fd, buffers, offset, RWF_DONTCACHE)
-                except OSError as error:
-                    if error.errno != errno.EOPNOTSUPP:
-                        raise
-                    self._passing.discard(fd)
             return os.pwritev(fd, buffers, offset)
         except OSError as error:
             _refused(error, self.path_of(fd), f"offset {offset}: write failed")
@@ -163,14 +145,21 @@ class Storage:
         except OSError as error:
             raise StoreFailed(f"{self.path_of(fd)}: sync failed: {error.strerror}; open the store anew") from error
 
-    def forget_cached(self, fd: int) -> None:
-        """Drops what memory has of the file, as far as it is synced: the next read gives what the disk has.
+    def begin_write_back(self, fd: int, offset: int, length: int) -> None:
+        """What was written there begins its way to the disk, and nobody waits. A hint, where the C library has it: what
+        fails on the way is told by `datasync`."""
+        if _sync_file_range is not None:
+            _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
-        For after a sync: one that failed leaves pages in memory that the disk does not have, and calls them clean.
+    def forget_cached(self, fd: int, offset: int = 0, length: int = 0) -> None:
+        """Drops what memory has of the file, or of `length` bytes of it, as far as the disk has it: the next read gives
+        what is there.
+
+        After a sync that failed there are pages in memory that the disk does not have, and that are called clean.
         StoreFailed.
         """
         try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             _refused(error, self.path_of(fd), "cannot be read anew")
 

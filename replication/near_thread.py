@@ -5,12 +5,14 @@ a socket. Here it goes through one queue, and who asked lingers (`linger`) on th
 instead of 56 there and back with two cores at rest, where the disk takes 100 for the sync of a file.
 
 Invariants:
-- One call at a time is in the thread; who asks meanwhile gets one of trio's threads.
+- One call at a time is in the thread. Who asks meanwhile, or while no thread or descriptor is left to begin with, gets
+  one of trio's threads.
 - A call that was begun is waited for, by who is cancelled meanwhile, too: what it did is known then.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -22,6 +24,8 @@ import outcome
 import trio
 
 from replication.linger import Linger
+
+log = logging.getLogger("rewindfs.thread")
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -54,9 +58,10 @@ class NearThread:
     async def run(self, function: Callable[[*Args], T], *args: *Args) -> T:
         """What the call returns, or raises. Cancelled before it begins, or not at all; not always a checkpoint."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        if self._busy:
+        begun = None if self._busy else self._begun()
+        if begun is None:
             return await trio.to_thread.run_sync(function, *args)
-        calls, linger = self._begun()
+        calls, linger = begun
         self._busy = True  # and it stays so if this task is torn away: the answer is not the next one's
         calls.asked.put(lambda: function(*args))
         with trio.CancelScope(shield=True):
@@ -66,14 +71,19 @@ class NearThread:
         self._busy = False
         return result.unwrap()
 
-    def _begun(self) -> tuple[_Calls, Linger]:
+    def _begun(self) -> tuple[_Calls, Linger] | None:
         if self._calls is None or self._linger is None:
-            calls = _Calls()
+            try:
+                calls = _Calls()
+            except OSError as error:
+                log.warning("no thread near by for %s: %s", self._name, error)
+                return None
             try:
                 threading.Thread(target=calls.serve, name=self._name, daemon=True).start()
-            except BaseException:
+            except RuntimeError as error:
                 os.close(calls.done)
-                raise
+                log.warning("no thread near by for %s: %s", self._name, error)
+                return None
             weakref.finalize(self, calls.asked.put, None)
             self._calls, self._linger = calls, Linger()
         return self._calls, self._linger

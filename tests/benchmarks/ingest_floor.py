@@ -10,9 +10,9 @@ another order), `zero`.
 
 The floor does for the same bytes what cannot be left out: xxh3_128 of each block in a Python loop, and one write of
 each record to a file, appended, with fdatasync in a thread beside it each 64 MiB and at the end, as the appliance has
-it. Both are on the same disk, write into the page cache, and start after a sync of the whole system. That the store
-reads and compares the old block of each duplicate, that each record is a journal entry and each block an index entry is
-what the appliance adds, and is in its time.
+it. Both are on the same disk, go through the page cache in the same way, and start after a sync of the whole system.
+That the store reads and compares the old block of each duplicate, that each record is a journal entry and each block an
+index entry is what the appliance adds, and is in its time.
 
 `history`: the same ingest into a store that has an index, pointer maps and journal as of so many GiB written before:
 the runs hold a random fingerprint for each block, as many are in memory as can be, so that the next run and a merge are
@@ -41,6 +41,7 @@ from dedup.store import Store
 from dedup.types import BLOCK_BYTES, Record
 from replication.store_writer import SYNC_BYTES
 from tests.benchmarks.mounts import workplace
+from tests.benchmarks.plain_log import PlainLog
 from tests.benchmarks.recorded_stream import GROUP, beginning, play, record, writes
 from tests.benchmarks.report import Report, ratio, run_subject
 from tests.benchmarks.written_history import write_history
@@ -91,13 +92,13 @@ class Source:
 class _Syncs:
     """fdatasync in a thread, one at a time, as the appliance has it."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, log: PlainLog) -> None:
+        self._log = log
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
         self.wait()
-        self._thread = threading.Thread(target=os.fdatasync, args=(self._fd,))
+        self._thread = threading.Thread(target=self._log.sync)
         self._thread.start()
 
     def wait(self) -> None:
@@ -109,21 +110,18 @@ def floor_seconds(file: Path, data: bytes, piece: int) -> float:
     """The least that could be done for these bytes."""
     digest = xxhash.xxh3_128_digest
     whole = memoryview(data)
-    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        syncs = _Syncs(fd)
+    with PlainLog(file) as log:
+        syncs = _Syncs(log)
         began = time.perf_counter()
         for at in range(0, len(data), piece):
             for block in range(at, at + piece, BLOCK_BYTES):
                 digest(whole[block : block + BLOCK_BYTES])
-            os.pwrite(fd, whole[at : at + piece], at)
+            log.append(whole[at : at + piece])
             if not (at + piece) % SYNC_BYTES:
                 syncs.begin()
         syncs.wait()
-        os.fdatasync(fd)
+        log.sync()
         return time.perf_counter() - began
-    finally:
-        os.close(fd)
 
 
 @contextmanager

@@ -5,10 +5,11 @@
 What is left of replication when everything that can be left out is: one blocking send of each write to a process of its
 own, which takes xxh3_128 of each block and appends the bytes to LOG, synced each 64 MiB and each second. `--sync` waits
 for its answer before the source has the write, and an fsync for its fdatasync. An fsync of the source is in a thread:
-this one may block its loop with a disk, a mount that people use may not. Large writes leave the page cache, as the
-store's do. No order, no lock, no mark, no deduplication, no journal, nothing to recover by: not for data that matters.
+this one may block its loop with a disk, a mount that people use may not. No order, no lock, no mark, no deduplication,
+no journal, nothing to recover by: not for data that matters.
 
-Where a rate of this is below a target, no mount in Python with a second process reaches it on that machine.
+It waits for each answer where it stands, which is the quickest for one write after the other. Of many at a time, each a
+file's own, a mount could overlap the waiting; here it is what the calls cost, one write after the other.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import trio
 import xxhash
 
-from dedup.storage import PASSING_BYTES, RWF_DONTCACHE
+from dedup.errors import StoreError
 from dedup.types import BLOCK_BYTES, WRITE_BYTES_MAX
 from replication.store_writer import SYNC_BYTES, SYNC_SECONDS
 from tests.benchmarks.bare_passthrough import BarePassthrough, serve
+from tests.benchmarks.plain_log import PlainLog
 
 HEADER: Final = struct.Struct("<?I")
 """Whether it is a flush, and the bytes of the write that follow."""
@@ -69,25 +72,25 @@ class LeastReplication(BarePassthrough):
 
 def take(peer: socket.socket, log: str, waits: bool) -> None:
     """The other process, until the mount closes the connection."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     header = bytearray(HEADER.size)
     buffer = memoryview(bytearray(WRITE_BYTES_MAX))
     digest = xxhash.xxh3_128_digest
-    end = synced = 0
+    synced = 0
     due = time.monotonic() + SYNC_SECONDS
-    while peer.recv_into(header, HEADER.size, socket.MSG_WAITALL):
-        is_flush, length = HEADER.unpack(header)
-        data = buffer[:length]
-        if length:
-            peer.recv_into(data, length, socket.MSG_WAITALL)
-            for at in range(0, length, BLOCK_BYTES):
-                digest(data[at : at + BLOCK_BYTES])
-            end += os.pwritev(file, [data], end, RWF_DONTCACHE if length >= PASSING_BYTES else 0)
-        if end - synced >= SYNC_BYTES or time.monotonic() >= due or (is_flush and waits):
-            os.fdatasync(file)
-            synced, due = end, time.monotonic() + SYNC_SECONDS
-        if waits:
-            peer.send(ANSWER)
+    with PlainLog(Path(log)) as file:
+        while peer.recv_into(header, HEADER.size, socket.MSG_WAITALL):
+            is_flush, length = HEADER.unpack(header)
+            data = buffer[:length]
+            if length:
+                peer.recv_into(data, length, socket.MSG_WAITALL)
+                for at in range(0, length, BLOCK_BYTES):
+                    digest(data[at : at + BLOCK_BYTES])
+                file.append(data)
+            if file.bytes - synced >= SYNC_BYTES or time.monotonic() >= due or (is_flush and waits):
+                file.sync()
+                synced, due = file.bytes, time.monotonic() + SYNC_SECONDS
+            if waits:
+                peer.send(ANSWER)
 
 
 def in_a_process(work: Callable[[], None]) -> int:
@@ -99,7 +102,7 @@ def in_a_process(work: Callable[[], None]) -> int:
     try:
         work()
         status = 0
-    except OSError as error:
+    except (OSError, StoreError) as error:
         print(f"least replication: {error}", file=sys.stderr)
     finally:
         os._exit(status)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dedup.container
 from dedup import layout
-from dedup.container import ContainerReader, RawContainerWriter
+from dedup.container import STREAM_BYTES, ContainerReader, RawContainerWriter
 from dedup.container_pool import ContainerPool
-from dedup.errors import Damaged, StoreError, StoreFailed, StoreFull, WouldBlock
+from dedup.errors import Damaged, OnItsWay, StoreError, StoreFailed, StoreFull, WouldBlock
 from dedup.layout import RAW_SLOTS_OFFSET, RAW_TABLE_OFFSET, address, container_path, fingerprint
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, LOST, ContainerForm, ContainerId, JournalId
@@ -303,3 +304,34 @@ def test_an_address_that_names_nothing_is_damage(tmp_path: Path) -> None:
     with pytest.raises(Damaged, match="a lost block"):
         pool.read_block(LOST)
     pool.close()
+
+
+def in_memory(storage: Storage, path: Path, slot: int) -> bool:
+    fd = storage.open(path, os.O_RDONLY)
+    try:
+        out = memoryview(bytearray(BLOCK_BYTES))
+        return storage.pread_into(fd, [out], RAW_SLOTS_OFFSET + slot * BLOCK_BYTES, wait=False) == BLOCK_BYTES
+    except OnItsWay:
+        return False
+    except WouldBlock:
+        pytest.skip("this file system does not tell what is in memory")
+    finally:
+        storage.close(fd)
+
+
+@pytest.mark.parametrize(("run", "passes"), [(STREAM_BYTES, True), (STREAM_BYTES - BLOCK_BYTES, False)])
+def test_what_streams_in_leaves_memory_when_it_is_far_behind(
+    tmp_path: Path, run: int, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dedup.container, "NEAR_BYTES", 4 * STREAM_BYTES)
+    storage, blocks = Storage(), blocks_of(run // BLOCK_BYTES)
+    fingerprints = [fingerprint(block) for block in blocks]
+    writer = RawContainerWriter.create(storage, tmp_path, ONE, FINE)
+    path = layout.container_path(tmp_path, ONE)
+    for _ in range(16):
+        writer.append([b"".join(blocks)], fingerprints)
+        writer.sync()  # so that the disk has it
+    assert in_memory(storage, path, 0) is not passes
+    assert in_memory(storage, path, writer.next_slot - 1), "the newest may be written again"
+    assert read_slots(tmp_path, 0, writer.next_slot) == b"".join(blocks) * 16
+    writer.close()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+import dedup.storage
 from dedup.errors import Damaged, OnItsWay, StoreFailed, StoreFull, WouldBlock
-from dedup.storage import IOV_MAX, PASSING_BYTES, RWF_DONTCACHE, Storage
+from dedup.storage import IOV_MAX, Storage
 
 
 @pytest.fixture
@@ -54,96 +53,41 @@ def test_short_reads_are_continued_and_the_end_is_short(
     assert storage.pread(fd, 100, 1) == b"elloworld!"
 
 
-def in_memory(storage: Storage, fd: int, length: int) -> bool:
+def in_memory(storage: Storage, fd: int, length: int, offset: int) -> bool:
     try:
-        return storage.pread_into(fd, [memoryview(bytearray(length))], 0, wait=False) == length
+        return storage.pread_into(fd, [memoryview(bytearray(length))], offset, wait=False) == length
     except OnItsWay:
         return False
+    except WouldBlock:
+        pytest.skip("this file system does not tell what is in memory")
 
 
-def test_what_passes_leaves_memory_and_is_the_same(storage: Storage, fd: int, tmp_path: Path) -> None:
-    kept = storage.open(tmp_path / "kept", os.O_RDWR | os.O_CREAT)
-    blocks = [os.urandom(4096) for _ in range(2 * PASSING_BYTES // 4096)]
-    storage.let_pass(fd)
-    try:
-        for each in (kept, fd):
-            storage.pwritev(each, blocks, 0)
-            storage.pwritev(each, blocks[:1], 2 * PASSING_BYTES)
-            storage.datasync(each)
-        try:
-            os.pwritev(kept, [b""], 0, RWF_DONTCACHE)
-        except OSError as error:
-            pytest.skip(f"neither this kernel nor this file system lets writes pass: {error}")
-        until = time.monotonic() + 10
-        while in_memory(storage, fd, 2 * PASSING_BYTES):
-            assert time.monotonic() < until, "what was let pass stays in memory"
-        assert in_memory(storage, kept, 2 * PASSING_BYTES), "so does what was not"
-        assert storage.pread(fd, 1 << 20, 0) == b"".join([*blocks, blocks[0]])
-    finally:
-        storage.close(kept)
-
-
-def test_small_writes_do_not_pass(storage: Storage, fd: int) -> None:
-    storage.let_pass(fd)
-    storage.pwritev(fd, [bytes(4096)] * (PASSING_BYTES // 4096 - 1), 0)
+def test_a_part_of_a_file_is_forgotten_and_the_rest_is_not(storage: Storage, fd: int) -> None:
+    content = os.urandom(4 << 20)
+    storage.pwritev(fd, [content], 0)
     storage.datasync(fd)
-    assert in_memory(storage, fd, PASSING_BYTES - 4096)
+    storage.forget_cached(fd, 3 << 20, 1 << 20)
+    assert not in_memory(storage, fd, 1 << 20, 3 << 20)
+    assert in_memory(storage, fd, 1 << 20, 0)
+    assert storage.pread(fd, len(content), 0) == content
 
 
-@pytest.fixture
-def flags(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The flags of each pwritev that follows."""
-    real, seen = os.pwritev, []
-
-    def note(fd: int, buffers: Sequence[bytes], offset: int, *flag: int) -> int:
-        seen.append(flag)
-        return real(fd, buffers, offset, *flag)
-
-    monkeypatch.setattr(os, "pwritev", note)
-    return seen
+def test_what_the_disk_does_not_have_is_not_forgotten(storage: Storage, fd: int) -> None:
+    storage.pwritev(fd, [b"x" * 4096], 0)
+    storage.forget_cached(fd, 0, 4096)
+    assert storage.pread(fd, 4096, 0) == b"x" * 4096
 
 
-def refuse_to_pass(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    real = os.pwritev
-
-    def refuse(fd: int, buffers: Sequence[bytes], offset: int, *flag: int) -> int:
-        if flag:
-            raise OSError(code, os.strerror(code))
-        return real(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "pwritev", refuse)
-
-
-def test_where_nothing_can_pass_it_is_written_as_ever(
-    storage: Storage, fd: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_it", [True, False])
+def test_write_back_is_begun_where_that_can_be(
+    storage: Storage, fd: int, has_it: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refuse_to_pass(monkeypatch, errno.EOPNOTSUPP)
-    storage.let_pass(fd)
-    for offset in (0, PASSING_BYTES):
-        storage.pwritev(fd, [b"x" * PASSING_BYTES], offset)
-    assert storage.pread(fd, 1 << 20, 0) == b"x" * 2 * PASSING_BYTES
-
-
-def test_what_passes_is_refused_as_ever(storage: Storage, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_to_pass(monkeypatch, errno.ENOSPC)
-    storage.let_pass(fd)
-    with pytest.raises(StoreFull):
-        storage.pwritev(fd, [bytes(PASSING_BYTES)], 0)
-
-
-def test_a_descriptor_that_was_closed_lets_nothing_pass(
-    storage: Storage, tmp_path: Path, flags: list[tuple[int, ...]]
-) -> None:
-    first = storage.open(tmp_path / "first", os.O_RDWR | os.O_CREAT)
-    storage.let_pass(first)
-    storage.close(first)
-    second = storage.open(tmp_path / "second", os.O_RDWR | os.O_CREAT)
-    try:
-        assert second == first, "the number is given out anew"
-        storage.pwritev(second, [bytes(PASSING_BYTES)], 0)
-    finally:
-        storage.close(second)
-    assert flags == [()]
+    if not has_it:
+        monkeypatch.setattr(dedup.storage, "_sync_file_range", None)
+    storage.pwritev(fd, [b"y" * (1 << 20)], 0)
+    storage.begin_write_back(fd, 0, 1 << 20)
+    storage.datasync(fd)
+    assert storage.pread(fd, 1 << 20, 0) == b"y" * (1 << 20)
 
 
 def test_no_wait_gives_what_is_in_memory_or_says_so(storage: Storage, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import threading
@@ -104,17 +105,24 @@ async def test_the_thread_ends_with_who_had_it() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-async def test_where_no_thread_can_be_had_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_where_no_thread_can_be_had_one_of_trios_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     wait_until_none_is_left()
     thread = NearThread(NAME)
+    assert await trio.to_thread.run_sync(where) != NAME  # trio's is there by now
     descriptors = len(os.listdir("/proc/self/fd"))
+    start = threading.Thread.start
 
-    def refuse(_thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+    def refuse_thread(begun: threading.Thread) -> None:
+        if begun.name == NAME:
+            raise RuntimeError("can't start new thread")
+        start(begun)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError, match="new thread"):
-            await thread.run(where)
+    def refuse_descriptor(*_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    for place, name, refuse in ((threading.Thread, "start", refuse_thread), (os, "eventfd", refuse_descriptor)):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, refuse)
+            assert await thread.run(where) != NAME
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert await thread.run(where) == NAME
+    assert await thread.run(where) == NAME, "it is tried again"
