@@ -47,7 +47,8 @@ STREAM_BYTES: Final = 64 << 10
 """Appends from this size on are taken for a part of a stream. Smaller ones share pages and writes to the disk with what
 comes after them."""
 NEAR_BYTES: Final = 32 << 20
-"""So much of a stream stays in memory: what was just written is at times written again, and compared then."""
+"""So much of a stream stays in memory, while its container is being filled: what was just written is at times written
+again, and compared then."""
 
 
 class RawContainerWriter:
@@ -134,6 +135,8 @@ class RawContainerWriter:
 
     def close(self) -> None:
         """Gives the descriptor back. Not a sync; must not run beside one."""
+        if self._forgotten > RAW_SLOTS_OFFSET:
+            self._storage.forget_cached(self._fd)
         self._storage.close(self._fd)
 
     def discard(self) -> None:

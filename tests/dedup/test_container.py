@@ -333,5 +333,6 @@ def test_what_streams_in_leaves_memory_when_it_is_far_behind(
         writer.sync()  # so that the disk has it
     assert in_memory(storage, path, 0) is not passes
     assert in_memory(storage, path, writer.next_slot - 1), "the newest may be written again"
-    assert read_slots(tmp_path, 0, writer.next_slot) == b"".join(blocks) * 16
     writer.close()
+    assert in_memory(storage, path, writer.next_slot - 1) is not passes
+    assert read_slots(tmp_path, 0, writer.next_slot) == b"".join(blocks) * 16

@@ -64,7 +64,10 @@ def in_memory(storage: Storage, fd: int, length: int, offset: int) -> bool:
 
 def test_a_part_of_a_file_is_forgotten_and_the_rest_is_not(storage: Storage, fd: int) -> None:
     content = os.urandom(4 << 20)
-    storage.pwritev(fd, [content], 0)
+    for at in range(
+        0, len(content), 1 << 20
+    ):  # the kernel keeps what is written at once in pieces, and drops whole ones
+        storage.pwritev(fd, [content[at : at + (1 << 20)]], at)
     storage.datasync(fd)
     storage.forget_cached(fd, 3 << 20, 1 << 20)
     assert not in_memory(storage, fd, 1 << 20, 3 << 20)
