@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -38,6 +39,7 @@ from dedup.layout import (
     unpack_container_header,
 )
 from dedup.sealed_layout import (
+    SEALED_GROUP,
     SEALED_GROUP_BLOCKS,
     SEALED_GROUP_BLOCKS_MAX,
     SEALED_HEADER,
@@ -247,18 +249,32 @@ def _frame(data: bytes, at: int, group_bytes: int) -> tuple[bytes, int] | None:
 
 
 def _sealed_header(data: bytes) -> SealedHeader | None:
-    """The sealed header, or where that says what cannot be, one by which the table matches its checksum."""
+    """One by which the table matches its checksum, near what the sealed header says; without one, what that says.
+
+    What is possible is not yet right: another count may make as many groups.
+    """
     if len(data) < SEALED_TABLE_OFFSET:
         return None
-    if said := sealed_header_said(data):
-        return said
     slots, group_blocks, groups, stored, _ = SEALED_HEADER.struct.unpack_from(data, SEALED_HEADER_OFFSET)
-    for blocks in dict.fromkeys([group_blocks, SEALED_GROUP_BLOCKS, SEALED_GROUP_BLOCKS_MAX]):
-        if not 0 < blocks <= SEALED_GROUP_BLOCKS_MAX:
+    sizes = {SEALED_GROUP_BLOCKS, SEALED_GROUP_BLOCKS_MAX, min(group_blocks, SEALED_GROUP_BLOCKS_MAX)} - {0}
+    near = [(slots, size) for size in sizes]
+    near += [(count, size) for size in sizes for count in range(max(0, groups - 1) * size + 1, groups * size + 1)]
+    said = sealed_header_said(data)
+    if found := _matching(data, stored, near):
+        return found
+    # Numbers that contradict each other: more than one of them is wrong. Else it is the table, or its checksum.
+    return said or _matching(data, stored, product(range(SLOTS_MAX + 1), sizes))
+
+
+def _matching(data: bytes, stored: int, candidates: Iterable[tuple[int, int]]) -> SealedHeader | None:
+    """The first of these (slots, blocks of a group) by which the table is what its checksum and its rows say."""
+    for slots, size in candidates:
+        header = SealedHeader.of(slots, stored, size)
+        if slots > SLOTS_MAX or header.table_end > len(data):
             continue
-        for count in dict.fromkeys([*range(max(0, groups - 1) * blocks + 1, SLOTS_MAX + 1), slots]):
-            header = SealedHeader.of(count, stored, blocks)
-            table = memoryview(data)[SEALED_TABLE_OFFSET : header.table_end]
-            if count <= SLOTS_MAX and header.table_end <= len(data) and checksum(table) == stored:
-                return header
+        if checksum(memoryview(data)[SEALED_TABLE_OFFSET : header.table_end]) != stored:
+            continue
+        # Two sizes may make as many groups: the first group's row says how many blocks it has.
+        if not slots or SEALED_GROUP.struct.unpack_from(data, header.groups_offset)[2] == min(slots, size):
+            return header
     return None
