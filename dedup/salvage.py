@@ -22,7 +22,7 @@ from typing import Final
 import zstandard
 
 from dedup.container import ContainerReader
-from dedup.errors import Damaged, UnknownFormat
+from dedup.errors import Damaged
 from dedup.layout import (
     CONTAINER_PAGE_BYTES,
     FINGERPRINT_BYTES,
@@ -78,16 +78,17 @@ def salvage(
     """Writes the container anew with the `expected` slots. `journal` is for its header, should that be unreadable.
 
     `elsewhere` gives the block of a fingerprint when another slot has it. `before_replacing` may keep the old file.
-    Nothing may append to the container. DURABLE when it returns. StoreFull, StoreFailed: the old file is still there.
+    Nothing may append to the container. DURABLE when it returns. StoreFull, StoreFailed, and UnknownFormat, which is no
+    damage: the old file is still there.
     """
     path = container_path(directory, container)
     temporary = path.with_name(f"{path.name}.salvage{TEMPORARY_SUFFIX}")
     wanted = _by_fingerprint(expected)
     kept = healed = 0
+    header = _old_header(storage, path, ContainerHeader(container, journal, ContainerForm.RAW, TimeNs(time.time_ns())))
     fd = storage.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
-        header = ContainerHeader(container, journal, ContainerForm.RAW, TimeNs(time.time_ns()))
-        storage.pwritev(fd, [pack_container_header(_old_header(storage, path, header))], 0)
+        storage.pwritev(fd, [pack_container_header(header)], 0)
         for block in _blocks_of(storage, directory, container):
             for slot in wanted.pop(fingerprint(block), ()):
                 storage.pwritev(fd, [block], RAW_SLOTS_OFFSET + slot * BLOCK_BYTES)
@@ -115,7 +116,10 @@ def salvage(
 
 
 def found_in(storage: Storage, directory: Path, container: ContainerId, wanted: set[bytes]) -> set[bytes]:
-    """Which of the fingerprints have their block somewhere in the container's file, damaged as that may be."""
+    """Which of the fingerprints have their block somewhere in the container's file, damaged as that may be.
+
+    UnknownFormat.
+    """
     return {mark for block in _blocks_of(storage, directory, container) if (mark := fingerprint(block)) in wanted}
 
 
@@ -133,7 +137,7 @@ def _old_header(storage: Storage, path: Path, otherwise: ContainerHeader) -> Con
     fd = storage.open(path, os.O_RDONLY)
     try:
         old = unpack_container_header(storage.pread(fd, CONTAINER_PAGE_BYTES, 0), path)
-    except (Damaged, UnknownFormat):
+    except Damaged:
         return otherwise
     finally:
         storage.close(fd)
@@ -166,7 +170,7 @@ def _opened(storage: Storage, directory: Path, container: ContainerId) -> Iterat
     """The blocks that the container gives out when it opens at all; what it says is damaged is left out."""
     try:
         reader = ContainerReader.open(storage, directory, container)
-    except (Damaged, UnknownFormat):
+    except Damaged:
         return
     try:
         if reader.header.form is ContainerForm.RAW:
