@@ -38,7 +38,7 @@ AHEAD_RUNS_MAX: Final = 64
 """Stretches that are looked at for one call."""
 DECODERS: Final = 2
 """Threads that decode ahead of sequential readers; zstd leaves the others at their work meanwhile."""
-DECODING_MAX: Final = 16
+DECODING_MAX: Final = 8
 """Stretches that are being decoded, or wait for it."""
 CURRENT_SECONDS: Final = 5.0
 """And one in use is held against its name so often."""

@@ -16,7 +16,7 @@ import numpy as np
 from dedup import layout
 from dedup.container import ContainerReader
 from dedup.container_pool import ContainerPool
-from dedup.errors import Damaged, UnknownFormat
+from dedup.errors import Damaged
 from dedup.journal_entry import LoggedExtent, extents_of
 from dedup.journal_reader import chain, scan_segment
 from dedup.layout import FINGERPRINT_BYTES, SLOT_BITS, SLOT_MASK, container_path
@@ -108,14 +108,14 @@ class ContainerRepair:
         for directory in self._journals:
             try:
                 segments = chain(self._storage, directory)
-            except (Damaged, UnknownFormat):
+            except Damaged:
                 continue
             for segment in segments:
                 try:
                     for scanned in scan_segment(self._storage, directory, segment):
                         for extent in extents_of(scanned.raw):
                             yield scanned.journal, extent
-                except (Damaged, UnknownFormat):
+                except Damaged:
                     continue  # `verify` has named it; what comes behind is of no less use
 
     def _named(self, containers: Sequence[int]) -> dict[int, _Named]:
@@ -135,7 +135,7 @@ class ContainerRepair:
         """Sound slots that no entry names; None when the container does not open."""
         try:
             reader = ContainerReader.open(self._storage, self._directory, container)
-        except (Damaged, UnknownFormat):
+        except Damaged:
             return None
         known, found = set(named), {}
         try:

@@ -19,8 +19,9 @@ from dedup.types import BLOCK_BYTES, HOLE, TimeNs
 
 CHUNK_BLOCKS: Final = 256
 """What is decoded at a time ahead of a sequential reader: as much as the kernel's largest request."""
-AHEAD_CHUNKS: Final = 8
-"""The threads that decode find work while the reader takes what is ready."""
+AHEAD_CHUNKS: Final = 4
+"""The threads that decode find work while the reader takes what is ready; and what is ready for a few readers lies in
+half of the cache: twice as much, and they drive it out of there before it is read, to decode it all again."""
 
 
 def room_for(length: int) -> int:

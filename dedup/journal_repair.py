@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dedup.errors import Damaged, UnknownFormat
+from dedup.errors import Damaged
 from dedup.journal_reader import JournalPosition, SegmentFile, scan_segment, segments
 from dedup.layout import (
     MANIFEST_NAME,
@@ -35,7 +35,10 @@ Done = tuple[str, Path]
 
 
 def restore_manifest(storage: Storage, directory: Path, quarantine: Quarantine) -> str | None:
-    """Makes a lost or damaged manifest anew, where the segments leave no doubt. What was done, None: nothing."""
+    """Makes a lost or damaged manifest anew, where the segments leave no doubt. What was done, None: nothing.
+
+    UnknownFormat.
+    """
     path = directory / MANIFEST_NAME
     try:
         manifest: Manifest | None = read_manifest(storage, directory)
@@ -44,7 +47,7 @@ def restore_manifest(storage: Storage, directory: Path, quarantine: Quarantine) 
         if named <= there and (named or not there):
             return None
         why = "it names segments that are not there" if named else "segments are there that only a manifest can name"
-    except (Damaged, UnknownFormat) as error:
+    except Damaged as error:
         why = str(error)
     manifest = _manifest_of(storage, directory)
     if manifest is None:
@@ -121,7 +124,7 @@ def _row_of(storage: Storage, directory: Path, segment: SegmentFile) -> SegmentR
         for scanned in scan_segment(storage, directory, segment):
             journals[scanned.journal] += 1
             last, newest = scanned.seq, max(newest, scanned.time)
-    except (Damaged, UnknownFormat):
+    except Damaged:
         return None
     if last < segment.first:
         return None
@@ -166,7 +169,7 @@ def cut_journal(storage: Storage, directory: Path, end: JournalPosition, quarant
 def _readable_manifest(storage: Storage, directory: Path) -> Manifest:
     try:
         return read_manifest(storage, directory)
-    except (Damaged, UnknownFormat):
+    except Damaged:
         return Manifest()
 
 

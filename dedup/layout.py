@@ -198,11 +198,12 @@ def unpack_store_marker(data: bytes, path: Path) -> StoreMarker:
         raise NotAStore(f"{path}: not a rewindfs store: no marker at its start")
     if len(data) < STORE_MARKER.size:
         raise Damaged(f"{path}: offset {len(data)}: the marker is cut short")
-    _, version, _, block_bytes, uuid, created, _ = STORE_MARKER.struct.unpack_from(data)
-    know_version(version, path)
-    check_header(data, 0, STORE_MARKER.size, path, "the marker")
+    _, _, _, block_bytes, uuid, created, _ = STORE_MARKER.struct.unpack_from(data)
+    check_version(data, STORE_MARKER.size, path, "the marker")
     if block_bytes != BLOCK_BYTES:
-        raise UnknownFormat(f"{path}: blocks of {block_bytes} bytes are not known here (only of {BLOCK_BYTES})")
+        raise UnknownFormat(
+            f"{path}: blocks of {block_bytes} bytes are not known here (only of {BLOCK_BYTES}); {USE_A_NEWER}"
+        )
     return StoreMarker(uuid, TimeNs(created))
 
 
@@ -215,7 +216,24 @@ def checked(packed: bytes) -> bytes:
 def know_version(version: int, path: Path) -> None:
     """UnknownFormat for a version of the format that this program does not know; `path` is for its message."""
     if version != FORMAT_VERSION:
-        raise UnknownFormat(f"{path}: format version {version} is not known here (this is version {FORMAT_VERSION})")
+        raise UnknownFormat(
+            f"{path}: format version {version} is not known here (this is version {FORMAT_VERSION}); {USE_A_NEWER}"
+        )
+
+
+def check_version(data: bytes, end: int, path: Path, what: str) -> None:
+    """UnknownFormat, Damaged: unless the first `end` bytes, that begin with a magic of 8 and the version and end with
+    their checksum, are of this version, and whole. Damaged as well where nothing but the version is wrong."""
+    ours = data[:_VERSION_OFFSET] + FORMAT_VERSION.to_bytes(2, "little") + data[_VERSION_OFFSET + 2 : end]
+    version = int.from_bytes(data[_VERSION_OFFSET : _VERSION_OFFSET + 2], "little")
+    if version != FORMAT_VERSION and checked(ours) == ours:
+        raise Damaged(f"{path}: offset {_VERSION_OFFSET}: the version {version} of {what} does not match its checksum")
+    know_version(version, path)
+    check_header(data, 0, end, path, what)
+
+
+USE_A_NEWER: Final = "use a newer version of rewindfs"
+_VERSION_OFFSET: Final = 8
 
 
 def check_header(data: bytes, start: int, end: int, path: Path, what: str) -> None:
@@ -279,13 +297,12 @@ def unpack_container_header(page: bytes, path: Path) -> ContainerHeader:
     """Raises Damaged or UnknownFormat; `path` is for their messages."""
     if len(page) < CONTAINER_HEADER.size:
         raise Damaged(f"{path}: offset {len(page)}: the container's header is cut short")
-    magic, version, form, journal, _, container, created, _ = CONTAINER_HEADER.struct.unpack_from(page)
+    magic, _, form, journal, _, container, created, _ = CONTAINER_HEADER.struct.unpack_from(page)
     if magic != CONTAINER_MAGIC:
         raise Damaged(f"{path}: offset 0: not a container")
-    know_version(version, path)
-    check_header(page, 0, CONTAINER_HEADER.size, path, "the container's header")
+    check_version(page, CONTAINER_HEADER.size, path, "the container's header")
     if form not in ContainerForm.__members__.values():
-        raise UnknownFormat(f"{path}: container form {form} is not known here")
+        raise UnknownFormat(f"{path}: container form {form} is not known here; {USE_A_NEWER}")
     return ContainerHeader(ContainerId(container), JournalId(journal), ContainerForm(form), TimeNs(created))
 
 
@@ -359,11 +376,10 @@ def unpack_segment_header(data: bytes, path: Path) -> SegmentHeader:
     """Raises Damaged or UnknownFormat; `path` is for their messages."""
     if len(data) < SEGMENT_HEADER.size:
         raise Damaged(f"{path}: offset {len(data)}: the segment's header is cut short")
-    magic, version, _, _, first_seq, seed, created, _ = SEGMENT_HEADER.struct.unpack_from(data)
+    magic, _, _, _, first_seq, seed, created, _ = SEGMENT_HEADER.struct.unpack_from(data)
     if magic != SEGMENT_MAGIC:
         raise Damaged(f"{path}: offset 0: not a journal segment")
-    know_version(version, path)
-    check_header(data, 0, SEGMENT_HEADER.size, path, "the segment's header")
+    check_version(data, SEGMENT_HEADER.size, path, "the segment's header")
     return SegmentHeader(Seq(first_seq), seed, TimeNs(created))
 
 

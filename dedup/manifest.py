@@ -29,6 +29,7 @@ from dedup.layout import (
     MANIFEST_ROW,
     MANIFEST_ROWS_MAX,
     TEMPORARY_SUFFIX,
+    check_version,
     checksum,
     know_version,
 )
@@ -90,9 +91,10 @@ def pack_manifest(manifest: Manifest) -> bytes:
 
 def unpack_manifest(data: bytes, path: Path) -> Manifest:
     """Inverse of `pack_manifest`. Damaged, UnknownFormat; `path` is for their messages."""
-    rows, number = _header(data, path)
-    body, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
-    if len(body) != MANIFEST_HEADER.size + rows * MANIFEST_ROW.size or checksum(body) != stored:
+    _, rows, number = _header(data, path)
+    check_version(data, len(data), path, "the manifest")
+    body = data[:-CHECKSUM_BYTES]
+    if len(body) != MANIFEST_HEADER.size + rows * MANIFEST_ROW.size:
         raise Damaged(f"{path}: offset 0: the manifest does not match its checksum")
     manifest = Manifest(number, tuple(_rows(body)))
     if (fault := _fault(manifest)) is not None:
@@ -100,15 +102,14 @@ def unpack_manifest(data: bytes, path: Path) -> Manifest:
     return manifest
 
 
-def _header(data: bytes, path: Path) -> tuple[int, int]:
-    """How many rows, and the number."""
+def _header(data: bytes, path: Path) -> tuple[int, int, int]:
+    """Of which version, how many rows, and the number."""
     if len(data) < MANIFEST_HEADER.size:
         raise Damaged(f"{path}: offset {len(data)}: the manifest is cut short")
     magic, version, _, rows, number = MANIFEST_HEADER.struct.unpack_from(data)
     if magic != MANIFEST_MAGIC:
         raise Damaged(f"{path}: offset 0: not a manifest")
-    know_version(version, path)
-    return rows, number
+    return version, rows, number
 
 
 def _rows(body: bytes) -> Iterable[SegmentRow]:
@@ -165,7 +166,9 @@ def read_number(storage: Storage, directory: Path) -> int:
         header = storage.pread(fd, MANIFEST_HEADER.size, 0)
     finally:
         storage.close(fd)
-    return _header(header, path)[1]
+    version, _, number = _header(header, path)
+    know_version(version, path)
+    return number
 
 
 def write_manifest(storage: Storage, directory: Path, manifest: Manifest) -> None:

@@ -1,6 +1,7 @@
 """Repair: makes of a damaged store the best that its own bytes allow, and says what it did.
 
-In this order, each step of it complete and durable before the next:
+A store in which a file is of a version that is not known here is refused before anything else: such a file is no
+damage, and nobody here could tell what it needs. Then, in this order, each step complete and durable before the next:
 
 1. the marker, directories that are missing, NAME.tmp files;
 2. the manifest of a journal, from the consolidated segments themselves;
@@ -14,6 +15,7 @@ In this order, each step of it complete and durable before the next:
 Invariants:
 - nothing is deleted that any entry of a journal names; what is replaced or cut off is in quarantine before;
 - history is never cut short unless that was asked for;
+- what is of an unknown version is never taken for damage: no step catches UnknownFormat;
 - killed at any instant it can be run again: no step relies on what an earlier one remembered.
 """
 
@@ -27,7 +29,8 @@ from dedup import layout
 from dedup.container import ContainerReader
 from dedup.container_repair import ContainerRepair
 from dedup.damage import INDEX, Repair, Report
-from dedup.errors import Damaged, NotAStore, StoreBusy, UnknownFormat
+from dedup.errors import Damaged, NotAStore, StoreBusy
+from dedup.format_check import refuse_unknown
 from dedup.group_verify import GroupVerifier
 from dedup.journal_repair import cut_journal, restore_manifest
 from dedup.marker import DIRECTORIES, read_marker, refuse_network, write_marker
@@ -96,6 +99,7 @@ class _Repairer:
         self.done.append(Repair(what, None if path is None else str(path.relative_to(self._path))))
 
     def run(self) -> None:
+        refuse_unknown(self._storage, self._path)
         self._restore_marker()
         self._restore_directories()
         self._drop_temporaries()
@@ -174,7 +178,7 @@ class _Repairer:
             path = self._containers / name
             try:
                 reader = ContainerReader.open(self._storage, self._containers, container)
-            except (Damaged, UnknownFormat) as error:
+            except Damaged as error:
                 if self._storage.file_bytes(path) > layout.RAW_SLOTS_OFFSET:
                     kept = self._quarantine.move(path, str(error))
                     self._note(f"a container that nothing names does not open; it is now {kept.name} there", kept)

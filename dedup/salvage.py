@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Final
 
 import zstandard
 
 from dedup.container import ContainerReader
-from dedup.errors import Damaged, UnknownFormat
+from dedup.errors import Damaged
 from dedup.layout import (
     CONTAINER_PAGE_BYTES,
     FINGERPRINT_BYTES,
@@ -38,6 +39,7 @@ from dedup.layout import (
     unpack_container_header,
 )
 from dedup.sealed_layout import (
+    SEALED_GROUP,
     SEALED_GROUP_BLOCKS,
     SEALED_GROUP_BLOCKS_MAX,
     SEALED_HEADER,
@@ -76,16 +78,17 @@ def salvage(
     """Writes the container anew with the `expected` slots. `journal` is for its header, should that be unreadable.
 
     `elsewhere` gives the block of a fingerprint when another slot has it. `before_replacing` may keep the old file.
-    Nothing may append to the container. DURABLE when it returns. StoreFull, StoreFailed: the old file is still there.
+    Nothing may append to the container. DURABLE when it returns. StoreFull, StoreFailed, and UnknownFormat, which is no
+    damage: the old file is still there.
     """
     path = container_path(directory, container)
     temporary = path.with_name(f"{path.name}.salvage{TEMPORARY_SUFFIX}")
     wanted = _by_fingerprint(expected)
     kept = healed = 0
+    header = _old_header(storage, path, ContainerHeader(container, journal, ContainerForm.RAW, TimeNs(time.time_ns())))
     fd = storage.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
-        header = ContainerHeader(container, journal, ContainerForm.RAW, TimeNs(time.time_ns()))
-        storage.pwritev(fd, [pack_container_header(_old_header(storage, path, header))], 0)
+        storage.pwritev(fd, [pack_container_header(header)], 0)
         for block in _blocks_of(storage, directory, container):
             for slot in wanted.pop(fingerprint(block), ()):
                 storage.pwritev(fd, [block], RAW_SLOTS_OFFSET + slot * BLOCK_BYTES)
@@ -113,7 +116,10 @@ def salvage(
 
 
 def found_in(storage: Storage, directory: Path, container: ContainerId, wanted: set[bytes]) -> set[bytes]:
-    """Which of the fingerprints have their block somewhere in the container's file, damaged as that may be."""
+    """Which of the fingerprints have their block somewhere in the container's file, damaged as that may be.
+
+    UnknownFormat.
+    """
     return {mark for block in _blocks_of(storage, directory, container) if (mark := fingerprint(block)) in wanted}
 
 
@@ -131,7 +137,7 @@ def _old_header(storage: Storage, path: Path, otherwise: ContainerHeader) -> Con
     fd = storage.open(path, os.O_RDONLY)
     try:
         old = unpack_container_header(storage.pread(fd, CONTAINER_PAGE_BYTES, 0), path)
-    except (Damaged, UnknownFormat):
+    except Damaged:
         return otherwise
     finally:
         storage.close(fd)
@@ -164,7 +170,7 @@ def _opened(storage: Storage, directory: Path, container: ContainerId) -> Iterat
     """The blocks that the container gives out when it opens at all; what it says is damaged is left out."""
     try:
         reader = ContainerReader.open(storage, directory, container)
-    except (Damaged, UnknownFormat):
+    except Damaged:
         return
     try:
         if reader.header.form is ContainerForm.RAW:
@@ -247,18 +253,32 @@ def _frame(data: bytes, at: int, group_bytes: int) -> tuple[bytes, int] | None:
 
 
 def _sealed_header(data: bytes) -> SealedHeader | None:
-    """The sealed header, or where that says what cannot be, one by which the table matches its checksum."""
+    """One by which the table matches its checksum, near what the sealed header says; without one, what that says.
+
+    What is possible is not yet right: another count may make as many groups.
+    """
     if len(data) < SEALED_TABLE_OFFSET:
         return None
-    if said := sealed_header_said(data):
-        return said
     slots, group_blocks, groups, stored, _ = SEALED_HEADER.struct.unpack_from(data, SEALED_HEADER_OFFSET)
-    for blocks in dict.fromkeys([group_blocks, SEALED_GROUP_BLOCKS, SEALED_GROUP_BLOCKS_MAX]):
-        if not 0 < blocks <= SEALED_GROUP_BLOCKS_MAX:
+    sizes = {SEALED_GROUP_BLOCKS, SEALED_GROUP_BLOCKS_MAX, min(group_blocks, SEALED_GROUP_BLOCKS_MAX)} - {0}
+    near = [(slots, size) for size in sizes]
+    near += [(count, size) for size in sizes for count in range(max(0, groups - 1) * size + 1, groups * size + 1)]
+    said = sealed_header_said(data)
+    if found := _matching(data, stored, near):
+        return found
+    # Numbers that contradict each other: more than one of them is wrong. Else it is the table, or its checksum.
+    return said or _matching(data, stored, product(range(SLOTS_MAX + 1), sizes))
+
+
+def _matching(data: bytes, stored: int, candidates: Iterable[tuple[int, int]]) -> SealedHeader | None:
+    """The first of these (slots, blocks of a group) by which the table is what its checksum and its rows say."""
+    for slots, size in candidates:
+        header = SealedHeader.of(slots, stored, size)
+        if slots > SLOTS_MAX or header.table_end > len(data):
             continue
-        for count in dict.fromkeys([*range(max(0, groups - 1) * blocks + 1, SLOTS_MAX + 1), slots]):
-            header = SealedHeader.of(count, stored, blocks)
-            table = memoryview(data)[SEALED_TABLE_OFFSET : header.table_end]
-            if count <= SLOTS_MAX and header.table_end <= len(data) and checksum(table) == stored:
-                return header
+        if checksum(memoryview(data)[SEALED_TABLE_OFFSET : header.table_end]) != stored:
+            continue
+        # Two sizes may make as many groups: the first group's row says how many blocks it has.
+        if not slots or SEALED_GROUP.struct.unpack_from(data, header.groups_offset)[2] == min(slots, size):
+            return header
     return None

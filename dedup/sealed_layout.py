@@ -6,8 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dedup.errors import Damaged
-from dedup.layout import CONTAINER_PAGE_BYTES, FINGERPRINT_BYTES, SLOTS_MAX, Fields, check_header, checked, padded
+from dedup.errors import Damaged, UnknownFormat
+from dedup.layout import (
+    CONTAINER_PAGE_BYTES,
+    FINGERPRINT_BYTES,
+    SLOTS_MAX,
+    USE_A_NEWER,
+    Fields,
+    check_header,
+    checked,
+    padded,
+)
 
 SEALED_HEADER_OFFSET: Final = 64
 SEALED_HEADER: Final = Fields(
@@ -76,11 +85,14 @@ def pack_sealed_header(header: SealedHeader) -> bytes:
 
 
 def unpack_sealed_header(page: bytes, path: Path) -> SealedHeader:
-    """Raises Damaged; `path` is for its message. The counts fit a container when it returns."""
+    """Raises Damaged or UnknownFormat; `path` is for their messages. The counts fit a container when it returns."""
     end = SEALED_HEADER_OFFSET + SEALED_HEADER.size
     if len(page) < end:
         raise Damaged(f"{path}: offset {len(page)}: the sealed header is cut short")
     check_header(page, SEALED_HEADER_OFFSET, end, path, "the sealed header")
+    _, group_blocks, *_ = SEALED_HEADER.struct.unpack_from(page, SEALED_HEADER_OFFSET)
+    if group_blocks > SEALED_GROUP_BLOCKS_MAX:
+        raise UnknownFormat(f"{path}: groups of {group_blocks} blocks are not known here; {USE_A_NEWER}")
     header = sealed_header_said(page)
     if header is None:
         raise Damaged(f"{path}: offset {SEALED_HEADER_OFFSET}: the sealed header says what cannot be")

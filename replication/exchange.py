@@ -84,8 +84,13 @@ class Exchange:
         if isinstance(message, Failure):
             raise HandshakeRefused(message.code, message.text)
         if not self._welcomed:
-            if not isinstance(message, Welcome) or message.version != PROTOCOL_VERSION:
-                raise ProtocolError(f"the peer broke the protocol: {message} instead of a welcome")
+            if not isinstance(message, Welcome):
+                raise ProtocolError(f"the peer broke the protocol: {type(message).__name__} instead of a welcome")
+            if message.version != PROTOCOL_VERSION:
+                raise ProtocolError(
+                    f"the peer broke the protocol: Welcome in version {message.version} after Hello in "
+                    f"{PROTOCOL_VERSION}"
+                )
             self._welcomed = True
             return encode_control(Request(REQUEST_ID, self._command, self._body))
         if not isinstance(message, Reply) or message.id != REQUEST_ID:

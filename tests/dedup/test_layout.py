@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dedup import layout, sealed_layout
 from dedup.errors import Damaged, NotAStore, StoreError, UnknownFormat
 from dedup.layout import ContainerHeader, SegmentHeader, StoreMarker
+from dedup.manifest import Manifest, pack_manifest, unpack_manifest
 from dedup.sealed_layout import SealedHeader
 from dedup.types import BLOCK_BYTES, HOLE, ContainerForm, ContainerId, JournalId, Seq, TimeNs
 
@@ -89,22 +90,52 @@ def test_every_flipped_bit_and_every_cut_of_a_header_is_noticed(packed, unpack) 
             unpack(packed[:index], PATH)
 
 
+@pytest.mark.parametrize(
+    ("packed", "unpack"),
+    [
+        (layout.pack_store_marker(MARKER), layout.unpack_store_marker),
+        (layout.pack_container_header(CONTAINER), layout.unpack_container_header),
+        (layout.pack_segment_header(SEGMENT), layout.unpack_segment_header),
+        (pack_manifest(Manifest(3)), unpack_manifest),
+    ],
+    ids=["store", "container", "segment", "manifest"],
+)
+def test_a_later_version_is_one_by_its_checksum(packed, unpack) -> None:
+    """Where nothing but the version does not fit, that is damaged."""
+    later = packed[:8] + b"\x02" + packed[9:]
+    with pytest.raises(UnknownFormat, match="version 2 .*; use a newer version of rewindfs"):
+        unpack(layout.checked(later), PATH)
+    with pytest.raises(UnknownFormat, match="version 2"):
+        unpack(later[:-1] + bytes([later[-1] ^ 1]), PATH)
+    with pytest.raises(Damaged, match="offset 8: the version 2 of .* does not match its checksum"):
+        unpack(later, PATH)
+
+
 def test_what_is_no_store_and_what_is_a_later_one_are_told_apart() -> None:
     packed = layout.pack_store_marker(MARKER)
     with pytest.raises(NotAStore):
         layout.unpack_store_marker(b"hello, world\n" * 10, PATH)
     with pytest.raises(UnknownFormat, match="version 2"):
-        layout.unpack_store_marker(packed[:8] + b"\x02" + packed[9:], PATH)
+        layout.unpack_store_marker(layout.checked(packed[:8] + b"\x02" + packed[9:]), PATH)
     with pytest.raises(Damaged):
         layout.unpack_store_marker(packed[:20] + b"\xff" + packed[21:], PATH)
 
 
 def test_sealed_header_with_impossible_counts_is_damage() -> None:
-    too_many, too_large = layout.SLOTS_MAX + 1, sealed_layout.SEALED_GROUP_BLOCKS_MAX + 1
-    for header in (SealedHeader(33, 1, 0), SealedHeader.of(too_many), SealedHeader.of(99, 0, too_large)):
+    for header in (SealedHeader(33, 1, 0), SealedHeader.of(layout.SLOTS_MAX + 1)):
         page = bytes(sealed_layout.SEALED_HEADER_OFFSET) + sealed_layout.pack_sealed_header(header)
         with pytest.raises(Damaged, match="cannot be"):
             sealed_layout.unpack_sealed_header(page, PATH)
+
+
+def test_groups_that_are_larger_than_any_known_here_are_no_damage() -> None:
+    header = SealedHeader.of(99, 0, sealed_layout.SEALED_GROUP_BLOCKS_MAX + 1)
+    page = bytearray(sealed_layout.SEALED_HEADER_OFFSET) + sealed_layout.pack_sealed_header(header)
+    with pytest.raises(UnknownFormat, match="groups of 33 blocks .*; use a newer version of rewindfs"):
+        sealed_layout.unpack_sealed_header(bytes(page), PATH)
+    page[-1] ^= 1
+    with pytest.raises(Damaged):
+        sealed_layout.unpack_sealed_header(bytes(page), PATH)
 
 
 @given(st.integers(1, layout.CONTAINER_MAX), st.integers(0, layout.SLOTS_MAX - 1))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 
-from dedup.read_ahead import ReadAhead
+from dedup import image
+from dedup.read_ahead import STREAMS_MAX, ReadAhead
+from dedup.sealed_form import CACHE_BYTES_MAX
+from dedup.types import BLOCK_BYTES
 
 CHUNK_BLOCKS, AHEAD_CHUNKS = 256, 12
 END = 100 * CHUNK_BLOCKS + 7
@@ -52,3 +55,9 @@ def test_what_is_put_off_is_told_again() -> None:
         chunks = reading.chunks(first, 64, END)
     reading.put_off(chunks[0])
     assert reading.chunks(first + 64, 64, END)[: len(chunks)] == chunks
+
+
+def test_what_is_decoded_ahead_of_all_streams_does_not_fill_the_cache() -> None:
+    """It would be dropped before it is read, and decoded again. Half: what is being read has to lie there too."""
+    ahead = STREAMS_MAX * image.AHEAD_CHUNKS * image.CHUNK_BLOCKS * BLOCK_BYTES
+    assert ahead <= CACHE_BYTES_MAX // 2

@@ -165,6 +165,10 @@ def header(built: Built) -> None:
     flip(built.container(2), 20)
 
 
+def header_version(built: Built) -> None:
+    flip(built.container(2), 8)
+
+
 def other_number(built: Built) -> None:
     page = built.container(1).read_bytes()[: layout.CONTAINER_PAGE_BYTES]
     with built.container(2).open("r+b") as file:
@@ -238,6 +242,7 @@ WHOLE: list[Callable[[Built], None]] = [
     runs_row,
     gone_row,
     header,
+    header_version,
     other_number,
     table,
     sealed_header,

@@ -36,11 +36,12 @@ def make(directory: Path, blocks: list[bytes]) -> None:
     writer.close()
 
 
-def mixed_blocks(count: int, seed: int = 0) -> list[bytes]:
-    """A few groups that compress, a few that do not."""
+def mixed_blocks(count: int, seed: int = 0, stored: int = 1) -> list[bytes]:
+    """A few groups that compress, a few that do not: the first of these is number `stored`, 0 or 1."""
     source = random.Random(seed)
     return [
-        source.randbytes(BLOCK_BYTES) if index // GROUP % 2 else source.randbytes(64) * 64 for index in range(count)
+        source.randbytes(BLOCK_BYTES) if index // GROUP % 2 == stored else source.randbytes(64) * 64
+        for index in range(count)
     ]
 
 
@@ -529,6 +530,25 @@ def test_what_is_left_of_groups_of_either_size_is_found(tmp_path: Path, first: b
     container_path(tmp_path, ONE).write_bytes(data)
     wanted = set(map(fingerprint, blocks))
     assert found_in(Storage(), tmp_path, ONE, wanted) == wanted
+
+
+@pytest.mark.parametrize("count", [20, 150])
+@pytest.mark.parametrize("first", [False, True])
+def test_no_bit_of_the_sealed_header_costs_a_block(tmp_path: Path, first: bool, count: int) -> None:
+    """A header that is possible, and wrong, is not believed either: some counts make as many groups."""
+    blocks = mixed_blocks(count, stored=0)
+    if first:
+        seal_as_at_first(tmp_path, blocks)
+    else:
+        make(tmp_path, blocks)
+        seal(Storage(), tmp_path, ONE, None)
+    path, wanted = container_path(tmp_path, ONE), set(map(fingerprint, blocks))
+    whole, start = path.read_bytes(), sealed_layout.SEALED_HEADER_OFFSET
+    for bit in range(sealed_layout.SEALED_HEADER.size * 8):
+        data = bytearray(whole)
+        data[start + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        assert found_in(Storage(), tmp_path, ONE, wanted) == wanted, f"bit {bit % 8} of byte {start + bit // 8}"
 
 
 @pytest.mark.parametrize("at_once", [False, True])

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 
 from dedup.consolidator import consolidate
 from dedup.errors import MomentRefused, NameRefused, NotAStore, OutOfOrder, StoreBusy, UnknownFormat, UnknownName
+from dedup.layout import checked
 from dedup.reader import GroupReader
 from dedup.retention import Policy
 from dedup.store import Store
@@ -246,7 +247,7 @@ def test_what_is_no_store(tmp_path: Path, path: Path) -> None:
     marker = path / "STORE"
     data = bytearray(marker.read_bytes())
     data[8] = 99
-    marker.write_bytes(data)
+    marker.write_bytes(checked(bytes(data)))
     with pytest.raises(UnknownFormat, match="version 99"):
         Store.open(path)
 

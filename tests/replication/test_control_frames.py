@@ -123,21 +123,29 @@ def test_an_exchange() -> None:
     assert talk.reply == {"b": [2]}
 
 
+OTHER_VERSION = Welcome(
+    PROTOCOL_VERSION + 1, "s", Epoch(0), Seq(0), Seq(0), TimeNs(1), ClockRun(0), False, False, VolumeId(1), b"key"
+)
+
+
 @pytest.mark.parametrize(
-    "said",
+    ("said", "called"),
     [
-        Welcome(
-            PROTOCOL_VERSION + 1, "s", Epoch(0), Seq(0), Seq(0), TimeNs(1), ClockRun(0), False, False, VolumeId(1), b""
+        (
+            OTHER_VERSION,
+            f"the peer broke the protocol: Welcome in version {PROTOCOL_VERSION + 1} after Hello in {PROTOCOL_VERSION}",
         ),
-        Reply(REQUEST_ID, {}),
-        Hello(PROTOCOL_VERSION, Role.ADMIN, "g", Epoch(0)),
-        SyncRequest(),
+        (Reply(REQUEST_ID, {"x": "A" * 900_000}), "the peer broke the protocol: Reply instead of a welcome"),
+        (Hello(PROTOCOL_VERSION, Role.ADMIN, "g", Epoch(0)), "the peer broke the protocol: Hello instead of a welcome"),
+        (SyncRequest(), "malformed frame from the peer: type 7 in the answer to a command"),
     ],
 )
-def test_instead_of_a_welcome(said: Message) -> None:
+def test_instead_of_a_welcome(said: Message, called: str) -> None:
+    """What the peer said is not repeated: it may be long, or a key."""
     talk = exchange(welcomed=False)
-    with pytest.raises(ProtocolError):
+    with pytest.raises(ProtocolError) as broken:
         talk.receive(frame(said))
+    assert str(broken.value) == called
     assert talk.reply is None
 
 
