@@ -7,9 +7,10 @@ In this order, for one collection:
 2. *mark*: every address in the journal of every group, up to where it was settled, and in every version of every
    pointer map. Containers that were open then, or made since, are not looked at: all in them is live;
 3. *condemn*: slots that are neither marked nor noted leave the fingerprint index, in one synced commit, while nobody
-   looks anything up: no later hit can name them;
+   looks anything up: no later hit can name them. Ingest, too, knows them until the end, and shares none of them,
+   whatever an index that is damaged says;
 4. *rewrite*: the container is sealed anew without them, or removed when nothing is left; the index, which had to
-   remember those that it did not have in LMDB yet, forgets them.
+   remember those that it did not have in a run yet, forgets them.
 
 Invariants:
 - `pointers-resolve`: a slot leaves its container only after 1 to 3 have said that nothing names it, nor ever will;
@@ -150,10 +151,11 @@ def collected_fields(done: Collected, *, dry_run: bool) -> dict[str, object]:
 class Collection:
     """The writer's side of one collection. Every method is called with the store to itself, none takes long."""
 
-    def __init__(self, store: Store, noted: SlotMarks, boundary: Boundary) -> None:
+    def __init__(self, store: Store, noted: SlotMarks, condemned: SlotMarks, boundary: Boundary) -> None:
         """Use `begin`."""
         self._store = store
         self._noted = noted
+        self._condemned = condemned
         self.boundary = boundary
 
     @classmethod
@@ -168,7 +170,8 @@ class Collection:
             store.ingest.shared = None
             raise
         positions = {group.name: group.position for group in store.groups}
-        return cls(store, noted, Boundary(settled.next_container, tuple(sorted(settled.open)), positions))
+        condemned = store.ingest.condemned = SlotMarks()
+        return cls(store, noted, condemned, Boundary(settled.next_container, tuple(sorted(settled.open)), positions))
 
     def condemn(self, dead: Dead) -> tuple[int, ...]:
         """Step 3 for one piece: those of its slots that may go; DURABLE when it returns. StoreFull, StoreFailed."""
@@ -184,6 +187,7 @@ class Collection:
         if not entries:
             return ()
         self._store.refuse_if_failed()
+        self._condemned.add_each(where for _, where in entries)
         with self._store.index.write() as txn:
             self._store.fingerprints.remove(txn, sorted(entries))
         return tuple(condemned)
@@ -208,7 +212,7 @@ class Collection:
     def end(self) -> None:
         """Ingest notes nothing any more, and nothing more may be condemned."""
         if self._store.ingest.shared is self._noted:
-            self._store.ingest.shared = None
+            self._store.ingest.shared = self._store.ingest.condemned = None
 
 
 class Collector:

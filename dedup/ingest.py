@@ -237,6 +237,9 @@ class Ingest:
         self._base = base
         self.shared: SlotMarks | None = None
         """While a collection runs: every address that a hit shared since it began."""
+        self.condemned: SlotMarks | None = None
+        """While a collection runs: every slot that it takes away. The index does not name them any more; one that is
+        damaged may, and their bytes are still there to be compared."""
 
     def log(
         self,
@@ -381,6 +384,10 @@ class Ingest:
         """The address of each block that the store has, its bytes compared; HOLE for the others."""
         candidates = [index for index, address in enumerate(found) if address is not None and address != HOLE]
         placed = np.zeros(len(blocks), np.uint64)
+        condemned = self.condemned
+        if condemned is not None and candidates:
+            going = condemned.has(np.array([found[index] for index in candidates], np.uint64)).tolist()
+            candidates = [index for index, goes in zip(candidates, going, strict=True) if not goes]
         if not candidates:
             return placed
         if len(candidates) == 1:

@@ -435,6 +435,25 @@ def test_without_noting_the_race_loses_the_block(shop: Shop, monkeypatch: pytest
         image_of(shop.group.reader(), A, shop.model.seq)
 
 
+def test_an_index_that_does_not_forget_loses_no_block(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a damaged one may: what was taken out is found nevertheless."""
+    collection, collector, dead, doomed = _race(shop)
+    monkeypatch.setattr(shop.store.fingerprints, "remove", lambda txn, entries: None)
+    condemned = [slot for piece in dead.pieces(5) for slot in collection.condemn(piece)]
+    assert len(condemned) == 10
+    shop.write(10, *doomed)
+    old = {address(dead.container, slot) for slot in dead.slots}
+    assert not old & {shop.address_of(block) for block in range(10, 20)}, "found, the same bytes, and not shared"
+    collector.rewrite(dead.container, tuple(condemned))
+    collection.swept(dead.container)
+    collection.rewritten(dead.container)
+    collection.end()
+    shop.write(30, *doomed)
+    shop.check()
+    shop.reopen()
+    shop.check()
+
+
 def test_without_condemning_first_a_late_hit_loses_its_block(shop: Shop) -> None:
     """Nor may the index still know a block that has left its container."""
     collection, collector, dead, doomed = _race(shop)
