@@ -63,13 +63,18 @@ class RangeLock:
 
     def try_claim(self, volume: VolumeId, offset: int, length: int) -> Claim | None:
         """Holds the blocks that `length` bytes at `offset` touch, or returns None when the claim would have to wait."""
+        if self._groups:
+            return None  # whatever it is, the whole group is claimed or about to be
         claim = _range(volume, offset, length)
-        if self._groups or volume in self._ranges:
-            if self._conflicting(claim):
-                return None
-            self._ranges.setdefault(volume, {})[claim] = None
-        else:
+        held = self._ranges.get(volume)
+        if held is None:
             self._ranges[volume] = {claim: None}
+            return claim
+        start, end = claim.start, claim.end
+        for other in held:  # as `Claim.conflicts`, without a call for each of the writes that are under way
+            if other.start < end and start < other.end:
+                return None
+        held[claim] = None
         return claim
 
     async def claim(self, volume: VolumeId, offset: int, length: int) -> Claim:
