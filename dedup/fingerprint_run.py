@@ -135,7 +135,7 @@ class FingerprintRun:
         except BaseException:
             storage.close(fd)
             raise
-        if not run._has_right_fences():
+        if not run._has_right_fences() or (run.fences[1:] < run.fences[:-1]).any():
             run.close()
             raise Damaged(f"{path}: offset {fences}: the fences are damaged")
         return run
@@ -148,9 +148,7 @@ class FingerprintRun:
         self._storage.close(self._fd)
 
     def _has_right_fences(self) -> bool:
-        return (
-            checksum(self.fences.data.cast("B")) == self._fences_sum and not (self.fences[1:] < self.fences[:-1]).any()
-        )
+        return checksum(self.fences.data.cast("B")) == self._fences_sum
 
     def find(self, high: U64, low: U64) -> U64:
         """The address of each fingerprint (see `fingerprint_table.halves`), HOLE where it is not there."""
@@ -191,21 +189,16 @@ class FingerprintRun:
         except Unreadable as error:
             self._tell(str(error))
             return None
-        return memoryview(content).cast("Q") if self._is_right(number, content) else None
+        return self._checked(number, content)
 
-    def _is_right(self, number: int, content: bytes | memoryview) -> bool:
-        """Whether this is the page of that number, but for the addresses."""
-        fence = content[:_WORD_BYTES]
-        stored = content[_CHECKSUM * _WORD_BYTES : (_CHECKSUM + 1) * _WORD_BYTES]
-        is_right = (
-            len(content) == RUN_PAGE_BYTES
-            and int.from_bytes(stored, "little") == checksum(content[:_HALVES_BYTES])
-            and int.from_bytes(fence, "little") == self._quick_fences[number]
-        )
-        if not is_right:
-            offset = self._start + number * RUN_PAGE_BYTES
-            self._tell(f"{self.path}: offset {offset}: a page of fingerprints is damaged")
-        return is_right
+    def _checked(self, number: int, content: bytes) -> memoryview | None:
+        """The words of what was read as a page; None: it is not right. The addresses may be any."""
+        if len(content) == RUN_PAGE_BYTES:
+            words = memoryview(content).cast("Q")
+            if words[_CHECKSUM] == checksum(content[:_HALVES_BYTES]) and words[0] == self._quick_fences[number]:
+                return words
+        self._tell(f"{self.path}: offset {self._start + number * RUN_PAGE_BYTES}: a page of fingerprints is damaged")
+        return None
 
     def _tell(self, what: str) -> None:
         """Once: a look-up may come by as often as it likes."""
@@ -223,8 +216,8 @@ class FingerprintRun:
             content = self._storage.pread(self._fd, size, self._start + first * RUN_PAGE_BYTES).ljust(size, b"\0")
         except Unreadable:
             content = b"".join([self._page(number) or bytes(RUN_PAGE_BYTES) for number in numbers])
-        each = (memoryview(content)[at : at + RUN_PAGE_BYTES] for at in range(0, size, RUN_PAGE_BYTES))
-        right = np.array(list(map(self._is_right, numbers, each)))
+        each = (content[at : at + RUN_PAGE_BYTES] for at in range(0, size, RUN_PAGE_BYTES))
+        right = np.array([page is not None for page in map(self._checked, numbers, each)])
         pages = np.frombuffer(content, np.uint64).reshape(-1, _PAGE_WORDS)
         where = pages[:, _WHERE:_CHECKSUM].ravel()
         kept = (where != HOLE) & np.repeat(right, RUN_PAGE_ROWS)
