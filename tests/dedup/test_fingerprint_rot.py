@@ -262,6 +262,23 @@ def test_a_merge_of_fences_that_do_not_ascend_is_given_up(tmp_path: Path, monkey
     run.close()
 
 
+def test_a_merge_of_rows_that_do_not_ascend_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the checksum of their page is right."""
+    monkeypatch.setattr(fingerprint_merge, "_PAGES_PER_PIECE", 1)
+    paths, _ = made(tmp_path, random.Random(7))
+    page = bytearray(paths[0].read_bytes()[START + RUN_PAGE_BYTES : START + 2 * RUN_PAGE_BYTES])
+    page[85 * 8 : 86 * 8] = bytes(8)
+    page[3 * RUN_PAGE_ROWS * 8 : (3 * RUN_PAGE_ROWS + 1) * 8] = checksum(page[:HALVES_BYTES]).to_bytes(8, "little")
+    Rot(paths[0], START + RUN_PAGE_BYTES, bytes(page)).begin()
+    (run,) = opened(paths[:1])
+    merge = FingerprintMerge(Storage(), tmp_path / "merged", [run])
+    with pytest.raises(Damaged, match="rows of what is merged"):
+        for _ in range(PAGES):
+            merge.step()
+    merge.abandon()
+    run.close()
+
+
 class BadSectors(FaultyStorage):
     """The disk refuses what is at these offsets."""
 
