@@ -1,32 +1,41 @@
 """A run of fingerprints: a file of sorted fingerprints and their addresses that is written once, front to back.
 
 It is looked up through maps: the filter says of nearly all that are not there that they are not, with a look at one
-word; the fences, the first of each page, say in which page the others would be. The two are in memory as long as the
-run is open. A page has all three columns of its rows, so one that is found costs the disk one read.
+word; the fences, the first of each page, say in which page the others would be. A page has all three columns of its
+rows, so one that is found costs the disk one read.
 
 Invariants:
 - rows ascend by their first halves, and no fingerprint is there twice; the file is DURABLE before anything names it;
-- a row is taken out by a zero (HOLE) in the place of its address, and that is the only thing that ever changes;
-- the file is looked up through maps and written by calls: a full disk is an error then, and not a signal.
+- a row is taken out by a zero (HOLE) in the place of its address; where it cannot be found since its page or the fences
+  are not right, by zeros over that page, or over the header. That is all that ever changes;
+- nobody looks at a row of a page that does not match its checksum and its fence, and whoever takes out has checked the
+  fences, too: what is not found by it is not found by anybody;
+- what the disk refuses or gives back wrong costs the rows of that page; it is no error of a look-up.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from dedup.errors import Damaged, StoreFull
+from dedup.errors import Damaged, StoreFull, Unreadable
 from dedup.fingerprint_filter import bits_of, pair_count, pair_of
 from dedup.fingerprint_table import U64, Rows, halves_of_one
 from dedup.layout import FORMAT_VERSION, Fields, checked, checksum, know_version
 from dedup.storage import Storage
 from dedup.types import HOLE, Address
+
+log = logging.getLogger(__name__)
 
 RUN_MAGIC: Final = b"rwFPRUN\n"
 RUN_HEADER: Final = Fields(
@@ -37,6 +46,7 @@ RUN_HEADER: Final = Fields(
     ("most", "Q"),
     ("pages", "Q"),
     ("rows", "Q"),
+    ("fences", "Q"),
     ("checksum", "Q"),
 )
 RUN_PAGE_BYTES: Final = 4096
@@ -46,21 +56,31 @@ _PAIR_BYTES: Final = 2 * _WORD_BYTES
 _PAGE_WORDS: Final = RUN_PAGE_BYTES // _WORD_BYTES
 _LOW: Final = RUN_PAGE_ROWS
 _WHERE: Final = 2 * RUN_PAGE_ROWS
-"""Where in a page the columns of second halves and of addresses begin; that of first halves is before them."""
+_CHECKSUM: Final = 3 * RUN_PAGE_ROWS
+"""Where in a page the columns of second halves and of addresses begin, and what is behind them; that of first halves is
+before them."""
+_HALVES_BYTES: Final = _WHERE * _WORD_BYTES
+"""What a page's checksum is of: it does not change when a row is taken out."""
 _CHECKED_BYTES: Final = RUN_HEADER.size - _WORD_BYTES
-_STEPS: Final = tuple(np.uint64(1 << bit) for bit in range(RUN_PAGE_ROWS.bit_length() - 1, -1, -1))
 _NOTHING: Final = np.uint64((1 << 64) - 1)
 """Fills up the last page; its address is HOLE."""
-_FEW: Final = 12
-"""Up to so many are sought one by one: numpy costs some microseconds before it begins."""
+_READ_AT_ONCE: Final = 1 << 22
+"""Of the filter and the fences, when the file is opened."""
 _NO_ROWS: Final = np.zeros(0, np.uint64)
+_PageOf = Callable[[int], memoryview | None]
+"""Gives the words of the page of that number; None: they are not to be looked at."""
 
 
 def _parts(most: int) -> tuple[int, int, int]:
     """Of a run of at most so many rows: pairs of its filter, where its fences begin, and where its pages do."""
     pairs = pair_count(most)
     fences = RUN_PAGE_BYTES + _whole_pages(pairs * _PAIR_BYTES)
-    return pairs, fences, fences + _whole_pages(-(-most // RUN_PAGE_ROWS) * _WORD_BYTES)
+    return pairs, fences, fences + _whole_pages(_page_count(most) * _WORD_BYTES)
+
+
+def _page_count(rows: int) -> int:
+    """All pages but the last one are full."""
+    return -(-rows // RUN_PAGE_ROWS)
 
 
 def _whole_pages(nbytes: int) -> int:
@@ -70,123 +90,171 @@ def _whole_pages(nbytes: int) -> int:
 class FingerprintRun:
     """An open run. `find` may be called beside `drop` and `rows`, which one thread at a time calls."""
 
-    def __init__(self, storage: Storage, path: Path, fd: int, most: int, pages: int, rows: int) -> None:
+    def __init__(self, storage: Storage, path: Path, fd: int, most: int, rows: int, fences_sum: int) -> None:
         """Use `open`."""
         self._storage = storage
         self._fd = fd
         self.path = path
         self.row_count = rows
         """Those that were written; some may have been taken out."""
-        self.page_count = pages
+        self.page_count = _page_count(rows)
         pairs, fences, self._start = _parts(most)
-        self._front = storage.map_to_read(fd, self._start - RUN_PAGE_BYTES, RUN_PAGE_BYTES, read_now=True)
-        self._pages = storage.map_to_read(fd, pages * RUN_PAGE_BYTES, self._start, read_now=False)
-        self.filter = np.frombuffer(self._front, np.uint64, 2 * pairs)
+        self._map = storage.map_to_read(fd, self._start - RUN_PAGE_BYTES, RUN_PAGE_BYTES)
+        self.filter = np.frombuffer(self._map, np.uint64, 2 * pairs)
         """See `fingerprint_filter.may_have`: whoever asks it first need not `find` most of what is not there."""
-        self.fences = np.frombuffer(self._front, np.uint64, pages, fences - RUN_PAGE_BYTES)
-        self._flat = np.frombuffer(self._pages, np.uint64)
-        self._quick = self.fences.data, self._flat.data
-        self.quick_filter = self.filter.data
+        self.fences = np.frombuffer(self._map, np.uint64, self.page_count, fences - RUN_PAGE_BYTES)
+        self._fences_sum = fences_sum
+        self.quick_filter, self._quick_fences = self.filter.data, self.fences.data
         """Memoryviews give ints, and quicker than the arrays do."""
+        self._is_lost = False
+        """Its fences are not right any more: it has no rows."""
+        self._is_changed = False
+        """Something was taken out, and is not DURABLE yet."""
+        self._is_told = False
+        """That it has a page that is not right."""
 
     @classmethod
     def open(cls, storage: Storage, path: Path) -> FingerprintRun:
-        """Damaged, UnknownFormat, FileNotFoundError, StoreFailed."""
+        """Damaged, Unreadable, UnknownFormat, FileNotFoundError, StoreFailed."""
         fd = storage.open(path, os.O_RDWR)
         try:
             header = storage.pread(fd, RUN_HEADER.size, 0).ljust(RUN_HEADER.size, b"\0")
-            magic, version, _, most, pages, rows, stored = RUN_HEADER.struct.unpack(header)
+            magic, version, _, most, pages, rows, fences_sum, stored = RUN_HEADER.struct.unpack(header)
             if magic != RUN_MAGIC:
                 raise Damaged(f"{path}: is no run of fingerprints")
             know_version(version, path)
-            if stored != checksum(header[:_CHECKED_BYTES]) or not 0 < rows <= min(most, pages * RUN_PAGE_ROWS):
+            if stored != checksum(header[:_CHECKED_BYTES]) or not 0 < rows <= most or pages != _page_count(rows):
                 raise Damaged(f"{path}: the header is damaged")
-            if storage.size(fd) < _parts(most)[2] + pages * RUN_PAGE_BYTES:
+            _, fences, start = _parts(most)
+            if storage.size(fd) < start + pages * RUN_PAGE_BYTES:
                 raise Damaged(f"{path}: is cut short")
-            return cls(storage, path, fd, most, pages, rows)
+            # Read by calls: what the disk refuses is an error then, and other threads run meanwhile.
+            for offset in range(RUN_PAGE_BYTES, start, _READ_AT_ONCE):
+                storage.pread(fd, min(_READ_AT_ONCE, start - offset), offset)
+            run = cls(storage, path, fd, most, rows, fences_sum)
         except BaseException:
             storage.close(fd)
             raise
+        if not run._has_right_fences() or (run.fences[1:] < run.fences[:-1]).any():
+            run.close()
+            raise Damaged(f"{path}: offset {fences}: the fences are damaged")
+        return run
 
     def close(self) -> None:
-        for view in (*self._quick, self.quick_filter):
+        for view in (self.quick_filter, self._quick_fences):
             view.release()
-        self.filter = self.fences = self._flat = np.zeros(0, np.uint64)
-        self._front.close()
-        self._pages.close()
+        self.filter = self.fences = _NO_ROWS
+        self._map.close()
         self._storage.close(self._fd)
+
+    def _has_right_fences(self) -> bool:
+        return checksum(self.fences.data.cast("B")) == self._fences_sum
 
     def find(self, high: U64, low: U64) -> U64:
         """The address of each fingerprint (see `fingerprint_table.halves`), HOLE where it is not there."""
-        if len(high) <= _FEW:
-            each = zip(high.tolist(), low.tolist(), strict=True)
-            return np.array([self.find_one(*mark) for mark in each], np.uint64)
-        places = self._places(high, low)
-        return np.where(places < 0, np.uint64(HOLE), self._flat[places + _WHERE])
+        found = np.zeros(len(high), np.uint64)
+        page_of = lru_cache(maxsize=2)(self._page)
+        order = np.argsort(high, kind="stable")
+        each = zip(order.tolist(), high[order].tolist(), low[order].tolist(), strict=True)
+        for at, one, other in each:
+            found[at] = self._row_of(one, other, page_of)[1]
+        return found
 
     def find_one(self, high: int, low: int) -> Address:
         """`find` of one, quicker."""
-        place = self._place_of(high, low)
-        return HOLE if place < 0 else Address(self._quick[1][place + _WHERE])
+        return self._row_of(high, low, self._page)[1]
 
-    def _place_of(self, high: int, low: int) -> int:
-        """Where the row begins among the words of all pages; -1: it is not there."""
-        fences, flat = self._quick
-        page = bisect_right(fences, high) - 1
+    def _row_of(self, high: int, low: int, page_of: _PageOf) -> tuple[int, Address]:
+        """At which offset of the file the row's address is, and the address; (0, HOLE): it is not there."""
+        fences = self._quick_fences
+        page = -1 if self._is_lost else bisect_right(fences, high) - 1
         while page >= 0:
-            start = page * _PAGE_WORDS
-            at = bisect_left(flat, high, start, start + RUN_PAGE_ROWS)
-            while at < start + RUN_PAGE_ROWS and flat[at] == high:
-                if flat[at + _LOW] == low:
-                    return at
-                at += 1
+            words = page_of(page)
+            if words is not None:
+                at = bisect_left(words, high, 0, RUN_PAGE_ROWS)
+                while at < RUN_PAGE_ROWS and words[at] == high:
+                    if words[at + _LOW] == low:
+                        word = at + _WHERE
+                        return self._start + page * RUN_PAGE_BYTES + word * _WORD_BYTES, Address(words[word])
+                    at += 1
             if fences[page] != high:
                 break
             page -= 1  # the page before may end with the same first half
-        return -1
+        return 0, HOLE
 
-    def _places(self, high: U64, low: U64) -> NDArray[np.int64]:
-        """`_place_of` of each."""
-        pages = np.searchsorted(self.fences, high, "right") - 1
-        start = (np.maximum(pages, 0) * _PAGE_WORDS).astype(np.uint64)
-        before = np.zeros(len(high), np.uint64)
-        for step in _STEPS:  # how many rows of its page are less
-            probe = before + step
-            inside = np.minimum(probe, np.uint64(RUN_PAGE_ROWS)) - np.uint64(1)
-            before[(probe <= RUN_PAGE_ROWS) & (self._flat[start + inside] < high)] += step
-        at = start + np.minimum(before, np.uint64(RUN_PAGE_ROWS - 1))
-        alike = (self._flat[at] == high) & (before < RUN_PAGE_ROWS) & (pages >= 0)
-        same = alike & (self._flat[at + np.uint64(_LOW)] == low)
-        places: NDArray[np.int64] = np.where(same, at.astype(np.int64), -1)
-        for other in np.flatnonzero(alike & ~same).tolist():  # half of it is the same, which hardly happens
-            places[other] = self._place_of(int(high[other]), int(low[other]))
-        return places
+    def _page(self, number: int) -> memoryview | None:
+        """The words of a page; None: it is not right, or cannot be read."""
+        try:
+            content = self._storage.pread(self._fd, RUN_PAGE_BYTES, self._start + number * RUN_PAGE_BYTES)
+        except Unreadable as error:
+            self._tell(str(error))
+            return None
+        return self._checked(number, content)
+
+    def _checked(self, number: int, content: bytes) -> memoryview | None:
+        """The words of what was read as a page; None: it is not right. The addresses may be any."""
+        if len(content) == RUN_PAGE_BYTES:
+            words = memoryview(content).cast("Q")
+            if words[_CHECKSUM] == checksum(content[:_HALVES_BYTES]) and words[0] == self._quick_fences[number]:
+                return words
+        self._tell(f"{self.path}: offset {self._start + number * RUN_PAGE_BYTES}: a page of fingerprints is damaged")
+        return None
+
+    def _tell(self, what: str) -> None:
+        """Once: a look-up may come by as often as it likes."""
+        if not self._is_told:
+            self._is_told = True
+            log.warning("blocks of a page of fingerprints are stored once more when they come again: %s", what)
 
     def rows(self, first: int, end: int) -> Rows:
-        """Those of pages `first` to `end` that were not taken out, ascending. They are read, not mapped: whoever wants
-        them wants all, and the kernel reads ahead. Unreadable."""
-        offset = self._start + first * RUN_PAGE_BYTES
-        content = self._storage.pread(self._fd, (end - first) * RUN_PAGE_BYTES, offset)
+        """Those of pages `first` to `end` that were not taken out, ascending, without those of pages that are not right
+        or cannot be read. Read at once: whoever wants them wants all, and the kernel reads ahead."""
+        if self._is_lost or first == end:
+            return _NO_ROWS, _NO_ROWS, _NO_ROWS
+        numbers, size = range(first, end), (end - first) * RUN_PAGE_BYTES
+        try:
+            content = self._storage.pread(self._fd, size, self._start + first * RUN_PAGE_BYTES).ljust(size, b"\0")
+        except Unreadable:
+            content = b"".join([self._page(number) or bytes(RUN_PAGE_BYTES) for number in numbers])
+        each = (content[at : at + RUN_PAGE_BYTES] for at in range(0, size, RUN_PAGE_BYTES))
+        right = np.array([page is not None for page in map(self._checked, numbers, each)])
         pages = np.frombuffer(content, np.uint64).reshape(-1, _PAGE_WORDS)
-        where = pages[:, _WHERE : _WHERE + RUN_PAGE_ROWS].ravel()
-        kept = where != HOLE
+        where = pages[:, _WHERE:_CHECKSUM].ravel()
+        kept = (where != HOLE) & np.repeat(right, RUN_PAGE_ROWS)
+        kept[self.row_count - first * RUN_PAGE_ROWS :] = False
         high, low = pages[:, :_LOW].ravel(), pages[:, _LOW:_WHERE].ravel()
         return (high, low, where) if kept.all() else (high[kept], low[kept], where[kept])
 
     def drop(self, entries: Sequence[tuple[bytes, Address]]) -> None:
-        """Takes out each fingerprint that has that address. DURABLE when it returns. StoreFull, StoreFailed."""
-        taken = [place for entry in entries if (place := self._place_if(entry)) >= 0]
-        for place in taken:
-            offset = self._start + (place + _WHERE) * _WORD_BYTES
-            self._storage.pwritev(self._fd, [bytes(_WORD_BYTES)], offset)
-        if taken:
+        """Takes out each fingerprint that has that address, and all of a page that would have it and is not right, or
+        cannot be read: it might be right another time. DURABLE when it returns. StoreFull, StoreFailed."""
+        if not self._is_lost and not self._has_right_fences():
+            self._is_lost = True
+            log.warning(
+                "blocks of a run of fingerprints are stored once more when they come again: %s: the fences are damaged",
+                self.path,
+            )
+        if self._is_lost:
+            self._change(0, bytes(RUN_HEADER.size))
+        page_of = lru_cache(maxsize=2)(self._page_or_emptied)
+        for mark, where in sorted(entries):
+            offset, found = self._row_of(*halves_of_one(mark), page_of)
+            if found == where != HOLE:
+                self._change(offset, bytes(_WORD_BYTES))
+        if self._is_changed:
             self._storage.datasync(self._fd)
+            self._is_changed = False
 
-    def _place_if(self, entry: tuple[bytes, Address]) -> int:
-        """Where the row of that fingerprint is, if it has that address; -1: it has not."""
-        mark, where = entry
-        place = self._place_of(*halves_of_one(mark))
-        return place if place >= 0 and self._quick[1][place + _WHERE] == where else -1
+    def _page_or_emptied(self, number: int) -> memoryview | None:
+        """`_page`, which is None for good then. StoreFull, StoreFailed."""
+        words = self._page(number)
+        if words is None:
+            self._change(self._start + number * RUN_PAGE_BYTES, bytes(RUN_PAGE_BYTES))
+        return words
+
+    def _change(self, offset: int, content: bytes) -> None:
+        self._is_changed = True
+        self._storage.pwritev(self._fd, [content], offset)
 
 
 class RunWriter:
@@ -197,8 +265,9 @@ class RunWriter:
         self._storage = storage
         self.path = path
         self._most = most
-        self._pairs, self._fences, self._pages = _parts(most)
+        self._pairs, self._fences_at, self._pages = _parts(most)
         self._page_count = 0
+        self._fences_sum = xxhash.xxh3_64()
         self.row_count = 0
         self._rest: Rows = (_NO_ROWS, _NO_ROWS, _NO_ROWS)
         """Less than a page of them."""
@@ -212,11 +281,13 @@ class RunWriter:
             raise
 
     def append(self, rows: Rows) -> None:
-        """These come behind those so far, ascending by their first halves, none twice. Not durable. StoreFull, ..."""
+        """These come behind those so far, ascending by their first halves, none twice. Not durable. Damaged: they are
+        more than there is room for. StoreFull, StoreFailed."""
         if not len(rows[0]):
             return
         self.row_count += len(rows[0])
-        assert self.row_count <= self._most, "more rows than the file has room for"
+        if self.row_count > self._most:
+            raise Damaged(f"{self.path}: more fingerprints come than there were said to be")
         self._filter(rows[0], rows[1])
         high, low, where = (np.concatenate(both) for both in zip(self._rest, rows, strict=True))
         whole = len(high) // RUN_PAGE_ROWS * RUN_PAGE_ROWS
@@ -241,8 +312,11 @@ class RunWriter:
             pages = np.zeros((count, _PAGE_WORDS), np.uint64)
             for start, column in ((0, high), (_LOW, low), (_WHERE, where)):
                 pages[:, start : start + RUN_PAGE_ROWS] = column.reshape(count, RUN_PAGE_ROWS)
+            pages[:, _CHECKSUM] = [checksum(page) for page in np.ascontiguousarray(pages[:, :_WHERE])]
             self._write(pages, self._pages + self._page_count * RUN_PAGE_BYTES)
-            self._write(pages[:, 0].copy(), self._fences + self._page_count * _WORD_BYTES)
+            fences = pages[:, 0].copy()
+            self._write(fences, self._fences_at + self._page_count * _WORD_BYTES)
+            self._fences_sum.update(fences.data.cast("B"))
             self._page_count += count
 
     def _write(self, numbers: NDArray[np.uint64], offset: int) -> None:
@@ -255,11 +329,12 @@ class RunWriter:
         if missing:
             fill = np.full(missing, _NOTHING), np.full(missing, _NOTHING), np.full(missing, np.uint64(HOLE))
             self._write_pages(*(np.concatenate(both) for both in zip(self._rest, fill, strict=True)))
-        counts = self._most, self._page_count, self.row_count
-        header = checked(RUN_HEADER.struct.pack(RUN_MAGIC, FORMAT_VERSION, b"", *counts, 0))
+        fences_sum = self._fences_sum.intdigest()
+        numbers = self._most, self._page_count, self.row_count, fences_sum
+        header = checked(RUN_HEADER.struct.pack(RUN_MAGIC, FORMAT_VERSION, b"", *numbers, 0))
         self._storage.pwritev(self._fd, [header], 0)
         self.sync()
-        run = FingerprintRun(self._storage, self.path, self._fd, *counts)
+        run = FingerprintRun(self._storage, self.path, self._fd, self._most, self.row_count, fences_sum)
         self._fd = -1
         return run
 
@@ -274,9 +349,10 @@ class RunWriter:
             self._storage.close(fd)
 
     def abandon(self) -> None:
-        """Removes the file. StoreFailed."""
+        """Removes the file, if it is there. StoreFailed."""
         self.close()
-        self._storage.unlink(self.path)
+        with suppress(FileNotFoundError):
+            self._storage.unlink(self.path)
 
 
 def write_run(storage: Storage, path: Path, most: int, pieces: Iterable[Rows]) -> FingerprintRun | None:

@@ -103,15 +103,14 @@ class Storage:
             pending = _after(pending, count)
         return total
 
-    def map_to_read(self, fd: int, length: int, offset: int, *, read_now: bool) -> mmap.mmap:
+    def map_to_read(self, fd: int, length: int, offset: int) -> mmap.mmap:
         """A part of the file, which it has, as memory that shows what is written to it. `offset` is of a page.
         StoreFailed.
 
-        With `read_now` it is read from the disk at once and then stays at hand; else page by page, when looked at.
+        It is read page by page, when looked at; where the disk refuses that, the process is killed (SIGBUS).
         """
-        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if read_now else 0)
         try:
-            mapped = mmap.mmap(fd, length, flags, mmap.PROT_READ, offset=offset)
+            mapped = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
         except OSError as error:
             _refused(error, self.path_of(fd), "cannot be mapped")
         mapped.madvise(mmap.MADV_RANDOM)

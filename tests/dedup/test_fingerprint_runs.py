@@ -241,7 +241,7 @@ def test_a_run_may_be_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: 
     if data.draw(st.booleans()):
         content = data.draw(either(whole))
     else:
-        counts = data.draw(st.tuples(*[st.integers(0, 600) | st.integers(0, (1 << 64) - 1)] * 3))
+        counts = data.draw(st.tuples(*[st.integers(0, 600) | st.integers(0, (1 << 64) - 1)] * 4))
         content = checked(RUN_HEADER.struct.pack(whole[:8], 1, b"", *counts, 0)) + whole[RUN_HEADER.size :]
     path.write_bytes(content)
     try:
