@@ -12,21 +12,22 @@ Invariants:
 - `prepare` gives the number of a run only once it is DURABLE, and no file goes that the last commit names;
 - what is dropped of a run is dropped of what it is becoming, before that is named;
 - memory does not depend on how long the runs are;
-- a merge that finds the disk full, or a page that cannot be read, is given up, and costs nothing.
+- a merge is given up, and costs nothing, whatever its own file meets; so it is when a run that it reads is damaged, and
+  those runs are left out of merges until the store is opened anew.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from dedup.errors import Damaged, StoreFailed, StoreFull, UnknownFormat, Unreadable
+from dedup.errors import Damaged, StoreError, StoreFailed, UnknownFormat
 from dedup.fingerprint_filter import bits_of_one, may_have, may_have_one
 from dedup.fingerprint_merge import FingerprintMerge
 from dedup.fingerprint_run import FingerprintRun, write_run
@@ -42,6 +43,8 @@ FAN: Final = 4
 """So many neighbours of one size are merged; a size is a fourfold range of rows."""
 _MERGED_PER_NEW: Final = 5
 """Rows merged for each new one at least: so none gathers while there are as many sizes, as in a store of 4 TiB."""
+_WAIT_MAX: Final = 64
+"""Commits that are let pass, at most, after merges that were given up one after the other: an hour of checkpoints."""
 
 
 def run_name(number: int) -> str:
@@ -71,6 +74,12 @@ class FingerprintRuns:
         """What they are once the next commit is done."""
         self._merge: FingerprintMerge | None = None
         self._merge_number = 0
+        self._left_out: set[int] = set()
+        """Numbers of runs that are not merged any more: one of them is damaged."""
+        self._wait = 0
+        """How many commits were let pass the last time, if the last merge was given up."""
+        self._wait_left = 0
+        """And how many are to pass before the next merge begins."""
         self._owed = 0
         """Rows to be merged before the next run is made."""
         found = {number for name in storage.listdir(directory) if (number := run_named(name)) is not None}
@@ -168,7 +177,9 @@ class FingerprintRuns:
             # One that was done only after `prepare` is named by the next commit.
             if self._merge is not None and self._merge.runs[0] not in self._runs.values():
                 self._merge = None
+                self._wait = 0
             self._remove(before)
+            self._wait_left = max(0, self._wait_left - 1)
 
     def _remove(self, runs: dict[int, FingerprintRun]) -> None:
         """Those of them that nothing names, nor will."""
@@ -182,8 +193,11 @@ class FingerprintRuns:
 
     def merge(self) -> bool:
         """The next piece of what is to be merged, some ten milliseconds of work. False: there is nothing to be done
-        until the next commit. StoreFailed."""
+        until the next commit. What the disk refuses and what is damaged is logged, and gives the merge up."""
         with self._lock:
+            if self._wait_left:
+                self._owed = 0
+                return False
             try:
                 if self._merge is None:
                     self._begin_merge()
@@ -191,29 +205,58 @@ class FingerprintRuns:
                     self._owed = 0
                     return False
                 self._owed -= self._merge.step()
-            except (StoreFull, Unreadable) as error:
+            except Damaged as damage:
+                log.warning("runs of fingerprints are not merged until the store is opened anew: %s", damage)
+                self._leave_out()
+                return False
+            except (StoreError, FileNotFoundError) as error:
                 log.warning("runs of fingerprints are not merged for now: %s", error)
                 self._give_up_merge()
+                self._back_off()
                 return False
+            except Exception:
+                self._leave_out()
+                raise
             return True
 
     def _begin_merge(self) -> None:
-        due = _due(self._runs)
+        due = _due(self._runs, self._left_out)
         if due:
             self._merge_number, path = self._new_path()
             self._merge = FingerprintMerge(self._storage, path, [self._runs[number] for number in due])
 
+    def _leave_out(self) -> None:
+        """Gives the merge up for good. Which of its runs it was is not looked for: the others stay as they are, too."""
+        if self._merge is not None:
+            self._left_out.update(number for number, run in self._runs.items() if run in self._merge.runs)
+        self._give_up_merge()
+
     def _give_up_merge(self) -> None:
         merge, self._merge = self._merge, None
-        if merge is not None:
+        if merge is None or (self._prepared is not None and merge.merged in self._prepared.values()):
+            return  # what a commit may name is removed by the next `prepare`
+        try:
             merge.abandon()
+        except FileNotFoundError:
+            pass  # nothing was left to be written
+        except StoreError as error:
+            log.warning("left until the store is opened anew: %s", error)
+
+    def _back_off(self) -> None:
+        self._wait = self._wait_left = min(max(1, 2 * self._wait), _WAIT_MAX)
 
     def drop(self, entries: Sequence[tuple[bytes, Address]]) -> None:
         """Takes out each fingerprint that has that address. DURABLE when it returns. StoreFull, StoreFailed."""
         with self._lock:
             for run in self._runs.values():
                 run.drop(entries)
-            if self._merge is not None and not self._merge.drop(entries):
+            try:
+                is_kept = self._merge is None or self._merge.drop(entries)
+            except StoreError as error:
+                log.warning("runs of fingerprints are not merged for now: %s", error)
+                self._back_off()
+                is_kept = False
+            if not is_kept:
                 self._give_up_merge()
 
     def close(self) -> None:
@@ -229,10 +272,11 @@ class FingerprintRuns:
             self._runs, self._prepared = {}, None
 
 
-def _due(runs: dict[int, FingerprintRun]) -> list[int]:
+def _due(runs: dict[int, FingerprintRun], left_out: Container[int] = ()) -> list[int]:
     """The smallest FAN neighbours or more of one size; a run counts as at least as large as those after it."""
     sizes = [run.row_count.bit_length() // 2 for run in runs.values()]
     grown = list(accumulate(reversed(sizes), max))[::-1]
-    numbered = zip(grown, runs, strict=True)
-    alike = [[number for _, number in some] for _, some in groupby(numbered, key=lambda one: one[0])]
-    return next((some for some in reversed(alike) if len(some) >= FAN), [])
+    numbered = [(size, number in left_out, number) for size, number in zip(grown, runs, strict=True)]
+    alike = [[*some] for _, some in groupby(numbered, key=lambda one: one[:2])]
+    due = (some for some in reversed(alike) if len(some) >= FAN and not some[0][1])
+    return [number for *_, number in next(due, [])]
