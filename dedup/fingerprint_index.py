@@ -252,6 +252,10 @@ class FingerprintIndex:
         False: there is none until the next commit. StoreFailed."""
         return self._runs.merge()
 
+    def give_room(self) -> None:
+        """The disk is full: what nothing names yet goes from it. Waits for nothing; any thread."""
+        self._runs.give_room()
+
     def remove(self, txn: Txn, entries: Iterable[tuple[bytes, Address]]) -> None:
         """Takes out, in the caller's write transaction, each fingerprint that still stands for that address.
 

@@ -29,7 +29,7 @@ from typing import Final
 
 import numpy as np
 
-from dedup.errors import Damaged, StoreError, StoreFailed, UnknownFormat, Unreadable
+from dedup.errors import Damaged, StoreError, StoreFailed, StoreFull, UnknownFormat, Unreadable
 from dedup.fingerprint_filter import bits_of_one, may_have, may_have_one
 from dedup.fingerprint_merge import FingerprintMerge
 from dedup.fingerprint_run import FingerprintRun, write_run
@@ -45,6 +45,10 @@ FAN: Final = 4
 """So many neighbours of one size are merged; a size is a fourfold range of rows."""
 _MERGED_PER_NEW: Final = 5
 """Rows merged for each new one at least: so none gathers while there are as many sizes, as in a store of 4 TiB."""
+_ROW_BYTES_MAX: Final = 32
+"""Of a row of a merged run on the disk, with its share of the filter, of a fence and of what fills up pages."""
+RESERVE_BYTES: Final = 64 << 20
+"""What a merge leaves free for the store's other writing, at least when it begins."""
 _WAIT_MAX: Final = 64
 """Commits that are let pass, at most, after merges that were given up one after the other: an hour of checkpoints."""
 
@@ -82,6 +86,8 @@ class FingerprintRuns:
         self._merge_number = 0
         self._left_out: set[int] = set()
         """Numbers of runs that are not merged any more: one of them is damaged."""
+        self._is_cramped = False
+        """A merge is to be given up: something else found the disk full."""
         self._wait = 0
         """How many commits were let pass the last time, if the last merge was given up."""
         self._wait_left = 0
@@ -175,6 +181,8 @@ class FingerprintRuns:
             pass
         with self._lock:
             failed, self._prepared = self._prepared, None
+            if self._is_cramped:
+                self._give_room()
             self._remove(failed or {})
             prepared = self._merged()
             if table is not None and len(table):
@@ -224,6 +232,9 @@ class FingerprintRuns:
             if self._wait_left:
                 self._owed = 0
                 return False
+            if self._is_cramped:
+                self._give_room()
+                return False
             try:
                 if self._merge is None:
                     self._begin_merge()
@@ -245,9 +256,29 @@ class FingerprintRuns:
                 raise
             return True
 
+    def give_room(self) -> None:
+        """The disk is full: gives up a merge that no commit names yet. Waits for nothing: a piece that is under way is
+        the last one. Any thread."""
+        self._is_cramped = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._give_room()
+            finally:
+                self._lock.release()
+
+    def _give_room(self) -> None:
+        self._is_cramped = False
+        if self._merge is not None:
+            log.warning("runs of fingerprints are not merged for now: the disk is full")
+            self._give_up_merge()
+            self._back_off()
+
     def _begin_merge(self) -> None:
         due = _due(self._runs, self._left_out)
         if due:
+            wanted = sum(self._runs[number].row_count for number in due) * _ROW_BYTES_MAX + RESERVE_BYTES
+            if self._storage.free_bytes(self._directory) < wanted:
+                raise StoreFull(f"{self._directory}: a merge needs {wanted} bytes free; free space on the store's disk")
             self._merge_number, path = self._new_path()
             self._merge = FingerprintMerge(self._storage, path, [self._runs[number] for number in due])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dedup import fingerprint_index, fingerprint_merge
+from dedup import fingerprint_index, fingerprint_merge, fingerprint_runs
 from dedup.catalog import Index
 from dedup.errors import Damaged, StoreFailed, StoreFull, Unreadable
 from dedup.fingerprint_index import FingerprintIndex
@@ -18,12 +18,14 @@ from dedup.fingerprint_run import FingerprintRun
 from dedup.fingerprint_runs import FAN, RUN_SUFFIX, FingerprintRuns, run_name
 from dedup.fingerprint_table import U64, Rows, halves_of_one
 from dedup.storage import Buffer, Storage
+from dedup.store import Store
 from dedup.types import Address, ContainerId
 from dedup.watermark import Watermark
 from tests.dedup.crash_storage import unsynced
 from tests.dedup.faults import open_descriptors
 from tests.dedup.test_fingerprint_index import fp
 from tests.dedup.test_fingerprint_runs import found_in, settled, spread
+from tests.dedup.test_store import check_moment, filled
 
 
 @pytest.fixture(autouse=True)
@@ -365,3 +367,86 @@ def test_a_lost_run_on_a_full_disk_keeps_no_store_from_opening(tmp_path: Path, m
     index.close()
     env.close()
     assert open_descriptors() == known
+
+
+class Cramped(Storage):
+    """A disk with so much room for what is written to files from now on; what is removed gives its room back."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+        self._limit: int | None = None
+
+    def _used(self) -> int:
+        return sum(path.stat().st_blocks * 512 for path in self._directory.rglob("*") if path.is_file())
+
+    def leave(self, room: int | None) -> None:
+        self._limit = None if room is None else self._used() + room
+
+    def free_bytes(self, path: Path) -> int:
+        return 1 << 62 if self._limit is None else max(0, self._limit - self._used())
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+        if self._limit is not None and self._used() + sum(map(len, buffers)) > self._limit:
+            raise FULL
+        super().pwritev(fd, buffers, offset)
+
+
+def test_no_merge_begins_without_room_for_all_of_it_and_more(tmp_path: Path) -> None:
+    storage = Cramped(tmp_path)
+    runs, model = runs_due(storage, tmp_path)
+    storage.leave(fingerprint_runs.RESERVE_BYTES + len(model) * 24)
+    assert not runs.merge() and files(tmp_path) == set(map(run_name, runs.numbers))
+    settled(runs)
+    storage.leave(fingerprint_runs.RESERVE_BYTES + len(model) * 32)
+    assert runs.merge()
+    made = files(tmp_path) - set(map(run_name, runs.numbers))
+    assert merged_whole(runs) == 1 and made == files(tmp_path)
+    assert os.stat(tmp_path / made.pop()).st_blocks * 512 < len(model) * 32 + 3 * 4096
+    assert found_in(runs, [*model]) == model
+    runs.close()
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_merge_gives_its_room_to_ingest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_done: bool) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 1500)
+    monkeypatch.setattr(fingerprint_merge, "_PAGES_PER_PIECE", 8)
+    path = tmp_path / "store"
+    Store.create(path)
+    store, model, volume = filled(path)
+    store.close()
+    storage = Cramped(path)
+    store = Store.open(path, storage)
+    group = store.group("g")
+    while len(store.index.fingerprint_runs()) < FAN:
+        group.ingest([model.write(volume, 0, os.urandom(1 << 20))])
+        store.checkpoint()
+    named = set(map(run_name, store.index.fingerprint_runs()))
+    while store.merge() and (is_done or len(files(path / "index") - {"data.mdb", "lock.mdb"}) == len(named)):
+        pass
+    (made,) = files(path / "index") - named - {"data.mdb", "lock.mdb"}
+    storage.leave(os.stat(path / "index" / made).st_size // 8 - 4096)
+    data = os.urandom(os.stat(path / "index" / made).st_size // 4096 // 6 * 4096)
+    record = model.write(volume, 0, data)
+    with pytest.raises(StoreFull):
+        group.ingest([record])
+    assert files(path / "index") == {*named, "data.mdb", "lock.mdb"}
+    assert not store.merge()
+    group.ingest([record])
+    storage.leave(None)
+    store.checkpoint()
+    check_moment(group.reader(), model, model.seq)
+    store.close()
+
+
+def test_a_full_disk_waits_for_no_piece_of_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_merge, "_PAGES_PER_PIECE", 1)
+    runs, model = runs_due(Storage(), tmp_path)
+    assert runs.merge()
+    with runs._lock:  # as a piece has it
+        runs.give_room()
+        assert len(files(tmp_path)) == FAN + 1
+    assert not runs.merge() and len(files(tmp_path)) == FAN
+    settled(runs)
+    assert merged_whole(runs) == 1 and found_in(runs, [*model]) == model
+    runs.close()
