@@ -210,11 +210,13 @@ class FingerprintIndex:
         """Puts what is due into runs, and names them in the caller's write transaction; it counts when that is
         committed. StoreFull, StoreFailed.
 
-        `watermark` is what it covers; without one (a rebuild of the index) everything goes into a run.
+        `watermark` is what it covers; there is none in the middle of a rebuild of the index. What a rebuild that is
+        killed had not yet put into a run is found by no later one.
         """
         merged, gone = self.merged, self._gone_count
-        is_all = watermark is None or merged is None
-        is_run = is_all or len(self._unmerged) + len(self._frozen) + gone > UNMERGED_MAX
+        is_run = len(self._unmerged) + len(self._frozen) + gone > UNMERGED_MAX
+        is_all = is_run if watermark is None else merged is None
+        is_run = is_run or is_all
         if is_all:
             self._gather()
         numbers = self._runs.prepare(self._unmerged if is_run else None)

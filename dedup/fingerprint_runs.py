@@ -44,7 +44,13 @@ _RUN_DIGITS: Final = 10
 FAN: Final = 4
 """So many neighbours of one size are merged; a size is a fourfold range of rows."""
 _MERGED_PER_NEW: Final = 5
-"""Rows merged for each new one at least: so none gathers while there are as many sizes, as in a store of 4 TiB."""
+"""Rows merged for each new one before the next run is made, at least: one for each size of a store of 4 TiB."""
+_MANY: Final = 24
+_MERGED_PER_MANY: Final = 4
+"""So many more for each run there is beyond _MANY: runs gather while large ones are merged. Some 40 are open at most in
+a store of 4 TiB, some 64 in one of 16 TiB; more only where merges are given up."""
+_ROWS_PER_PIECE_MIN: Final = 256
+"""What a piece counts for at least, so that those of which all was taken out have an end, too."""
 _ROW_BYTES_MAX: Final = 32
 """Of a row of a merged run on the disk, with its share of the filter, of a fence and of what fills up pages."""
 RESERVE_BYTES: Final = 64 << 20
@@ -84,6 +90,8 @@ class FingerprintRuns:
         """Numbers of runs of which damage was logged."""
         self._merge: FingerprintMerge | None = None
         self._merge_number = 0
+        self._pieces_left = 0
+        """More than there are of the merge, where its runs are whole: a page is two pieces at most."""
         self._left_out: set[int] = set()
         """Numbers of runs that are not merged any more: one of them is damaged."""
         self._is_cramped = False
@@ -190,7 +198,8 @@ class FingerprintRuns:
                 run = write_run(self._storage, path, len(table), table.pieces())
                 assert run is not None, "the table has rows"
                 prepared[number] = run
-                self._owed += _MERGED_PER_NEW * run.row_count
+                per_row = _MERGED_PER_NEW + _MERGED_PER_MANY * max(0, len(prepared) - _MANY)
+                self._owed += per_row * run.row_count
             self._prepared = prepared
             return list(prepared)
 
@@ -238,10 +247,15 @@ class FingerprintRuns:
             try:
                 if self._merge is None:
                     self._begin_merge()
-                if self._merge is None or self._merge.is_done:
+                if self._merge is None:
                     self._owed = 0
                     return False
-                self._owed -= self._merge.step()
+                if self._merge.is_done:
+                    return False  # it waits to be named; what is owed beyond it stays owed
+                if self._pieces_left == 0:
+                    raise Damaged(f"{self._path(self._merge_number)}: to be merged from runs of which there is no end")
+                self._pieces_left -= 1
+                self._owed -= max(self._merge.step(), _ROWS_PER_PIECE_MIN)
             except Damaged as damage:
                 log.warning("runs of fingerprints are not merged until the store is opened anew: %s", damage)
                 self._leave_out()
@@ -280,7 +294,9 @@ class FingerprintRuns:
             if self._storage.free_bytes(self._directory) < wanted:
                 raise StoreFull(f"{self._directory}: a merge needs {wanted} bytes free; free space on the store's disk")
             self._merge_number, path = self._new_path()
-            self._merge = FingerprintMerge(self._storage, path, [self._runs[number] for number in due])
+            runs = [self._runs[number] for number in due]
+            self._merge = FingerprintMerge(self._storage, path, runs)
+            self._pieces_left = 2 * sum(run.page_count + 1 for run in runs)
 
     def _leave_out(self) -> None:
         """Gives the merge up for good. Which of its runs it was is not looked for: the others stay as they are, too."""

@@ -359,6 +359,25 @@ def test_no_row_of_before_is_an_address(fixture: Fixture) -> None:
     assert not list(fixture.directory.glob("*.rwf"))
 
 
+def test_a_rebuild_makes_runs_of_as_many_as_memory_has(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 100)
+    marks = [fp(number) for number in range(1, 331)]
+    for at in range(0, 330, 30):
+        for mark in marks[at : at + 30]:
+            fixture.store(mark)
+        fixture.index.freeze()
+        with fixture.env.write() as txn:
+            fixture.index.commit(txn)
+        fixture.index.committed()
+        assert len(fixture.env.fingerprint_runs()) == (at + 30) // 120
+        assert fixture.index.lookup(marks[: at + 30]) == [*fixture.slots]
+    fixture.index.note(fp(1000), address(CONTAINER, fixture.used))
+    fixture.checkpoint()
+    fixture.reopen()
+    assert len(fixture.env.fingerprint_runs()) == 3 and fixture.index.unmerged_count == 0
+    assert fixture.index.lookup(marks) == [*fixture.slots]
+
+
 @pytest.mark.parametrize(
     "spoil", [Path.unlink, lambda path: path.write_bytes(b"torn"), lambda path: os.truncate(path, 5000)]
 )

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dedup import fingerprint_index, fingerprint_merge, fingerprint_runs
 from dedup.catalog import Index
 from dedup.errors import Damaged, StoreFailed, StoreFull, Unreadable
 from dedup.fingerprint_index import FingerprintIndex
+from dedup.fingerprint_merge import FingerprintMerge
 from dedup.fingerprint_run import FingerprintRun
 from dedup.fingerprint_runs import FAN, RUN_SUFFIX, FingerprintRuns, run_name
 from dedup.fingerprint_table import U64, Rows, halves_of_one
@@ -24,7 +26,7 @@ from dedup.watermark import Watermark
 from tests.dedup.crash_storage import unsynced
 from tests.dedup.faults import open_descriptors
 from tests.dedup.test_fingerprint_index import fp
-from tests.dedup.test_fingerprint_runs import found_in, settled, spread
+from tests.dedup.test_fingerprint_runs import Marks, dense, found_in, settled, spread
 from tests.dedup.test_store import check_moment, filled
 
 
@@ -207,6 +209,83 @@ def test_a_removal_that_the_merged_run_refuses_costs_the_merge(
     assert found_in(runs, [*model]) == left
     runs.close()
     assert open_descriptors() == known
+
+
+def test_a_merge_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, model = runs_due(Storage(), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(FingerprintMerge, "step", lambda merge: 0)
+        settled(runs, dict.fromkeys(spread(random.Random(5), 400), 99_999))  # what is owed
+        settled(runs, dict.fromkeys(spread(random.Random(6), 400), 99_999))
+        while runs.merge():
+            pass
+    assert not runs.merge() and files(tmp_path) == set(map(run_name, runs.numbers))
+    assert found_in(runs, [*model]) == model
+    runs.close()
+
+
+@pytest.mark.parametrize("marks", [dense, spread])
+def test_no_merge_has_more_pieces_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fingerprint_merge, "_PAGES_PER_PIECE", 1)
+    rng = random.Random(8)
+    runs = FingerprintRuns(Storage(), tmp_path, [])
+    for _ in range(FAN):
+        settled(runs, dict.fromkeys(marks(rng, 2000), 1))
+    assert merged_whole(runs) == 1 and not caplog.text
+    runs.close()
+
+
+def test_however_many_runs_are_made_few_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a rebuild, where nothing is merged beside. A run is of one row here, and stands for a million."""
+    monkeypatch.setattr(fingerprint_runs, "_ROWS_PER_PIECE_MIN", 0)
+    monkeypatch.setattr(fingerprint_runs, "write_run", lambda storage, path, most, pieces: PretendedRun(most))
+    monkeypatch.setattr(fingerprint_runs, "FingerprintMerge", PretendedMerge)
+    runs, most = FingerprintRuns(Storage(), tmp_path, []), 0
+    for _ in range(1 << 10):  # of 4 GiB of blocks each: 4 TiB
+        runs.prepare(PretendedTable(1 << 20))  # type: ignore[arg-type]
+        runs.settle()
+        most = max(most, len(runs))
+    assert runs.row_count == 1 << 30 and most <= 64
+
+
+@dataclass(frozen=True, slots=True)
+class PretendedTable:
+    row_count: int
+
+    def __len__(self) -> int:
+        return self.row_count
+
+    def pieces(self) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class PretendedRun:
+    row_count: int
+    path = Path("is not there")
+
+    @property
+    def page_count(self) -> int:
+        return self.row_count
+
+    def close(self) -> None: ...
+
+
+class PretendedMerge:
+    def __init__(self, storage: Storage, path: Path, runs: Sequence[PretendedRun]) -> None:
+        self.runs = tuple(runs)
+        self.is_done = False
+        self.merged: PretendedRun | None = None
+        self._left = sum(run.row_count for run in runs)
+
+    def step(self) -> int:
+        rows = min(65_000, self._left)
+        self._left -= rows
+        if not self._left:
+            self.is_done = True
+            self.merged = PretendedRun(sum(run.row_count for run in self.runs))
+        return rows
 
 
 class NoDescriptors(Storage):
