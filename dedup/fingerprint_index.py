@@ -32,7 +32,7 @@ import numpy as np
 from dedup.errors import StoreFull
 from dedup.fingerprint_runs import FingerprintRuns
 from dedup.fingerprint_table import U64, FingerprintTable, halves, halves_of_one
-from dedup.fingerprint_upgrade import upgrade
+from dedup.fingerprint_upgrade import forget_old, upgrade
 from dedup.layout import FINGERPRINT_BYTES
 from dedup.storage import Storage
 from dedup.types import HOLE, Address, ContainerId
@@ -74,7 +74,7 @@ class FingerprintIndex:
 
     def __init__(self, index: Index, storage: Storage) -> None:
         self._index = index
-        upgrade(index, storage)
+        self._has_old = not upgrade(index, storage)
         named = list(index.fingerprint_runs())
         self._runs = FingerprintRuns(storage, Path(index.env.path()), named)
         self._named: list[int] | None = named
@@ -271,6 +271,8 @@ class FingerprintIndex:
         if self._runs.numbers != self._named:
             self._named = None  # until a commit has said it
             self._index.put_fingerprint_runs(txn, self._runs.numbers)
+        if self._has_old:
+            forget_old(self._index, txn, entries)
         for fingerprint, where in entries:
             for layer in (self._recent, self._frozen):
                 if layer.get(fingerprint) == where:
