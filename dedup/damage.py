@@ -22,7 +22,8 @@ INDEX: Final = "index-equals-journal"
 CONTAINERS: Final = "containers"
 CATALOG: Final = "catalog"
 POLICY: Final = "policy"
-CHECKS: Final = (JOURNAL, MANIFEST, POINTERS, INDEX, CONTAINERS, CATALOG, POLICY)
+FINGERPRINTS: Final = "fingerprints"
+CHECKS: Final = (JOURNAL, MANIFEST, POINTERS, INDEX, CONTAINERS, CATALOG, POLICY, FINGERPRINTS)
 """The names of the checks, in the order of the report; `verify` says what each is."""
 
 LATEST: Final = "latest"
