@@ -86,8 +86,6 @@ class FingerprintRuns:
         """What they are once the next commit is done."""
         self.unopened: list[int] = []
         """Those that the last commit names, too, and that cannot be read for now."""
-        self._told: set[int] = set()
-        """Numbers of runs of which damage was logged."""
         self._merge: FingerprintMerge | None = None
         self._merge_number = 0
         self._pieces_left = 0
@@ -149,37 +147,23 @@ class FingerprintRuns:
         return sum(run.row_count for run in self._runs.values())
 
     def find_one(self, high: int, low: int) -> Address:
-        """The address of the fingerprint with these halves, HOLE if it is not there, or where a run is damaged."""
+        """The address of the fingerprint with these halves, HOLE if it is not there."""
         bits = bits_of_one(low)
-        for number, run in self._runs.items():
-            if may_have_one(run.quick_filter, high, bits) and (where := self._find_one(number, high, low)) != HOLE:
+        for run in self._runs.values():
+            if may_have_one(run.quick_filter, high, bits) and (where := run.find_one(high, low)) != HOLE:
                 return where
         return HOLE
-
-    def _find_one(self, number: int, high: int, low: int) -> Address:
-        try:
-            return self._runs[number].find_one(high, low)
-        except Damaged as damage:
-            if number not in self._told:
-                self._told.add(number)
-                log.warning("blocks of a run of fingerprints are stored once more when they come again: %s", damage)
-            return HOLE
 
     def find(self, high: U64, low: U64) -> U64:
         """`find_one` of each."""
         found = np.zeros(len(high), np.uint64)
-        runs = list(self._runs.items())
+        runs = list(self._runs.values())
         if runs:
-            indices, places = may_have([run.filter for _, run in runs], high, low)
-            for index in np.unique(indices).tolist():  # the oldest comes first, and counts
-                there = places[indices == index]
+            numbers, places = may_have([run.filter for run in runs], high, low)
+            for number in np.unique(numbers).tolist():  # the oldest comes first, and counts
+                there = places[numbers == number]
                 there = there[found[there] == HOLE]
-                number, run = runs[index]
-                try:
-                    found[there] = run.find(high[there], low[there])
-                except Damaged:  # of one page: what is in others is found
-                    each = zip(high[there].tolist(), low[there].tolist(), strict=True)
-                    found[there] = [self._find_one(number, *mark) for mark in each]
+                found[there] = runs[number].find(high[there], low[there])
         return found
 
     def prepare(self, table: FingerprintTable | None) -> list[int]:
@@ -321,16 +305,11 @@ class FingerprintRuns:
     def drop(self, entries: Sequence[tuple[bytes, Address]]) -> None:
         """Takes out each fingerprint that has that address. DURABLE when it returns. StoreFull, StoreFailed.
 
-        A run of which it cannot be told what it has is done without from then on, and `unopened`: nothing may count on
-        what was taken out before LMDB does not name those any more.
+        What is `unopened` has it yet: nothing may count on the removal before LMDB does not name those any more.
         """
         with self._lock:
-            for number, run in list(self._runs.items()):
-                try:
-                    run.drop(entries)
-                except Damaged as damage:
-                    log.warning("a run of fingerprints is done without from now on: %s", damage)
-                    self._do_without(number)
+            for run in self._runs.values():
+                run.drop(entries)
             try:
                 is_kept = self._merge is None or self._merge.drop(entries)
             except StoreError as error:
@@ -339,16 +318,6 @@ class FingerprintRuns:
                 is_kept = False
             if not is_kept:
                 self._give_up_merge()
-
-    def _do_without(self, number: int) -> None:
-        run = self._runs[number]
-        if self._merge is not None and run in self._merge.runs:
-            self._give_up_merge()
-        self._runs = {other: one for other, one in self._runs.items() if other != number}
-        if self._prepared is not None:  # a commit that failed was to name it
-            self._prepared.pop(number, None)
-        run.close()
-        self.unopened.append(number)
 
     def close(self) -> None:
         """Without another write: files that nothing names are left to whoever opens the store next."""

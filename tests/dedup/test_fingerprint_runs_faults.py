@@ -18,7 +18,7 @@ from dedup.fingerprint_index import FingerprintIndex
 from dedup.fingerprint_merge import FingerprintMerge
 from dedup.fingerprint_run import FingerprintRun
 from dedup.fingerprint_runs import FAN, RUN_SUFFIX, FingerprintRuns, run_name
-from dedup.fingerprint_table import U64, Rows, halves_of_one
+from dedup.fingerprint_table import Rows
 from dedup.storage import Buffer, Storage
 from dedup.store import Store
 from dedup.types import Address, ContainerId
@@ -372,57 +372,6 @@ def test_what_was_removed_meanwhile_does_not_come_back_with_a_run_that_could_not
     assert not list(tmp_path.glob(f"*{RUN_SUFFIX}"))
     index.close()
     env.close()
-
-
-def test_a_removal_that_a_run_cannot_do_unnames_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
-    known = open_descriptors()
-    env, index = index_with_runs(tmp_path, Storage(), is_first=True)
-    with monkeypatch.context() as patch:
-
-        def refused(run: FingerprintRun, entries: object) -> None:
-            raise Unreadable(f"{run.path}: the disk refuses")
-
-        patch.setattr(FingerprintRun, "drop", refused)
-        with env.write() as txn:
-            index.remove(txn, [(fp(1), Address(1))])
-    assert env.fingerprint_runs() == () and index.lookup([fp(1)]) == [None]
-    index.note(fp(5), Address(5))
-    committed(env, index)
-    committed(env, index)
-    index.close()
-    env.close()
-    env, index = index_with_runs(tmp_path, Storage())
-    assert index.lookup([fp(1), fp(5)]) == [None, 5]
-    index.close()
-    env.close()
-    assert open_descriptors() == known
-
-
-@pytest.mark.parametrize("error", [Damaged("rotten"), Unreadable("the disk refuses")])
-def test_a_page_that_is_damaged_costs_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
-) -> None:
-    runs, model = runs_due(Storage(), tmp_path, count=1)
-    lost = set(random.Random(3).sample(sorted(model), 9))
-    halves_lost = set(map(halves_of_one, lost))
-    find, find_one = FingerprintRun.find, FingerprintRun.find_one
-
-    def spoiled_find(run: FingerprintRun, high: U64, low: U64) -> U64:
-        if halves_lost.intersection(zip(high.tolist(), low.tolist(), strict=True)):
-            raise error
-        return find(run, high, low)
-
-    def spoiled_find_one(run: FingerprintRun, high: int, low: int) -> Address:
-        if (high, low) in halves_lost:
-            raise error
-        return find_one(run, high, low)
-
-    monkeypatch.setattr(FingerprintRun, "find", spoiled_find)
-    monkeypatch.setattr(FingerprintRun, "find_one", spoiled_find_one)
-    assert found_in(runs, [*model]) == {mark: where for mark, where in model.items() if mark not in lost}
-    assert caplog.text.count(str(error)) == 1
-    runs.close()
 
 
 def test_a_lost_run_on_a_full_disk_keeps_no_store_from_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
