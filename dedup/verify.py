@@ -6,11 +6,11 @@
                            there and has the fingerprint that the journal says; on request its bytes match it
     index-equals-journal   the index opens, and every checkpoint in it (volumes, pointer maps; of the last one also
                            names, gaps, clock runs) equals a replay of the journal up to there
+    fingerprints           every run of fingerprints that the index names opens; one that does not costs deduplication,
+                           and nothing else
     containers             every container that is named opens: header, form, sealed table
     policy                 the retention policy reads, where one was set
     catalog                snapshots and bookmarks name recovery points that are held; gaps are well-formed
-    fingerprints           every run of fingerprints that the index names opens; one that does not costs deduplication,
-                           and nothing else
 
 It runs beside a writer: what is appended after it began is left for the next time, a last entry that is not whole is
 the end. Memory: `reachability` (a bit per slot) and `head_replay` (bounded windows) say what they take.
