@@ -19,10 +19,11 @@ JOURNAL: Final = "journal"
 MANIFEST: Final = "manifest"
 POINTERS: Final = "pointers-resolve"
 INDEX: Final = "index-equals-journal"
+FINGERPRINTS: Final = "fingerprints"
 CONTAINERS: Final = "containers"
 CATALOG: Final = "catalog"
 POLICY: Final = "policy"
-CHECKS: Final = (JOURNAL, MANIFEST, POINTERS, INDEX, CONTAINERS, CATALOG, POLICY)
+CHECKS: Final = (JOURNAL, MANIFEST, POINTERS, INDEX, FINGERPRINTS, CONTAINERS, CATALOG, POLICY)
 """The names of the checks, in the order of the report; `verify` says what each is."""
 
 LATEST: Final = "latest"

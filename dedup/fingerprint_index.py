@@ -21,6 +21,7 @@ Called by one thread at a time, but `merge`. `lookup` of a stored fingerprint co
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from dedup.errors import StoreFull
 from dedup.fingerprint_runs import FingerprintRuns
 from dedup.fingerprint_table import U64, FingerprintTable, halves, halves_of_one
-from dedup.fingerprint_upgrade import upgrade
+from dedup.fingerprint_upgrade import forget_old, upgrade
 from dedup.layout import FINGERPRINT_BYTES
 from dedup.storage import Storage
 from dedup.types import HOLE, Address, ContainerId
@@ -38,6 +40,8 @@ from dedup.watermark import Merged, Watermark
 
 if TYPE_CHECKING:
     from dedup.catalog import Index, Txn
+
+log = logging.getLogger(__name__)
 
 UNMERGED_MAX: Final = 1 << 20
 """Fingerprints that stay out of the runs at most: those of 4 GiB of blocks, 24 MB of memory. The removed ones among
@@ -55,6 +59,7 @@ _ROW: Final = np.dtype(f"V{FINGERPRINT_BYTES}")
 class _Next:
     """What becomes true once the caller's transaction is committed."""
 
+    named: list[int]
     merged: Merged | None
     covered: Watermark
     gone_count: int
@@ -69,12 +74,16 @@ class FingerprintIndex:
 
     def __init__(self, index: Index, storage: Storage) -> None:
         self._index = index
-        upgrade(index, storage)
+        self._has_old = not upgrade(index, storage)
         named = list(index.fingerprint_runs())
         self._runs = FingerprintRuns(storage, Path(index.env.path()), named)
-        if self._runs.numbers != named:
-            with index.write() as txn:  # one that can be read again some day has what was removed meanwhile
-                index.put_fingerprint_runs(txn, self._runs.numbers)
+        self._named: list[int] | None = named
+        """The runs that LMDB names, None when it is not known."""
+        try:
+            self._unname_lost()
+        except BaseException:
+            self._runs.close()
+            raise
         self._recent: dict[bytes, Address] = {}
         self._frozen: dict[bytes, Address] = {}
         self._unmerged = FingerprintTable()
@@ -85,6 +94,20 @@ class FingerprintIndex:
         self._gone_count = 0
         """How many slots are named under `gone`; more than there are, where a transaction that named some failed."""
         self._next: _Next | None = None
+
+    def _unname_lost(self) -> None:
+        """One that can be read again some day has what was removed meanwhile."""
+        there = {*self._runs.numbers, *self._runs.unopened}
+        kept = [number for number in self._named or () if number in there]
+        if kept != self._named:
+            self._named = None
+            try:
+                with self._index.write() as txn:
+                    self._index.put_fingerprint_runs(txn, kept)
+            except StoreFull as error:
+                log.warning("runs that are lost stay named until the next commit: %s", error)
+            else:
+                self._named = kept
 
     @property
     def pending_count(self) -> int:
@@ -187,22 +210,25 @@ class FingerprintIndex:
         """Puts what is due into runs, and names them in the caller's write transaction; it counts when that is
         committed. StoreFull, StoreFailed.
 
-        `watermark` is what it covers; without one (a rebuild of the index) everything goes into a run.
+        `watermark` is what it covers; there is none in the middle of a rebuild of the index. What a rebuild that is
+        killed had not yet put into a run is found by no later one.
         """
         merged, gone = self.merged, self._gone_count
-        is_all = watermark is None or merged is None
-        is_run = is_all or len(self._unmerged) + len(self._frozen) + gone > UNMERGED_MAX
+        is_run = len(self._unmerged) + len(self._frozen) + gone > UNMERGED_MAX
+        is_all = is_run if watermark is None else merged is None
+        is_run = is_run or is_all
         if is_all:
             self._gather()
         numbers = self._runs.prepare(self._unmerged if is_run else None)
-        if numbers != self._runs.numbers:
-            self._index.put_fingerprint_runs(txn, numbers)
+        named = [*self._runs.unopened, *numbers]
+        if named != self._named:
+            self._index.put_fingerprint_runs(txn, named)
         if watermark is not None and is_run:
             whole = watermark if is_all else self._covered
             merged = Merged(whole, whole, 0)
             self._index.put_merged(txn, merged)
             gone = self._index.forget_gone(txn, whole, _FORGOTTEN_PER_RUN)
-        self._next = _Next(merged, watermark or self._covered, gone, is_run, is_all)
+        self._next = _Next(named, merged, watermark or self._covered, gone, is_run, is_all)
 
     def committed(self) -> None:
         """The caller's transaction is committed: forgets what the runs have now."""
@@ -214,6 +240,7 @@ class FingerprintIndex:
         if not done.is_all:
             self._gather()
         self._frozen = {}
+        self._named = done.named
         self.merged, self._covered, self._gone_count = done.merged, done.covered, done.gone_count
 
     def _gather(self) -> None:
@@ -227,14 +254,25 @@ class FingerprintIndex:
         False: there is none until the next commit. StoreFailed."""
         return self._runs.merge()
 
+    def give_room(self) -> None:
+        """The disk is full: what nothing names yet goes from it. Waits for nothing; any thread."""
+        self._runs.give_room()
+
     def remove(self, txn: Txn, entries: Iterable[tuple[bytes, Address]]) -> None:
         """Takes out, in the caller's write transaction, each fingerprint that still stands for that address.
 
-        What memory and the runs have of them is gone, DURABLY, even if that fails.
+        What memory and the runs have of them is gone, DURABLY, even if that fails; but for runs that cannot be read:
+        those are not named any more in that transaction.
         """
         entries = list(entries)
         self._unmerged.drop(entries)
         self._runs.drop(entries)
+        self._runs.unopened.clear()
+        if self._runs.numbers != self._named:
+            self._named = None  # until a commit has said it
+            self._index.put_fingerprint_runs(txn, self._runs.numbers)
+        if self._has_old:
+            forget_old(self._index, txn, entries)
         for fingerprint, where in entries:
             for layer in (self._recent, self._frozen):
                 if layer.get(fingerprint) == where:

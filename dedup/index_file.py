@@ -7,7 +7,6 @@ writer sees that the two agree: a page that was taken and given back within one 
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Final
 
 import lmdb
 
-from dedup.errors import Damaged, StoreFailed, StoreFull
+from dedup.errors import Damaged, StoreFailed
 
 DATA_NAME: Final = "data.mdb"
 _LOOKS: Final = 5
@@ -37,14 +36,15 @@ def check_length(env: lmdb.Environment, directory: Path) -> None:
 
 
 def complete(env: lmdb.Environment, directory: Path) -> None:
-    """Makes the file as long as its header says, after a commit. StoreFull, StoreFailed."""
+    """Makes the file as long as its header says, after a commit. StoreFailed, of a full disk, too: the commit is done,
+    and whoever tried it again would not know."""
     path, length = directory / DATA_NAME, _bytes_named(env)
     try:
         if os.stat(path).st_size < length:
             os.truncate(path, length)
     except OSError as error:
-        kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreFailed
-        raise kind(f"{path}: cannot be made {length} bytes long: {error.strerror}; open the store anew") from error
+        what = f"{path}: cannot be made {length} bytes long: {error.strerror}; open the store anew"
+        raise StoreFailed(what) from error
 
 
 def _bytes_named(env: lmdb.Environment) -> int:

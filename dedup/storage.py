@@ -262,6 +262,14 @@ class Storage:
         except OSError as error:
             _refused(error, path, "cannot be examined")
 
+    def free_bytes(self, path: Path) -> int:
+        """What may still be written to the file system of that directory. StoreFailed."""
+        try:
+            status = os.statvfs(path)
+        except OSError as error:
+            _refused(error, path, "cannot be examined")
+        return status.f_bavail * status.f_frsize
+
     def walk(self, path: Path) -> Iterator[tuple[Path, os.stat_result]]:
         """Every file under the directory; others may be at work there, and what is gone by then is left out.
         StoreFailed."""

@@ -29,7 +29,7 @@ from dedup.catalog import Index
 from dedup.container import marks_of
 from dedup.container_pool import ContainerPool
 from dedup.data_journal import DataJournal
-from dedup.errors import Damaged, NameRefused, StoreBusy, StoreError, StoreFailed, UnknownFormat
+from dedup.errors import Damaged, NameRefused, StoreBusy, StoreError, StoreFailed, StoreFull, UnknownFormat
 from dedup.fingerprint_index import FingerprintIndex
 from dedup.group_writer import GroupWriter
 from dedup.healing import Healer
@@ -243,6 +243,9 @@ class Store:
                         group.catalog.put(txn, group.state, group.position)
                     self.fingerprints.commit(txn, now)
                     self.index.put_watermark(txn, now)
+            except StoreFull:
+                self.fingerprints.give_room()
+                raise
             except StoreFailed as error:
                 self.fail(str(error))
                 raise
@@ -289,6 +292,13 @@ class Store:
     def log_records(self, group: GroupWriter, records: Sequence[Record]) -> None:
         """GroupWriter.ingest's work; here because blocks and fingerprints are the store's."""
         self.refuse_if_failed()
+        try:
+            self._log_records(group, records)
+        except StoreFull:
+            self.fingerprints.give_room()
+            raise
+
+    def _log_records(self, group: GroupWriter, records: Sequence[Record]) -> None:
         chosen = group.state.journal
         journal = self.data_journal(chosen)
         run = self.ingest.log_run(records, group.state, journal, chosen)

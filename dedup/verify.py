@@ -6,6 +6,8 @@
                            there and has the fingerprint that the journal says; on request its bytes match it
     index-equals-journal   the index opens, and every checkpoint in it (volumes, pointer maps; of the last one also
                            names, gaps, clock runs) equals a replay of the journal up to there
+    fingerprints           every run of fingerprints that the index names opens; one that does not costs deduplication,
+                           and nothing else
     containers             every container that is named opens: header, form, sealed table
     policy                 the retention policy reads, where one was set
     catalog                snapshots and bookmarks name recovery points that are held; gaps are well-formed
@@ -27,8 +29,23 @@ from dedup import layout
 from dedup.catalog import Index
 from dedup.container import ContainerReader
 from dedup.container_pool import ContainerPool
-from dedup.damage import CATALOG, CHECKS, CONTAINERS, INDEX, JOURNAL, POINTERS, POLICY, Check, Damage, Report, locate
-from dedup.errors import Damaged, StoreError, UnknownFormat
+from dedup.damage import (
+    CATALOG,
+    CHECKS,
+    CONTAINERS,
+    FINGERPRINTS,
+    INDEX,
+    JOURNAL,
+    POINTERS,
+    POLICY,
+    Check,
+    Damage,
+    Report,
+    locate,
+)
+from dedup.errors import Damaged, StoreError, StoreFailed, UnknownFormat
+from dedup.fingerprint_run import FingerprintRun
+from dedup.fingerprint_runs import run_name
 from dedup.group_verify import GroupVerifier
 from dedup.index_compare import IndexRefused
 from dedup.marker import read_marker
@@ -120,8 +137,9 @@ class Inspection:
             try:
                 with index.read() as txn:
                     ids = index.group_ids(txn)
-                for read in (index.watermark, index.merged, index.fingerprint_runs, index.gone):
+                for read in (index.watermark, index.merged, index.gone):
                     read()
+                self._check_runs(index)
             except (Damaged, lmdb.Error) as error:
                 self.checks[INDEX].add(Damage(str(error), layout.INDEX_NAME))
         self._check_policy()
@@ -138,6 +156,22 @@ class Inspection:
         self._check_containers()
         if self.slots.bad_count:
             self._name_bad_blocks(index)
+
+    def _check_runs(self, index: Index) -> None:
+        check = self.checks[FINGERPRINTS]
+        for number in index.fingerprint_runs():
+            path = self.path / layout.INDEX_NAME / run_name(number)
+            check.items += 1
+            try:
+                FingerprintRun.open(self._storage, path).close()
+                continue
+            except FileNotFoundError:
+                what = f"{path}: the run is missing"
+            except (Damaged, UnknownFormat, StoreFailed) as error:
+                what = str(error)
+            if number in index.fingerprint_runs():  # else a writer has merged it since
+                what = f"{what}; blocks are stored once more when they come again, and that is all"
+                check.add(Damage(what, f"{layout.INDEX_NAME}/{path.name}"))
 
     def _check_policy(self) -> None:
         check = self.checks[POLICY]

@@ -38,6 +38,8 @@ CHECKPOINT_RETRY_SECONDS: Final = 5.0
 MERGE_SHARE: Final = 0.05
 """Of the time, for merging runs of fingerprints beside ingest: enough for some 500 MiB of new blocks a second. Of what
 is left over when the next run is due ingest waits for the end."""
+MERGE_PAUSE_SECONDS_MAX: Final = 2.0
+"""From one piece of it to the next, however long the last had to wait for the disk."""
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -206,7 +208,8 @@ class StoreWriter:
                 return  # `fail` has told everyone
 
     async def _merge_loop(self) -> None:
-        """What each checkpoint makes due, beside ingest and a little at a time."""
+        """What each checkpoint makes due, beside ingest and a little at a time. Nothing needs it: when it meets what
+        nobody foresaw, that is logged, and the store is as it was, with more runs."""
         while True:
             await self._merge_due.wait()
             self._merge_due = trio.Event()
@@ -218,4 +221,8 @@ class StoreWriter:
                 except StoreFailed as error:
                     self.fail(error)
                     return
-                await trio.sleep((trio.current_time() - began) * (1 / MERGE_SHARE - 1))
+                except Exception:
+                    log.exception("runs of fingerprints are not merged any more until the store is opened anew")
+                    return
+                pause = (trio.current_time() - began) * (1 / MERGE_SHARE - 1)
+                await trio.sleep(min(pause, MERGE_PAUSE_SECONDS_MAX))

@@ -136,6 +136,10 @@ class Recorder:
         if path is not None:
             self._change(f"sync directory {path}", lambda disk: disk.directory(path).sync())
 
+    def statvfs(self, path: Path) -> os.statvfs_result:
+        self.before("statvfs", (path,))
+        return os.statvfs(path)
+
     def posix_fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
         self.before("posix_fadvise", (fd,))
         assert advice == os.POSIX_FADV_DONTNEED

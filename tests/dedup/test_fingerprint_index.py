@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -14,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dedup import fingerprint_index, fingerprint_merge
+from dedup import fingerprint_index, fingerprint_merge, index_file
 from dedup.catalog import Index
+from dedup.errors import StoreFailed, StoreFull
 from dedup.fingerprint_index import FingerprintIndex
 from dedup.fingerprint_run import FingerprintRun
 from dedup.fingerprint_runs import run_name
@@ -25,6 +27,7 @@ from dedup.storage import Storage
 from dedup.types import HOLE, Address, ContainerId
 from dedup.watermark import Merged, Watermark
 from tests.dedup.crash_storage import unsynced
+from tests.dedup.faults import open_descriptors
 
 
 def fp(number: int) -> bytes:
@@ -351,12 +354,85 @@ def test_an_index_of_before_that_was_between_two_slices(fixture: Fixture) -> Non
         assert fixture.index.unmerged_count == len(marks) - len(within)
 
 
+@pytest.mark.parametrize("at", ["run", "commit"])
+def test_an_older_store_on_a_full_disk_opens_and_is_upgraded_later(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    fixture.reopen()
+    known = open_descriptors()
+    old_store(fixture, {fp(number): number.to_bytes(8, "little") for number in range(1, 20)}, None)
+    full = StoreFull("no space left")
+    with monkeypatch.context() as patch:
+        if at == "run":
+            patch.setattr(Storage, "pwritev", raising(full))
+        else:
+            patch.setattr(Index, "put_fingerprint_runs", raising(full))
+        fixture.reopen()
+    assert fixture.index.lookup([fp(1)]) == [None] and not list(fixture.directory.glob("*.rwf"))
+    with fixture.env.write() as txn:
+        fixture.index.remove(txn, [(fp(1), Address(1)), (fp(2), Address(99)), (fp(99), Address(99))])
+    fixture.reopen()
+    assert fixture.index.lookup([fp(number) for number in (1, 2, 3, 99)]) == [None, 2, 3, None]
+    fixture.index.close()
+    assert open_descriptors() == known
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def refused(*_: object) -> None:
+        raise error
+
+    return refused
+
+
+def test_runs_beside_fingerprints_of_an_older_version_are_not_believed(fixture: Fixture) -> None:
+    """It knows no runs, and so has removed nothing from them."""
+    where = fixture.store(fp(1))
+    fixture.checkpoint()
+    assert fixture.env.fingerprint_runs()
+    old_store(fixture, {fp(2): (102).to_bytes(8, "little")}, None)
+    fixture.slots = {}
+    fixture.reopen()
+    assert fixture.index.lookup([fp(1), fp(2)]) == [None, 102] and where
+    fixture.reopen()
+    assert fixture.index.lookup([fp(1), fp(2)]) == [None, 102]
+    assert len(list(fixture.directory.glob("*.rwf"))) == 1
+
+
+def test_a_commit_that_the_file_is_too_short_for_is_not_tried_again(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done: only opening anew tells what it named."""
+    monkeypatch.setattr(index_file, "_bytes_named", lambda env: 1 << 40)
+    monkeypatch.setattr("os.truncate", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    with pytest.raises(StoreFailed, match="cannot be made"), fixture.env.write():
+        pass
+
+
 def test_no_row_of_before_is_an_address(fixture: Fixture) -> None:
     old_store(fixture, {fp(3): b"short"}, None)
     fixture.reopen()
     assert fixture.env.fingerprint_runs() == ()
     assert fixture.index.lookup([fp(3)]) == [None]
     assert not list(fixture.directory.glob("*.rwf"))
+
+
+def test_a_rebuild_makes_runs_of_as_many_as_memory_has(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 100)
+    marks = [fp(number) for number in range(1, 331)]
+    for at in range(0, 330, 30):
+        for mark in marks[at : at + 30]:
+            fixture.store(mark)
+        fixture.index.freeze()
+        with fixture.env.write() as txn:
+            fixture.index.commit(txn)
+        fixture.index.committed()
+        assert len(fixture.env.fingerprint_runs()) == (at + 30) // 120
+        assert fixture.index.lookup(marks[: at + 30]) == [*fixture.slots]
+    fixture.index.note(fp(1000), address(CONTAINER, fixture.used))
+    fixture.checkpoint()
+    fixture.reopen()
+    assert len(fixture.env.fingerprint_runs()) == 3 and fixture.index.unmerged_count == 0
+    assert fixture.index.lookup(marks) == [*fixture.slots]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dedup import fingerprint_merge
+from dedup import fingerprint_merge, fingerprint_runs
 from dedup.errors import Damaged, StoreError, UnknownFormat
 from dedup.fingerprint_filter import bits_of, bits_of_one, may_have, may_have_one
 from dedup.fingerprint_run import RUN_HEADER, RUN_PAGE_BYTES, RUN_PAGE_ROWS, FingerprintRun, RunWriter
@@ -215,6 +215,7 @@ def test_small_old_runs_do_not_keep_those_behind_them_from_being_merged(tmp_path
 
 def test_who_never_merges_has_few_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint_merge, "_PAGES_PER_PIECE", 1)
+    monkeypatch.setattr(fingerprint_runs, "_ROWS_PER_PIECE_MIN", 1)
     rng = random.Random(4)
     runs = FingerprintRuns(Storage(), tmp_path, [])
     for _ in range(200):

@@ -227,7 +227,7 @@ def test_a_run_that_cannot_be_read_costs_space_and_nothing_else(path: Path, monk
         store = Store.open(path)
         group = store.group("g")
         group.ingest([model.write(volume, 16384, model.content[volume][8192:16384])])
-        assert group.head_address(volume, 4) == group.head_address(volume, 2)
+        assert group.head_address(volume, 4) in (held, group.head_address(volume, 2)), "shared with either"
         check_moment(group.reader(), model, model.seq)
         store.close()
     assert open_descriptors() == known
@@ -277,17 +277,23 @@ def with_runs(path: Path, storage: Storage) -> tuple[Store, Model, VolumeId]:
     return store, model, volume
 
 
-def test_a_merge_that_cannot_be_synced_stops_the_store(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_that_cannot_be_synced_is_done_another_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing names its file, so the store goes on without it."""
     monkeypatch.setattr(fingerprint_index, "UNMERGED_MAX", 0)
     known = open_descriptors()
     storage = WatchedStorage()
-    store, model, _ = with_runs(path, storage)
+    store, model, volume = with_runs(path, storage)
+    named = store.index.fingerprint_runs()
     storage.failing = RUN_SUFFIX
-    for _ in range(2):
-        with pytest.raises(StoreFailed, match="made to fail"):
-            store.merge()
-    with pytest.raises(StoreFailed, match="made to fail"):
-        store.checkpoint()
+    assert not store.merge() and not store.merge()
+    storage.failing = ""
+    assert {run_named(name) for name in os.listdir(path / "index")} - {None} == set(named)
+    store.group("g").ingest([model.write(volume, 0, os.urandom(8192))])
+    store.checkpoint()
+    assert store.merge()
+    store.group("g").ingest([model.write(volume, 0, os.urandom(8192))])
+    store.checkpoint()
+    assert len(store.index.fingerprint_runs()) < len(named)
     store.close()
     store = Store.open(path)
     check_moment(store.group("g").reader(), model, model.seq)
@@ -326,7 +332,11 @@ def test_a_merge_that_finds_the_disk_full_is_done_another_time(path: Path, monke
             group.ingest([model.write(volume, 0, os.urandom(8192))])
             store.checkpoint()
     storage.is_full = False
+    for _ in range(2):  # commits are let pass
+        group.ingest([model.write(volume, 0, os.urandom(8192))])
+        store.checkpoint()
     assert store.merge()
+    group.ingest([model.write(volume, 0, os.urandom(8192))])
     store.checkpoint()
     assert len(store.index.fingerprint_runs()) < len(named)
     check_moment(group.reader(), model, model.seq)

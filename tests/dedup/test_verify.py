@@ -14,6 +14,7 @@ from dedup import layout
 from dedup.catalog import Index, _decode, _encode
 from dedup.damage import CHECKS, Check, Report
 from dedup.errors import Damaged, NotAStore
+from dedup.fingerprint_runs import run_name
 from dedup.group_verify import GroupVerifier
 from dedup.head_replay import HeadReplay
 from dedup.overlay import Overlay
@@ -109,6 +110,29 @@ def test_a_torn_tail_is_clean(built: Built) -> None:
 def test_what_a_crash_leaves_of_a_container_is_no_damage(built: Built) -> None:
     layout.container_path(built.path / "containers", ContainerId(9)).write_bytes(b"")
     assert verify(built.path, read_data=True).ok
+
+
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_a_run_of_fingerprints_that_is_lost_is_named_until_it_is_done_without(built: Built, is_missing: bool) -> None:
+    (run,) = (built.path / "index").glob("*.rwf")
+    if is_missing:
+        run.unlink()
+    else:
+        flip(run, 20)
+    report = verify(built.path)
+    assert failed(report) == {"fingerprints"}
+    (found,) = check(report, "fingerprints").damage
+    assert found.file == f"index/{run.name}" and "and that is all" in found.what
+    assert ("missing" if is_missing else "header is damaged") in found.what
+    Store.open(built.path).close()
+    assert verify(built.path, read_data=True).ok
+
+
+def test_a_run_that_a_writer_has_merged_meanwhile_is_no_damage(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [(1 << 20, 2 << 20), (2 << 20,), (2 << 20,)]
+    monkeypatch.setattr(Index, "fingerprint_runs", lambda index: names.pop(0))
+    found = check(verify(built.path), "fingerprints")
+    assert found.items == 2 and [one.file for one in found.damage] == [f"index/{run_name(2 << 20)}"]
 
 
 def test_a_flipped_block_is_found_by_reading_it(built: Built) -> None:

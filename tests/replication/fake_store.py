@@ -147,6 +147,7 @@ class FakeStore:
         self.full = self.broken = self.sync_fails = self.merge_fails = False
         self.syncs = self.checkpoints = self.merges = 0
         self.to_merge = 0
+        self.merge_error: Exception | None = None
         self.due = False
         self.sync_begun = threading.Semaphore(0)
         self.sync_gate = _open_gate()
@@ -187,6 +188,8 @@ class FakeStore:
     def merge(self) -> bool:
         if self.merge_fails:
             raise StoreFailed("fdatasync of a run of fingerprints failed: Input/output error")
+        if self.merge_error is not None:
+            raise self.merge_error
         if not self.to_merge:
             return False
         self.to_merge -= 1

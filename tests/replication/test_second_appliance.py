@@ -418,6 +418,28 @@ async def test_what_a_checkpoint_makes_due_is_merged_beside_ingest(store: FakeSt
     assert (store.merges, store.to_merge) == (12, 0)
 
 
+async def test_what_nobody_foresaw_in_a_merge_ends_nothing_but_merging(
+    store: FakeStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.merge_error = AssertionError("more rows than there can be")
+    async with running(store) as world:
+        peer = await world.feeding()
+        with trio.fail_after(5):
+            while "not merged any more" not in caplog.text:  # noqa: ASYNC110 - a store knows no events
+                await trio.sleep(0.001)
+        store.merge_error = None
+        store.to_merge = 5
+        store.due = True
+        await peer.say(write(3))
+        await peer.hear_ack(3, 3)
+        with trio.fail_after(5):
+            while store.due:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        await peer.say(write(4))
+        await peer.hear_ack(4, 4)
+    assert store.merges == 0 and "more rows than there can be" in caplog.text
+
+
 async def test_a_full_disk_refuses_the_batch_and_later_goes_on(store: FakeStore) -> None:
     async with running(store) as world:
         peer, other = await world.feeding(), await world.agent("other")
