@@ -41,9 +41,9 @@ ALWAYS_SECONDS: Final = 3600.0
 """For how long a name may be remembered that never comes to mean anything else."""
 MOMENT_SECONDS: Final = 10.0
 """The same for an absolute TIME: it may turn out to lie in a gap, and retention may drop it."""
-NAME_SECONDS: Final = 0.05
-"""The same for a snapshot's name. Less than it takes to delete one and give it anew, two commands: so nobody sees the
-old file by the new name. More than a program takes for its calls on one name, as `ls -l` does."""
+NAME_SECONDS: Final = 0.02
+"""The same for a snapshot's name. Less than it takes to delete one and give it anew, two commands of 40 ms or more: so
+nobody sees the old file by the new name. More than a program takes for its calls on one name, as `ls -l` does."""
 CACHED_STATES_MAX: Final = 100_000
 """Volume states kept of moments that were looked at, some 200 bytes each."""
 CACHED_VERSIONS_MAX: Final = 50_000
