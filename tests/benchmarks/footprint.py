@@ -75,7 +75,7 @@ def _work(mountpoint: Path, volume: Volume, seconds: float, peaks: PeakMemory) -
 
 
 def measure(report: Report, quick: bool) -> None:
-    size, seconds = (128 << 20, 0.7) if quick else (1 << 30, 6)
+    size, seconds = (128 << 20, 0.7) if quick else (1 << 30, 4)
     for volume in (Volume(f"{size >> 20:,} MiB of data", size, False), Volume("1 TiB, sparse", 1 << 40, True)):
         with (
             workplace() as directory,

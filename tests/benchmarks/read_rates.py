@@ -167,7 +167,7 @@ def random_4k(milliseconds: int, file: Path) -> float:
 
 
 def measure(report: Report, quick: bool) -> None:
-    rounds, milliseconds, size = (3, 500, 64 << 20) if quick else (5, 2000, 512 << 20)
+    rounds, milliseconds, size = (3, 500, 64 << 20) if quick else (5, 1500, 512 << 20)
     rss: dict[str, int] = {}
     with workplace() as directory, compared(directory, size) as found:
 

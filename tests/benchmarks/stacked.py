@@ -110,7 +110,7 @@ def sqlite(report: Report, quick: bool, peaks: PeakMemory) -> None:
 
 
 def pgbench(report: Report, quick: bool, peaks: PeakMemory) -> None:
-    rounds, seconds, scale = (3, 2, 1) if quick else (5, 4, 5)
+    rounds, seconds, scale = (3, 2, 1) if quick else (5, 3, 5)
     programs = installed_programs()
     with stacks(["async"], peaks, [] if quick else ["async"]) as mounts, ExitStack() as stack:
         databases = {}
