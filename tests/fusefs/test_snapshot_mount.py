@@ -99,8 +99,8 @@ async def test_names_last_as_long_as_they_are_true(direct: Direct) -> None:
         ("volumes/disk.img/@latest", 0),
         ("volumes/disk.img/@0s", 0),
         ("points/@latest~flush", 0),
-        ("volumes/disk.img/late", 0.05),
-        ("points/@late", 0.05),
+        ("volumes/disk.img/late", 0.02),
+        ("points/@late", 0.02),
         ("volumes/disk.img/@seq=20", 10),
     ]:
         if path == "volumes/disk.img/@0s":
