@@ -16,7 +16,8 @@ Invariants:
   and what was removed of that is named under `gone` until `Merged` says it, or the table does not have it any more;
 - what is named under `gone` counts as what is in memory does: neither grows without a run that ends it.
 
-Called by one thread at a time, but `merge`. `lookup` of a stored fingerprint costs about 1 µs, of an unknown one less.
+Called by one thread at a time, but `merge` and `give_room`. Of 256 at a time, `lookup` of a fingerprint that a run has
+costs some 3 µs, a read of its page among them, and of one that none of seven runs has 0.1.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
 
@@ -183,7 +184,8 @@ class FingerprintIndex:
         if len(addresses) == 1:
             self.note(fingerprints[0], Address(addresses[0]))
             return
-        noted = dict(zip(fingerprints, map(Address, addresses), strict=True))
+        # Not `Address` of each, which is a call and does nothing: this is done for every new block.
+        noted = cast("dict[bytes, Address]", dict(zip(fingerprints, addresses, strict=True)))
         if self._frozen or not self._recent.keys().isdisjoint(noted):
             for mark, where in noted.items():
                 self.note(mark, where)
@@ -251,7 +253,7 @@ class FingerprintIndex:
 
     def merge(self) -> bool:
         """A piece of the work on the runs, some ten milliseconds; any thread may call it, beside everything else.
-        False: there is none until the next commit. StoreFailed."""
+        False: there is none until the next commit."""
         return self._runs.merge()
 
     def give_room(self) -> None:

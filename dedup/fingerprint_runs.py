@@ -34,6 +34,7 @@ from dedup.fingerprint_filter import bits_of_one, may_have, may_have_one
 from dedup.fingerprint_merge import FingerprintMerge
 from dedup.fingerprint_run import FingerprintRun, write_run
 from dedup.fingerprint_table import U64, FingerprintTable
+from dedup.layout import number_named
 from dedup.storage import Storage
 from dedup.types import HOLE, Address
 
@@ -65,9 +66,7 @@ def run_name(number: int) -> str:
 
 def run_named(name: str) -> int | None:
     """The number of the run that a file name stands for, None when it is no run's name."""
-    stem = name.removesuffix(RUN_SUFFIX)
-    is_one = stem != name and len(stem) == _RUN_DIGITS and stem.isascii() and stem.isdigit()
-    return int(stem) if is_one else None
+    return number_named(name, RUN_SUFFIX, _RUN_DIGITS)
 
 
 class FingerprintRuns:

@@ -86,7 +86,7 @@ def container_path(directory: Path, container: ContainerId) -> Path:
 
 def container_named(name: str) -> ContainerId | None:
     """The container a file name stands for, None when it is no container's name."""
-    number = _number(name, CONTAINER_SUFFIX, _CONTAINER_DIGITS)
+    number = number_named(name, CONTAINER_SUFFIX, _CONTAINER_DIGITS)
     return None if number is None else ContainerId(number)
 
 
@@ -105,20 +105,21 @@ def segment_path(directory: Path, first: Seq, generation: int = RAW_GENERATION) 
 
 def segment_named(name: str) -> Seq | None:
     """The first seq of the raw journal segment a file name stands for, None when it is no such segment's name."""
-    number = _number(name, SEGMENT_SUFFIX, _SEGMENT_DIGITS)
+    number = number_named(name, SEGMENT_SUFFIX, _SEGMENT_DIGITS)
     return None if number is None else Seq(number)
 
 
 def consolidated_named(name: str) -> tuple[Seq, int] | None:
     """First seq and generation of the consolidated segment a file name stands for, None when it is none's."""
     first, _, rest = name.partition(".")
-    generation = _number(rest, SEGMENT_SUFFIX, _GENERATION_DIGITS)
+    generation = number_named(rest, SEGMENT_SUFFIX, _GENERATION_DIGITS)
     if generation is None or len(first) != _SEGMENT_DIGITS or not (first.isascii() and first.isdigit()):
         return None
     return Seq(int(first)), generation
 
 
-def _number(name: str, suffix: str, digits: int) -> int | None:
+def number_named(name: str, suffix: str, digits: int) -> int | None:
+    """The number that so many decimal digits of a file name are, before its suffix; None when it is no such name."""
     stem = name.removesuffix(suffix)
     if stem == name or len(stem) != digits or not (stem.isascii() and stem.isdigit()):
         return None

@@ -257,14 +257,11 @@ class Store:
     def merge(self) -> bool:
         """Some ten milliseconds of work on the fingerprint index; False: there is none until the next checkpoint.
 
-        May run in a thread beside everything else, but `close`. StoreFailed, now and ever after.
+        May run in a thread beside everything else, but `close`. What it meets gives the work up, and does not stop the
+        store; StoreFailed once that has stopped.
         """
         self.refuse_if_failed()
-        try:
-            return self.fingerprints.merge()
-        except StoreFailed as error:
-            self.fail(str(error))
-            raise
+        return self.fingerprints.merge()
 
     def complete_containers(self) -> None:
         """What is stored next begins new containers, so that those so far can be sealed and collected."""

@@ -41,6 +41,15 @@ BACKLOG: Final = 16
 T = TypeVar("T")
 
 
+def enlarge_buffers(sock: socket.socket) -> None:
+    """Has the kernel take SOCKET_BUFFER_BYTES each way, or as much of that as the system's limit lets."""
+    for option, forced in ((socket.SO_SNDBUF, _SO_SNDBUFFORCE), (socket.SO_RCVBUF, _SO_RCVBUFFORCE)):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, forced, SOCKET_BUFFER_BYTES)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+
+
 class Connection(ABC):
     """A byte stream in both directions. Errors of the link are LinkDown, whatever the system calls them."""
 
@@ -101,11 +110,7 @@ class SocketConnection(Connection):
 
     def __init__(self, sock: socket.socket, receive_bytes_max: int = RECEIVE_BYTES_MAX) -> None:
         sock.setblocking(False)
-        for option, forced in ((socket.SO_SNDBUF, _SO_SNDBUFFORCE), (socket.SO_RCVBUF, _SO_RCVBUFFORCE)):
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, forced, SOCKET_BUFFER_BYTES)
-            except PermissionError:
-                sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)  # as far as the system's limit
+        enlarge_buffers(sock)
         self._sock = sock
         self._linger: Linger | None = None
         self.is_local = sock.family == socket.AF_UNIX

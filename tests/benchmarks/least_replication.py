@@ -30,15 +30,13 @@ import xxhash
 from dedup.errors import StoreError
 from dedup.types import BLOCK_BYTES, WRITE_BYTES_MAX
 from replication.store_writer import SYNC_BYTES, SYNC_SECONDS
+from replication.transport import enlarge_buffers
 from tests.benchmarks.bare_passthrough import BarePassthrough, serve
 from tests.benchmarks.plain_log import PlainLog
 
 HEADER: Final = struct.Struct("<?I")
 """Whether it is a flush, and the bytes of the write that follow."""
 ANSWER: Final = b"\x01"
-SOCKET_BYTES: Final = 2 << 20
-_SO_SNDBUFFORCE: Final = 32
-_SO_RCVBUFFORCE: Final = 33
 
 
 class LeastReplication(BarePassthrough):
@@ -118,8 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     here, there = socket.socketpair()
     for end in (here, there):
-        for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
-            end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BYTES)
+        enlarge_buffers(end)
 
     def other() -> None:
         here.close()
