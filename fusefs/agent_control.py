@@ -14,7 +14,9 @@ from typing import Final
 import trio
 
 from dedup.errors import RewindError
+from fusefs.mount_control import Question
 from replication.errors import LinkDown, ProtocolError
+from replication.exchange import REPLY_SECONDS
 from replication.explanation import explain
 from replication.messages import Message, Reply, Request
 from replication.transport import Connection, Listener, connect_unix
@@ -25,7 +27,6 @@ log = logging.getLogger(__name__)
 CONNECTIONS_MAX: Final = 16
 REQUEST_SECONDS: Final = 10.0
 """How long a connected command may take to say what it wants."""
-REPLY_SECONDS: Final = 600.0
 UNLESS_LEFT: Final = frozenset({"bookmark"})
 """What is not done any more once who asked for it is gone: the application may go on already."""
 
@@ -97,13 +98,11 @@ async def _receive(connection: Connection) -> Message:
 
 async def ask(socket: Path, command: str, body: Body, *, timeout: float = REPLY_SECONDS) -> Body:
     """The reply of the mount behind `socket`. RewindError with its own line, or when nobody answers."""
+    question = Question(command, body)
     with trio.move_on_after(timeout):
         async with await connect_unix(socket) as connection:
-            await connection.send(encode(Request(1, command, body)))
-            reply = await _receive(connection)
-        if not isinstance(reply, Reply):
-            raise ProtocolError("the mount's process did not answer with a reply")
-        if reply.error:
-            raise RewindError(reply.error)
-        return reply.body
-    raise RewindError(f"{command}: no answer from the mount's process within {timeout:g} s")
+            await connection.send(question.begin())
+            while question.reply is None:
+                question.receive(await connection.receive())
+        return question.reply
+    raise question.unanswered(timeout)

@@ -15,7 +15,7 @@ from replication.frame_head import Buffer
 
 
 class Question:
-    """One request to a mount, whose protocol has no greeting; for `exchange.converse`."""
+    """One request to a mount, whose protocol has no greeting; an `exchange.Talk`, for who blocks and who waits."""
 
     def __init__(self, command: str, body: dict[str, object]) -> None:
         self.reply: dict[str, object] | None = None
@@ -42,6 +42,10 @@ class Question:
     def broken(self, reason: str) -> LinkDown:
         return LinkDown(reason)
 
+    def unanswered(self, timeout: float) -> RewindError:
+        """What to raise when the reply did not come in time."""
+        return RewindError(f"{self._request.command}: no answer from the mount's process within {timeout:g} s")
+
 
 def tell(mountpoint: Path, command: str, body: dict[str, object], *, timeout: float = REPLY_SECONDS) -> dict[str, Any]:
     """The reply of the process behind a source mount to one command. RewindError with its own line, or when nobody
@@ -53,8 +57,9 @@ def ask_mount(
     control: Path, command: str, body: dict[str, object], *, timeout: float = REPLY_SECONDS
 ) -> dict[str, Any]:
     """As `agent_control.ask`; blocks."""
+    question = Question(command, body)
     try:
         with connected(control, timeout) as sock:
-            return converse(sock, Question(command, body), timeout)
+            return converse(sock, question, timeout)
     except TimeoutError:
-        raise RewindError(f"{command}: no answer from the mount's process within {timeout:g} s") from None
+        raise question.unanswered(timeout) from None
