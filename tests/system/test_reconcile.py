@@ -125,23 +125,28 @@ def test_no_difference_is_found_on_a_busy_mount(world: World, mode: str, rounds:
 
 def test_one_at_a_time_and_interrupted_it_ends(world: World) -> None:
     (world.source / "a.img").write_bytes(os.urandom(MEBIBYTE))
-    world.mount("async")
-    # Many small volumes that applications write beside take a while.
+    pids = world.mount("async")
     for number in range(300):
         (world.mnt / f"v{number}").write_bytes(b"x" * 5000)
     writer = Writer(world.mnt / "a.img", 200, 1)
     writer.start()
-    command = subprocess.Popen(
-        [sys.executable, "-m", "fusefs", "reconcile", str(world.mnt), "--verify-only"],
-        env=world.environment,
-        cwd=world.directory,
-        stderr=subprocess.PIPE,
-    )
-    world.wait_for_status(lambda status: (status["reconcile"] or {}).get("kind") == "verify", "a reconcile")
-    with pytest.raises(RewindError, match="under way already"):
-        world.ask("reconcile.start")
-    command.send_signal(signal.SIGINT)
-    _, said = command.communicate(timeout=60)
+    assert pids.second is not None
+    # However quick it is, it cannot end while the second appliance stands still.
+    os.kill(pids.second, signal.SIGSTOP)
+    try:
+        command = subprocess.Popen(
+            [sys.executable, "-m", "fusefs", "reconcile", str(world.mnt), "--verify-only"],
+            env=world.environment,
+            cwd=world.directory,
+            stderr=subprocess.PIPE,
+        )
+        world.wait_for_status(lambda status: (status["reconcile"] or {}).get("kind") == "verify", "a reconcile")
+        with pytest.raises(RewindError, match="under way already"):
+            world.ask("reconcile.start")
+        command.send_signal(signal.SIGINT)
+        _, said = command.communicate(timeout=60)
+    finally:
+        os.kill(pids.second, signal.SIGCONT)
     assert (command.returncode, said.strip()) == (130, b"rewindfs: error: interrupted")
     world.wait_for_status(lambda status: status["reconcile"] is None, "its end")
     writer.stop()
