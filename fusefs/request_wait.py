@@ -31,6 +31,7 @@ class ReadLock:
     def __init__(self, linger: Linger) -> None:
         self._linger = linger
         self._held = False
+        self._woken = False
         self._waiting: list[trio.lowlevel.Task] = []
 
     async def __aenter__(self) -> None:
@@ -38,14 +39,15 @@ class ReadLock:
             task = trio.lowlevel.current_task()
             self._waiting.append(task)
             await trio.lowlevel.wait_task_rescheduled(lambda _, task=task: self._leave(task))  # type: ignore[misc]
-            self._linger.ignored = 0
+            self._woken = False
+            self._linger.waits()
         self._held = True
 
     async def __aexit__(self, *_: object) -> None:
         self._held = False
-        if self._waiting and not self._linger.ignored:
-            self._linger.ignored = 1
-            trio.lowlevel.reschedule(self._waiting.pop())
+        if self._waiting and not self._woken:
+            self._woken = True
+            self._linger.to_wait(self._waiting.pop())
 
     def _leave(self, task: trio.lowlevel.Task) -> trio.lowlevel.Abort:
         self._waiting.remove(task)

@@ -25,6 +25,7 @@ from dedup.types import Aggregate, Epoch, Record, Seq, VolumeState, Write
 from replication.bandwidth import Bandwidth
 from replication.errors import HistoryLost, LocalProtocolError, OutageError
 from replication.forwarder import Forwarder
+from replication.linger import Linger
 from replication.messages import PROTOCOL_VERSION, Ack, Compare, Hello, Level, Role, Welcome
 from replication.modes import Mode, ModePolicy, Outage, mode_policy
 from replication.outage_watch import OUTAGE_AFTER_SECONDS, OutageWatch
@@ -89,6 +90,7 @@ class FirstAppliance:
         self._last_seq = Seq(0)
         self._room = RoomQueue()
         self._aggregate_opened = trio.Event()
+        self._linger = Linger()
         self._forwarder = Forwarder(
             self,
             connect,
@@ -264,7 +266,9 @@ class FirstAppliance:
 
     async def flushed(self, seq: Seq) -> bool:
         """Like `acknowledged`, for the flush record of an fsync."""
-        return await self._reached(seq, self._policy.flush_waits_for)
+        level = self._policy.flush_waits_for
+        self._linger.until(lambda: self._progress.has_reached(seq, level))
+        return await self._reached(seq, level)
 
     async def reached(self, seq: Seq, level: Level, *, hurry: bool = True) -> None:
         """Waits until `seq` has reached the level, whatever the mode and through any outage. `hurry` closes the

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Final
 
@@ -20,6 +21,7 @@ import trio
 from dedup.types import Aggregate, Seq, VolumeState
 from replication.bandwidth import Bandwidth
 from replication.errors import HandshakeRefused, LinkDown, ProtocolError
+from replication.linger import heard
 from replication.messages import (
     Failure,
     Hello,
@@ -32,7 +34,7 @@ from replication.messages import (
     Welcome,
 )
 from replication.offering import AHEAD_FRAMES, Offering, Traffic
-from replication.outbox import FRAME_OVERHEAD_BYTES, Frame, Outbox
+from replication.outbox import Frame, Outbox
 from replication.session import REQUESTS_OPEN_MAX, Session, Side, State
 from replication.session_hearing import receive_in_time
 from replication.transport import Connection
@@ -162,12 +164,7 @@ class Link:
             return
         if not alone:
             self._rest = ANSWER_REST
-        elif (
-            not self._cut
-            and not self.gather_seconds
-            and not self._bandwidth.bytes_per_second
-            and (self._offering is None or frame.kind is not Aggregate)
-        ):
+        elif self._may_send_now and not self.gather_seconds and (self._offering is None or frame.kind is not Aggregate):
             self._send_now()
             if not self._cut and not self._due():
                 return
@@ -190,21 +187,12 @@ class Link:
             return
         if not self._outbox.lone:
             return
-        try:
-            data = self._connection.receive_soon(ANSWER_MILLISECONDS)
-            if not data:
-                self._row, self._rest = 0, ANSWER_REST
-                return
-            self._row += 1
-            if self._row >= ANSWER_ROW:
-                self._row, self._rest = 0, 1
-            self._session.receive_data(data)
-            while (message := self._session.next_event()) is not None:
-                if isinstance(message, Failure):
-                    raise SessionEnded(message)
-                self._handle(message)
-        except (LinkDown, ProtocolError, SessionEnded) as error:
-            self._break(error)
+        if not self._hear(ANSWER_MILLISECONDS):
+            self._row, self._rest = 0, ANSWER_REST
+            return
+        self._row += 1
+        if self._row >= ANSWER_ROW:
+            self._row, self._rest = 0, 1
 
     def command(self, request: Request) -> None:
         """Sends the request when fewer than REQUESTS_OPEN_MAX are open. The caller bounds how many it gives."""
@@ -223,7 +211,10 @@ class Link:
             # The oldest wish goes first: newer ones must not put it off.
             if self._sync_after is None:
                 self._sync_after = seq
-                self.wake()
+                if self._may_send_now and self._due():
+                    self._put_now(self._sync_request())
+                if self._cut or self._sync_after is not None:
+                    self.wake()
 
     def wake(self) -> None:
         """Has the sender's task send what there is now, without letting anything gather."""
@@ -240,16 +231,36 @@ class Link:
         LinkDown, ProtocolError or SessionEnded. The connection is closed then. Cancelled, it closes it as well."""
         handle = self._handle = partial(self._heard, handle)
         async with self._connection:
-            with self._scope:
+            descriptor = self._connection.descriptor
+            with self._scope, nullcontext() if descriptor is None else heard(descriptor, partial(self._hear, 0)):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._until_broken, self._send)
                     nursery.start_soon(self._until_broken, self._receive, handle)
         return self._reason or LinkDown("the session ended")
 
+    def _hear(self, milliseconds: int) -> bool:
+        """Takes what has come, or comes within so many milliseconds, for which it blocks. False: nothing, or the
+        session has ended."""
+        if self._handle is None or self._reason is not None:
+            return False
+        try:
+            data = self._connection.receive_soon(milliseconds)
+            self._session.receive_data(data)
+            while (message := self._session.next_event()) is not None:
+                if isinstance(message, Failure):
+                    raise SessionEnded(message)
+                self._handle(message)
+        except (LinkDown, ProtocolError, SessionEnded) as error:
+            self._break(error)
+            return False
+        return bool(data)
+
     def _heard(self, handle: Callable[[Message], None], message: Message) -> None:
         if not isinstance(message, Wanted):
             handle(message)
         elif self._offering is not None and self._offering.answered(message):
+            self.wake()
+        if self._requests:
             self.wake()
 
     async def _until_broken(self, task: Callable[..., object], *args: object) -> None:
@@ -312,6 +323,11 @@ class Link:
             unsent = self._outbox.unsent_frames
             await trio.lowlevel.checkpoint()
 
+    @property
+    def _may_send_now(self) -> bool:
+        """Whether what comes next may go to the socket here and now: the sender's task has nothing to do."""
+        return not (self._wake is None or self._reason or self._cut or self._bandwidth.bytes_per_second)
+
     def _send_now(self) -> None:
         """Sends the one frame that waits, or a part of it."""
         frame = self._outbox.take_one()
@@ -320,14 +336,16 @@ class Link:
         else:
             self._session.sending(frame.kind, frame.first_seq, frame.seq)
             buffers = frame.buffers
+        self._put_now(buffers)
+
+    def _put_now(self, buffers: list[Buffer]) -> None:
+        """What the socket does not take is `_cut`, for the sender's task, which the caller wakes then."""
         try:
             sent = self._connection.send_nowait(buffers)
         except LinkDown as error:
             self._break(error)
             return
         self._traffic.sent += sent
-        if sent + FRAME_OVERHEAD_BYTES == frame.bytes:
-            return
         for buffer in buffers:
             if sent >= len(buffer):
                 sent -= len(buffer)
@@ -346,10 +364,13 @@ class Link:
         while self._requests and self._session.requests_open < REQUESTS_OPEN_MAX:
             buffers += self._session.send(self._requests.popleft())
         if self._due():
-            self._sync_asked = self._session.last_seq
-            self._sync_after = self._sync_wanted if self._sync_wanted > self._sync_asked else None
-            buffers += self._session.send(SyncRequest())
+            buffers += self._sync_request()
         return buffers
+
+    def _sync_request(self) -> list[Buffer]:
+        self._sync_asked = self._session.last_seq
+        self._sync_after = self._sync_wanted if self._sync_wanted > self._sync_asked else None
+        return self._session.send(SyncRequest())
 
     def _frames(self) -> list[Buffer]:
         buffers: list[Buffer] = []
@@ -383,5 +404,3 @@ class Link:
             if isinstance(message, Failure):
                 raise SessionEnded(message)
             handle(message)
-            if self._requests:
-                self.wake()

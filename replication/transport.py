@@ -63,6 +63,11 @@ class Connection(ABC):
     is_local = False
     """Whether it ends on this host for certain, so that bytes cost little more than a copy."""
 
+    @property
+    def descriptor(self) -> int | None:
+        """Becomes readable with what `receive_soon` gives; None where that takes more than the descriptor's bytes."""
+        return None
+
     @abstractmethod
     async def send(self, buffers: Sequence[Buffer]) -> None:
         """Puts all of the buffers on the stream, in order. May return without a checkpoint when the link takes them at
@@ -119,6 +124,10 @@ class SocketConnection(Connection):
         self._receive_bytes = RECEIVE_BYTES_MIN
         self._receive_bytes_max = receive_bytes_max
         self._poll = PatientPoll(sock.fileno())
+
+    @property
+    def descriptor(self) -> int:
+        return self._sock.fileno()
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         if self._sending:

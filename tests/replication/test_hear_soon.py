@@ -9,16 +9,23 @@ import pytest
 import trio
 import trio.testing
 
-from dedup.types import ClockRun, Epoch, Extent, Seq, TimeNs, VolumeId, Write
-from replication import link
+from dedup.types import ClockRun, Epoch, Extent, Flush, Seq, TimeNs, VolumeId, Write
+from replication import linger, link
 from replication.first_appliance import FirstAppliance
+from replication.linger import Linger
 from replication.link import ANSWER_REST, ANSWER_ROW
-from replication.messages import PROTOCOL_VERSION, Ack, ErrorCode, Failure, Message, VolumePage, Welcome
+from replication.messages import PROTOCOL_VERSION, Ack, ErrorCode, Failure, Message, SyncRequest, VolumePage, Welcome
 from replication.modes import Mode
 from replication.session import Session, Side
 from replication.status import LinkState
 from replication.transport import SocketConnection, socket_pair
 from replication.wire import encode
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's regular turn does not come within a test, however slow the machine."""
+    monkeypatch.setattr(linger, "TURN_SECONDS", 1e9)
 
 
 def write(seq: int) -> Write:
@@ -183,6 +190,75 @@ async def test_nothing_is_awaited_while_a_frame_is_cut(monkeypatch: pytest.Monke
         await made.hear()  # the sender's task sent it
         made.say(Ack(Seq(1), Seq(0), Seq(1), Seq(0)))
         assert await made.first.acknowledged(Seq(1))
+
+
+async def test_a_flush_and_its_sync_go_out_at_once_and_their_answer_is_heard_on_the_spot() -> None:
+    async with rig() as made:
+        for seq in range(1, 100):
+            made.first.append(Flush(Seq(seq), TimeNs(seq), ClockRun(0), VolumeId(1)))
+            made.first.flush_soon(Seq(seq))
+            # No turn of the loop: both lie in the socket already.
+            made.session.receive_data(made.far.receive_soon(0))
+            assert [made.session.next_event(), made.session.next_event()] == [
+                Flush(Seq(seq), TimeNs(seq), ClockRun(0), VolumeId(1)),
+                SyncRequest(),
+            ]
+            await trio.testing.wait_all_tasks_blocked()
+            made.say(Ack(Seq(seq), Seq(seq - 1), Seq(seq), Seq(seq - 1)), Ack(Seq(seq), Seq(seq), Seq(seq), Seq(seq)))
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                assert await made.first.flushed(Seq(seq))
+            assert not scope.cancelled_caught
+        assert made.first.durable == 99
+
+
+async def test_a_sync_that_the_link_does_not_take_at_once_is_sent_by_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with rig() as made:
+        whole = made.near.send_nowait
+        monkeypatch.setattr(made.near, "send_nowait", lambda buffers: whole([bytes(buffers[0])[:3]]))
+        made.first.append(Flush(Seq(1), TimeNs(1), ClockRun(0), VolumeId(1)))
+        made.first.flush_soon(Seq(1))
+        assert isinstance(await made.hear(), Flush)
+        assert isinstance(await made.hear(), SyncRequest)
+        await trio.testing.wait_all_tasks_blocked()
+        made.first.append(Flush(Seq(2), TimeNs(2), ClockRun(0), VolumeId(1)))
+        assert isinstance(await made.hear(), Flush)
+        made.first.flush_soon(Seq(2))  # of which three bytes leave
+        assert isinstance(await made.hear(), SyncRequest)
+
+
+async def test_whoever_lingers_hears_the_peer() -> None:
+    async with rig() as made:
+        lingers = Linger()
+        for seq in range(1, 50):
+            made.append(seq)
+            await made.hear()
+            await trio.testing.wait_all_tasks_blocked()
+            made.say(Ack(Seq(seq), Seq(0), Seq(seq), Seq(0)))
+            assert lingers.until(lambda seq=seq: made.first.received == seq)  # type: ignore[misc]
+        assert made.near.asked == 0
+
+
+@pytest.mark.parametrize("how", ["failure", "end", "garbage"])
+async def test_what_ends_the_session_is_heard_by_who_lingers(how: str) -> None:
+    async with rig() as made:
+        made.append(1)
+        await made.hear()
+        await trio.testing.wait_all_tasks_blocked()
+        if how == "failure":
+            made.say(Failure(ErrorCode.STORE_FULL, "full, says the test"))
+        elif how == "garbage":
+            made.far.send_nowait([b"\xff" * 64])
+        else:
+            await made.far.aclose()
+        assert not Linger().until(lambda: made.first.received == 1)
+        with trio.fail_after(5):
+            while made.first.link is LinkState.CONNECTED:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+        assert made.first.link is (LinkState.FULL if how == "failure" else LinkState.DOWN)
+        assert made.first.status().queued_records == 1  # kept for the next session
 
 
 def test_the_limits_fit() -> None:

@@ -115,20 +115,158 @@ async def test_while_others_are_ready_it_takes_what_is_there_once_a_step(
         assert turns.count > before
 
 
-async def test_who_is_ignored_is_not_waited_for(pipe: tuple[int, int], turns: Turns, unhurried: None) -> None:
+@pytest.fixture
+def another() -> Iterator[tuple[int, int]]:
+    """A second pipe."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    yield reading, writing
+    os.close(reading)
+    os.close(writing)
+
+
+class Woken:
+    """A task that is woken by `to_wait`, waits for its descriptor then, and takes what is there."""
+
+    def __init__(self, lingers: Linger, fd: int) -> None:
+        self.got = b""
+        self._lingers = lingers
+        self._fd = fd
+        self._task: trio.lowlevel.Task | None = None
+
+    async def __call__(self) -> None:
+        self._task = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
+        self._lingers.waits()
+        await self._lingers.readable(self._fd)
+        self.got = os.read(self._fd, 10)
+
+    def wake(self) -> None:
+        assert self._task is not None
+        self._lingers.to_wait(self._task)
+
+
+async def test_who_is_ready_only_to_wait_is_not_waited_for(
+    pipe: tuple[int, int], another: tuple[int, int], turns: Turns, unhurried: None
+) -> None:
+    reading, writing = pipe
+    requests, lingers = Linger(), Linger()
+    os.write(writing, b"1")
+    await requests.readable(reading)
+    os.read(reading, 1)
+    woken = Woken(requests, reading)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(woken)
+        await trio.testing.wait_all_tasks_blocked()
+        before = turns.count
+        os.write(another[1], b"2")
+        woken.wake()
+        for _ in range(10):
+            await lingers.readable(another[0])
+        assert turns.count == before
+        # What comes for the task that is to wait ends that: it has its turn.
+        os.write(writing, b"3")
+        with trio.fail_after(30):
+            while not woken.got:
+                await lingers.readable(another[0])
+    assert woken.got == b"3"
+
+
+class Ear:
+    """Takes what comes through a pipe, one byte at a time, whoever asks."""
+
+    def __init__(self, fd: int) -> None:
+        self.heard = b""
+        self._fd = fd
+
+    def hear(self) -> bool:
+        try:
+            data = os.read(self._fd, 1)
+        except BlockingIOError:
+            return False
+        self.heard += data
+        return bool(data)
+
+    async def listen(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._fd)
+            self.hear()
+
+
+async def test_what_comes_is_heard_by_who_lingers(pipe: tuple[int, int], turns: Turns, unhurried: None) -> None:
+    reading, writing = pipe
+    ear, lingers = Ear(reading), Linger()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ear.listen)
+        with linger.heard(reading, ear.hear):
+            await trio.testing.wait_all_tasks_blocked()
+            before = turns.count
+            for number in range(100):
+                os.write(writing, bytes([number]))
+                assert lingers.until(lambda number=number: len(ear.heard) > number)  # type: ignore[misc]
+            assert turns.count == before
+        os.write(writing, b"x")
+        assert not lingers.until(lambda: ear.heard[-1:] == b"x"), "nobody is heard any more"
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert ear.heard == bytes(range(100)) + b"x"
+
+
+async def test_who_waits_for_one_descriptor_hears_another(
+    pipe: tuple[int, int], another: tuple[int, int], turns: Turns, unhurried: None
+) -> None:
+    ear, lingers = Ear(another[0]), Linger()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ear.listen)
+        with linger.heard(another[0], ear.hear):
+            await trio.testing.wait_all_tasks_blocked()
+            before = turns.count
+            os.write(another[1], b"abc")
+            os.write(pipe[1], b"1")
+            await lingers.readable(pipe[0])
+            assert (ear.heard, turns.count) == (b"abc", before)
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_end_that_cannot_be_heard_is_the_loops(another: tuple[int, int], unhurried: None) -> None:
+    """The descriptor stays readable, and there is nothing to take."""
+    there, back = os.pipe()
+    os.close(back)
+    ear, lingers = Ear(there), Linger()
+    try:
+        with linger.heard(there, ear.hear):
+            assert not lingers.until(lambda: False)
+            with trio.move_on_after(0.01) as scope:
+                await lingers.readable(another[0])
+            assert scope.cancelled_caught
+    finally:
+        os.close(there)
+
+
+async def test_a_peer_that_never_pauses_leaves_the_loop_its_turns(pipe: tuple[int, int]) -> None:
     reading, writing = pipe
     os.write(writing, b"1")
     lingers = Linger()
-    await lingers.readable(reading)
-    event = trio.Event()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(event.wait)
-        await trio.testing.wait_all_tasks_blocked()
-        before = turns.count
-        event.set()
-        lingers.ignored = 1
-        await lingers.readable(reading)
-        assert turns.count == before
+        ended = trio.Event()
+
+        async def deadline() -> None:
+            await trio.sleep(0.005)
+            ended.set()
+
+        nursery.start_soon(deadline)
+        with linger.heard(reading, lambda: True), trio.fail_after(30):
+            while not ended.is_set():
+                assert not lingers.until(ended.is_set)
+                await trio.lowlevel.checkpoint()
+
+
+async def test_until_asks_first_and_hears_nobody_where_nobody_speaks(turns: Turns) -> None:
+    lingers = Linger()
+    before = turns.count
+    assert lingers.until(lambda: True)
+    assert not lingers.until(lambda: False)
+    assert turns.count == before
 
 
 async def test_another_descriptor_ends_the_lingering(pipe: tuple[int, int], unhurried: None) -> None:
