@@ -407,7 +407,8 @@ class Decoder:
         """Fills the incomplete frame from the chunk: each byte of it is copied once, into its place."""
         chunk, at = self._chunk, self._at
         take = min(len(chunk) - at, len(frame) - self._filled)
-        frame[self._filled : self._filled + take] = memoryview(chunk)[at : at + take]
+        # A view takes the bytes as they are; a bytearray makes a copy of them first.
+        memoryview(frame)[self._filled : self._filled + take] = memoryview(chunk)[at : at + take]
         self._filled += take
         self._at = at + take
         if self._filled < len(frame):
