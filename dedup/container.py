@@ -106,12 +106,15 @@ class RawContainerWriter:
         if count > self.slots_free:
             raise ValueError(f"{count} blocks, {self.slots_free} slots free")
         self.next_slot = first + count
-        self._storage.pwritev(self._fd, blocks, RAW_SLOTS_OFFSET + first * BLOCK_BYTES)
+        offset, length = RAW_SLOTS_OFFSET + first * BLOCK_BYTES, count * BLOCK_BYTES
+        if length >= STREAM_BYTES:
+            self._storage.reserve(self._fd, offset, length)
+        self._storage.pwritev(self._fd, blocks, offset)
         table = b"".join(fingerprints)
         self._storage.pwritev(self._fd, [table], RAW_TABLE_OFFSET + first * FINGERPRINT_BYTES)
         self._appended += 1
-        if count * BLOCK_BYTES >= STREAM_BYTES:
-            self._let_pass(RAW_SLOTS_OFFSET + first * BLOCK_BYTES, count * BLOCK_BYTES)
+        if length >= STREAM_BYTES:
+            self._let_pass(offset, length)
         return first
 
     def _let_pass(self, offset: int, length: int) -> None:

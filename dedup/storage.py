@@ -31,9 +31,15 @@ IOV_MAX: Final = 1024
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SYNC_FILE_RANGE_WRITE: Final = 2
 """sync_file_range(2); of linux/fs.h. Python has neither."""
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+_FALLOC_FL_KEEP_SIZE: Final = 1
+"""fallocate(2); of linux/falloc.h. Python has posix_fallocate only, which makes the file longer."""
+_libc = ctypes.CDLL(None)
+_sync_file_range = getattr(_libc, "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)
+if _fallocate is not None:
+    _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class Storage:
@@ -143,6 +149,16 @@ class Storage:
             os.fdatasync(fd)
         except OSError as error:
             raise StoreFailed(f"{self.path_of(fd)}: sync failed: {error.strerror}; open the store anew") from error
+
+    def reserve(self, fd: int, offset: int, length: int) -> None:
+        """Room on the disk for what is written there next; the file is not longer before that. A hint, where the C
+        library has it: what the disk refuses is told by the write.
+
+        ext4 sets room aside for each block of a write else, which is more than a third of what writing a MiB costs it;
+        others have the same cost either way.
+        """
+        if _fallocate is not None:
+            _fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length)
 
     def begin_write_back(self, fd: int, offset: int, length: int) -> None:
         """What was written there begins its way to the disk, and nobody waits. A hint, where the C library has it: what
