@@ -20,8 +20,8 @@ PAIR_ROWS: Final = 4
 _SHIFTS: Final = ((0, 6, 12, 18), (24, 30, 36, 42))
 _EACH_SHIFT: Final = tuple(np.array(shifts, np.uint64)[:, None] for shifts in _SHIFTS)
 _ONE, _LAST_BIT, _HALF_BITS = np.uint64(1), np.uint64(63), np.uint64(32)
-_FEW: Final = 64
-"""Up to so many words are fetched one by one: as a rule there are a few, and of several filters."""
+_FEW: Final = 8
+"""Up to so many are looked at one by one: numpy costs some microseconds before it begins."""
 Places = NDArray[np.intp]
 
 
@@ -67,21 +67,27 @@ def may_have(filters: Sequence[U64], high: U64, low: U64) -> tuple[Places, Place
     numbers, marks = np.nonzero((found & bits) == bits)
     if not len(numbers):
         return numbers, marks
-    bits = bits_of(low[marks], 1)
-    kept = np.flatnonzero(_second_words(filters, numbers, at[numbers, marks]) & bits == bits)
+    seconds = at[numbers, marks] + 1
+    kept: list[int] | Places
+    if len(numbers) <= _FEW:
+        each = zip(numbers.tolist(), seconds.tolist(), low[marks].tolist(), strict=True)
+        kept = [index for index, one in enumerate(each) if _has_second(filters, *one)]
+    else:
+        bits = bits_of(low[marks], 1)
+        kept = np.flatnonzero(_each_at(filters, numbers, seconds) & bits == bits)
     return numbers[kept], marks[kept]
 
 
-def _second_words(filters: Sequence[U64], numbers: Places, at: Places) -> U64:
-    """The words behind those places, each of the filter of that number."""
-    if len(numbers) <= _FEW:
-        places = zip(numbers.tolist(), at.tolist(), strict=True)
-        return np.array([filters[number][place + 1] for number, place in places], np.uint64)
-    words = np.empty(len(numbers), np.uint64)
-    for number in np.unique(numbers).tolist():
-        some = numbers == number
-        words[some] = filters[number][at[some] + 1]
-    return words
+def _has_second(filters: Sequence[U64], number: int, place: int, low: int) -> bool:
+    _, bits = bits_of_one(low)
+    return int(filters[number][place]) & bits == bits
+
+
+def _each_at(filters: Sequence[U64], numbers: Places, at: Places) -> U64:
+    """The words at those places, each of the filter of that number, which ascend."""
+    ends = np.searchsorted(numbers, np.arange(len(filters)), "right").tolist()
+    each = zip(filters, [0, *ends], ends, strict=False)
+    return np.concatenate([words[at[start:end]] for words, start, end in each])
 
 
 def may_have_one(words: memoryview, high: int, bits: tuple[int, int]) -> bool:
