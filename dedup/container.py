@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from dedup.errors import Damaged, StoreFailed
+from dedup.errors import Damaged, StoreFailed, Unreadable
 from dedup.layout import (
     CONTAINER_PAGE_BYTES,
     FINGERPRINT_BYTES,
@@ -49,6 +49,12 @@ comes after them."""
 NEAR_BYTES: Final = 32 << 20
 """So much of a stream stays in memory, while its container is being filled: what was just written is at times written
 again, and compared then."""
+
+_FEW: Final = 4
+"""Up to so many blocks that are no neighbours are looked at one by one."""
+_STRETCH_MIN: Final = 4
+"""From so many on neighbours are read at once."""
+Slots = NDArray[np.uint64]
 
 
 class RawContainerWriter:
@@ -246,6 +252,51 @@ class ContainerReader:
         block = bytearray(BLOCK_BYTES)
         self.read_into(slot, 1, memoryview(block))
         return bytes(block)
+
+    def holds_each(self, slots: Slots, blocks: Sequence[Buffer], fingerprints: Sequence[bytes]) -> list[bool]:
+        """Whether each of the slots, which ascend, holds this very block, under this fingerprint. False says only that
+        it was not found to be so: it may be damaged."""
+        if len(slots) <= _FEW:
+            return self._hold_scattered(slots, blocks, fingerprints)
+        edges = np.concatenate(([0], np.flatnonzero(slots[1:] != slots[:-1] + np.uint64(1)) + 1, [len(slots)]))
+        counts = np.diff(edges)
+        if counts.max() < _STRETCH_MIN:
+            return self._hold_scattered(slots, blocks, fingerprints)
+        held = np.zeros(len(slots), bool)
+        for start, count in zip(edges.tolist(), counts.tolist(), strict=False):
+            if count >= _STRETCH_MIN:
+                some = slice(start, start + count)
+                held[some] = self._holds(int(slots[start]), blocks[some], b"".join(fingerprints[some]))
+        rest = np.flatnonzero(np.repeat(counts < _STRETCH_MIN, counts))
+        if len(rest):
+            places = rest.tolist()
+            held[rest] = self._hold_scattered(
+                slots[rest], [blocks[at] for at in places], [fingerprints[at] for at in places]
+            )
+        return held.tolist()
+
+    def _hold_scattered(self, slots: Slots, blocks: Sequence[Buffer], fingerprints: Sequence[bytes]) -> list[bool]:
+        """The same, of slots that need not be neighbours: a read of each."""
+        if set(map(len, blocks)) != {BLOCK_BYTES}:
+            raise ValueError(f"blocks of {BLOCK_BYTES} bytes are compared, and no others")
+        form = self._form
+        if len(slots) > _FEW and isinstance(form, RawForm):
+            try:
+                if form.fingerprints_of(slots) == b"".join(fingerprints):
+                    offsets = (np.uint64(RAW_SLOTS_OFFSET) + slots * np.uint64(BLOCK_BYTES)).tolist()
+                    stored = self._storage.pread_each(self._fd, BLOCK_BYTES, offsets)
+                    # The quickest way to compare with a memoryview: none is longer, and what is shorter does not match.
+                    return list(map(bytes.startswith, stored, blocks))
+            except Unreadable:
+                pass  # it may be one of them
+        each = zip(slots.tolist(), blocks, fingerprints, strict=True)
+        return [self._holds(slot, [block], mark) for slot, block, mark in each]
+
+    def _holds(self, slot: int, blocks: Sequence[Buffer], fingerprints: bytes) -> bool:
+        try:
+            return self.holds(slot, blocks, fingerprints)
+        except Damaged:
+            return False
 
     def holds(self, slot: int, blocks: Sequence[Buffer], fingerprints: bytes) -> bool:
         """Whether the slots from `slot` on hold these very blocks, under these fingerprints. Damaged."""

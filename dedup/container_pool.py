@@ -105,35 +105,28 @@ class ContainerPool:
 
         False says only that it was not found to be so: it may be damaged, or its container was just replaced.
         """
-        order = np.argsort(addresses, kind="stable")
+        order = np.argsort(addresses)
         ascending = addresses[order]
-        edges = [0, *(np.flatnonzero(np.diff(ascending) != 1) + 1).tolist(), len(order)]
-        places, wheres = order.tolist(), ascending.tolist()
-        same = [False] * len(places)
-        reader: ContainerReader | None = None
-        try:
-            for start, end in pairwise(edges):
-                where = wheres[start]
-                if reader is None or reader.header.container != where >> SLOT_BITS:
-                    if reader is not None:
-                        self._give_back(reader)
-                        reader = None
-                    try:
-                        reader = self._borrow(where >> SLOT_BITS, True)
-                    except Damaged:
-                        continue  # the caller looks at each of them, and says what is wrong
-                run = places[start:end]
-                marks = fingerprints[run[0]] if end == start + 1 else b"".join([fingerprints[place] for place in run])
-                try:
-                    if reader.holds(where & SLOT_MASK, [blocks[place] for place in run], marks):
-                        for place in run:
-                            same[place] = True
-                except Damaged:
-                    continue  # the caller looks at each of them, and says what is wrong
-        finally:
-            if reader is not None:
+        containers = ascending >> np.uint64(SLOT_BITS)
+        edges = [0, *(np.flatnonzero(containers[1:] != containers[:-1]) + 1).tolist(), len(order)]
+        places = order.tolist()
+        same = np.zeros(len(places), bool)
+        for start, end in pairwise(edges):
+            inside = places[start:end]
+            try:
+                reader = self._borrow(int(ascending[start]) >> SLOT_BITS, True)
+            except Damaged:
+                continue  # the caller looks at each of them, and says what is wrong
+            try:
+                held = reader.holds_each(
+                    ascending[start:end] & np.uint64(SLOT_MASK),
+                    list(map(blocks.__getitem__, inside)),
+                    list(map(fingerprints.__getitem__, inside)),
+                )
+            finally:
                 self._give_back(reader)
-        return same
+            same[order[start:end]] = held
+        return same.tolist()
 
     def decode_ahead(self, addresses: NDArray[np.uint64]) -> None:
         """Has those of the blocks that are compressed decoded in the background, for who reads them next: of the first

@@ -23,6 +23,7 @@ costs some 3 µs, a read of its page among them, and of one that none of seven r
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,14 +150,17 @@ class FingerprintIndex:
             found: list[Address | None] = [recent.get(mark) or frozen.get(mark) for mark in fingerprints]
         else:
             found = list(map(recent.get, fingerprints))
+        if len(found) > _FEW and found.count(None) == len(found):
+            addresses = self._find(b"".join(fingerprints))
+            return [where or None for where in addresses.tolist()] if addresses.any() else found
         unknown = [at for at, where in enumerate(found) if where is None]
         if len(unknown) <= _FEW:
             for at in unknown:
                 found[at] = self._find_one(fingerprints[at]) or None
         else:
             addresses = self._find(b"".join([fingerprints[at] for at in unknown]))
-            for index in np.flatnonzero(addresses).tolist():
-                found[unknown[index]] = Address(int(addresses[index]))
+            for at, where in zip(unknown, addresses.tolist(), strict=True):
+                found[at] = where or None
         return found
 
     def _find_one(self, fingerprint: bytes) -> Address:
@@ -184,13 +188,13 @@ class FingerprintIndex:
         if len(addresses) == 1:
             self.note(fingerprints[0], Address(addresses[0]))
             return
-        # Not `Address` of each, which is a call and does nothing: this is done for every new block.
-        noted = cast("dict[bytes, Address]", dict(zip(fingerprints, addresses, strict=True)))
-        if self._frozen or not self._recent.keys().isdisjoint(noted):
-            for mark, where in noted.items():
-                self.note(mark, where)
+        if self._frozen:
+            for mark, where in zip(fingerprints, addresses, strict=True):
+                self.note(mark, Address(where))
         else:
-            self._recent.update(noted)
+            # In C, and not `Address` of each: this is done for every new block.
+            places = cast("Sequence[Address]", addresses)
+            deque(map(self._recent.setdefault, fingerprints, places), maxlen=0)
 
     def forget_recent(self) -> None:
         """Drops what was noted since `freeze`: for blocks that turned out not to be kept."""

@@ -159,7 +159,7 @@ class FingerprintRuns:
         runs = list(self._runs.values())
         if runs:
             numbers, places = may_have([run.filter for run in runs], high, low)
-            for number in np.unique(numbers).tolist():  # the oldest comes first, and counts
+            for number in np.unique(numbers).tolist() if len(numbers) else ():  # the oldest comes first, and counts
                 there = places[numbers == number]
                 there = there[found[there] == HOLE]
                 found[there] = runs[number].find(high[there], low[there])

@@ -36,6 +36,7 @@ from dedup.types import (
     BLOCK_BYTES,
     HOLE,
     LOST,
+    WRITE_BYTES_MAX,
     Address,
     Aggregate,
     Attributes,
@@ -94,6 +95,8 @@ _KINDS: Final[dict[type, EntryKind]] = {
     ReconcileBegin: EntryKind.RECONCILE_BEGIN,
     ReconcileEnd: EntryKind.RECONCILE_END,
 }
+_CUTS: Final = [slice(at, at + BLOCK_BYTES) for at in range(0, WRITE_BYTES_MAX, BLOCK_BYTES)]
+"""What cuts the largest write into blocks."""
 _WRITE: Final = EntryKind.WRITE
 _WITHOUT_BODY: Final = (Write, Aggregate, Reconcile)
 
@@ -288,8 +291,7 @@ class Ingest:
                 if len(data) == BLOCK_BYTES:
                     blocks.append(data)
                 else:
-                    view = memoryview(data)
-                    blocks += [view[at : at + BLOCK_BYTES] for at in range(0, len(data), BLOCK_BYTES)]
+                    blocks += map(memoryview(data).__getitem__, _CUTS[: len(data) // BLOCK_BYTES])
         addresses, fingerprints = self._place(blocks, journal, whole) if blocks else (_NO_ADDRESSES, [])
         entries: list[Logged] = []
         at = 0
@@ -350,12 +352,13 @@ class Ingest:
         if found.count(None) == len(found) and ZEROS_FINGERPRINT not in fingerprints and _all_differ(fingerprints):
             return self._append(blocks, fingerprints, journal, whole), fingerprints
         placed = self._known(blocks, fingerprints, found)
+        if placed.all():
+            return placed, fingerprints
         fresh: dict[bytes, int] = {}
         twins: list[tuple[int, int]] = []
         new: list[int] = []
-        for index, mark in enumerate(fingerprints):
-            if placed[index] != HOLE:
-                continue
+        for index in np.flatnonzero(placed == HOLE).tolist():
+            mark = fingerprints[index]
             if mark == ZEROS_FINGERPRINT and bytes(blocks[index]) == ZERO_BLOCK:
                 fingerprints[index] = ZERO_FINGERPRINT
             elif (first := fresh.setdefault(mark, index)) != index and bytes(blocks[first]) == bytes(blocks[index]):
@@ -382,30 +385,30 @@ class Ingest:
 
     def _known(self, blocks: list[Bytes], fingerprints: list[bytes], found: list[Address | None]) -> Addresses:
         """The address of each block that the store has, its bytes compared; HOLE for the others."""
-        candidates = [index for index, address in enumerate(found) if address is not None and address != HOLE]
-        placed = np.zeros(len(blocks), np.uint64)
+        wheres = np.array(found if None not in found else [address or HOLE for address in found], np.uint64)
         condemned = self.condemned
-        if condemned is not None and candidates:
-            going = condemned.has(np.array([found[index] for index in candidates], np.uint64)).tolist()
-            candidates = [index for index, goes in zip(candidates, going, strict=True) if not goes]
+        if condemned is not None:
+            wheres[condemned.has(wheres)] = HOLE
+        candidates = np.flatnonzero(wheres).tolist()
         if not candidates:
-            return placed
+            return wheres
         if len(candidates) == 1:
             same = [False]  # read below: reading one by one is quicker than reading many as one
+        elif len(candidates) == len(found):
+            same = self._pool.same_each(wheres, blocks, fingerprints)
         else:
             same = self._pool.same_each(
-                np.array([found[index] for index in candidates], np.uint64),
+                wheres[candidates],
                 [blocks[index] for index in candidates],
                 [fingerprints[index] for index in candidates],
             )
-        for index, is_same in zip(candidates, same, strict=True):
-            address = found[index]
-            assert address is not None
-            placed[index] = address if is_same or self._same(address, fingerprints[index], blocks[index]) else HOLE
+        for index, is_same in zip(candidates, same, strict=True) if not all(same) else ():
+            if not is_same and not self._same(Address(int(wheres[index])), fingerprints[index], blocks[index]):
+                wheres[index] = HOLE
         shared = self.shared  # looked at once: a collection may end beside this
         if shared is not None:
-            shared.add_each(where for where in placed.tolist() if where != HOLE)
-        return placed
+            shared.add_each(where for where in wheres.tolist() if where != HOLE)
+        return wheres
 
     def _same(self, address: Address, mark: bytes, block: Bytes) -> bool:
         """Whether the stored block has these very bytes; a damaged one is healed with them, or they are stored anew."""

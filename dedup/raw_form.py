@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dedup.errors import Damaged
 from dedup.layout import FINGERPRINT_BYTES, RAW_SLOTS_OFFSET, RAW_TABLE_OFFSET, SLOTS_MAX
@@ -22,6 +23,7 @@ from dedup.types import BLOCK_BYTES
 _TABLE_PAGE_SLOTS: Final = 256
 """Fingerprints cached at a time: 4096 bytes of the table."""
 _TABLE_PAGE_BYTES: Final = _TABLE_PAGE_SLOTS * FINGERPRINT_BYTES
+_ROW: Final = np.dtype(f"V{FINGERPRINT_BYTES}")
 
 
 class RawForm:
@@ -53,6 +55,13 @@ class RawForm:
         last = (slot + count - 1) // _TABLE_PAGE_SLOTS
         pages = b"".join([self._pages.get(n) or self._page(n, wait) for n in range(number, last + 1)])
         return pages[start * FINGERPRINT_BYTES : end * FINGERPRINT_BYTES]
+
+    def fingerprints_of(self, slots: NDArray[np.uint64]) -> bytes:
+        """`fingerprints` of slots, not all of which are neighbours."""
+        pages, rows = np.divmod(slots, np.uint64(_TABLE_PAGE_SLOTS))
+        numbers, places = np.unique(pages, return_inverse=True)
+        table = b"".join([self._pages.get(number) or self._page(number, True) for number in numbers.tolist()])
+        return np.frombuffer(table, _ROW).take(places * _TABLE_PAGE_SLOTS + rows.astype(np.intp)).tobytes()
 
     def _page(self, number: int, wait: bool) -> bytes:
         page = bytearray(_TABLE_PAGE_BYTES)

@@ -82,6 +82,18 @@ class Storage:
             self._unread(error, fd, offset)
         return data
 
+    def pread_each(self, fd: int, length: int, offsets: Sequence[int]) -> list[bytes]:
+        """`pread` of `length` bytes at each offset, quicker than as many calls. Unreadable if the disk refuses one."""
+        found = []
+        try:
+            for offset in offsets:
+                found.append(os.pread(fd, length, offset))
+        except OSError as error:
+            self._unread(error, fd, offset)
+        if set(map(len, found)) - {length}:
+            return [self.pread(fd, length, offset) for offset in offsets]  # one was short: of the file, or of the call
+        return found
+
     def pread_into(self, fd: int, buffers: list[memoryview], offset: int, *, wait: bool = True) -> int:
         """Fills the buffers in order and returns the bytes read, short only at the end of the file.
 

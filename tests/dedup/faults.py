@@ -32,6 +32,9 @@ class FaultyStorage(Storage):
         self.reads.append(length)
         return super().pread(fd, length, offset)
 
+    def pread_each(self, fd: int, length: int, offsets: Sequence[int]) -> list[bytes]:
+        return [self.pread(fd, length, offset) for offset in offsets]
+
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
         if self.refuse_write_after is None:
             super().pwritev(fd, buffers, offset)
