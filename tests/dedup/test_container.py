@@ -14,8 +14,9 @@ import dedup.container
 from dedup import layout
 from dedup.container import STREAM_BYTES, ContainerReader, RawContainerWriter
 from dedup.container_pool import ContainerPool
-from dedup.errors import Damaged, OnItsWay, StoreError, StoreFailed, StoreFull, WouldBlock
+from dedup.errors import Damaged, OnItsWay, StoreError, StoreFailed, StoreFull, Unreadable, WouldBlock
 from dedup.layout import RAW_SLOTS_OFFSET, RAW_TABLE_OFFSET, address, container_path, fingerprint
+from dedup.sealed import seal
 from dedup.storage import Storage
 from dedup.types import BLOCK_BYTES, LOST, ContainerForm, ContainerId, JournalId
 from tests.dedup.faults import FaultyStorage, open_descriptors
@@ -242,6 +243,90 @@ def test_pool_reads_a_run_at_once(tmp_path: Path) -> None:
     pool.read_addresses(np.array(sorted(blocks)[:32], dtype=np.uint64), out)
     assert sizes == [32 * BLOCK_BYTES, 4096]
     pool.close()
+
+
+def asked(pool: ContainerPool, pairs: list[tuple[int, bytes]]) -> list[bool]:
+    """Whether the pool has these blocks at these addresses; they come as views, as those of a large write do."""
+    addresses = np.array([where for where, _ in pairs], np.uint64)
+    blocks = [memoryview(bytearray(block)) for _, block in pairs]
+    return pool.same_each(addresses, blocks, [fingerprint(block) for _, block in pairs])
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize(
+    "damage", [None, RAW_SLOTS_OFFSET + 17 * BLOCK_BYTES + 5, RAW_TABLE_OFFSET + 17 * 16 + 3, "cut"]
+)
+def test_pool_tells_which_blocks_are_the_same(tmp_path: Path, sealed: bool, damage: int | str | None) -> None:
+    """Scattered or neighbours, in any order, several times each; never of one that is not there so."""
+    pool, blocks = make_pool(tmp_path, 3)
+    source, places, lost = random.Random(3), sorted(blocks), set()
+    if damage is not None:
+        path = container_path(tmp_path, ONE)
+        with path.open("r+b") as file:
+            if damage == "cut":
+                file.truncate(RAW_SLOTS_OFFSET + 17 * BLOCK_BYTES)
+                lost = {address(ONE, slot) for slot in range(17, 40)}
+            else:
+                file.seek(int(damage))
+                file.write(bytes([path.read_bytes()[int(damage)] ^ 1]))
+                lost = {address(ONE, 17)}
+    if sealed:
+        seal(Storage(), tmp_path, ContainerId(2), None)
+    for count in (1, 2, 5, 60, 300):
+        for _ in range(5):
+            wanted: list[int] = []
+            while len(wanted) < count:
+                start = source.randrange(len(places))
+                wanted += source.choice([source.choices(places, k=7), places[start : start + source.randrange(9)]])
+            good = [(where, blocks[where]) for where in wanted if where not in lost]
+            assert not good or all(asked(pool, good))
+            wrong = [(where, blocks[source.choice(places)]) for where in wanted]
+            nowhere = [(address(ContainerId(9), 3), blocks[places[0]]), (address(ONE, layout.SLOTS_MAX), bytes(4096))]
+            mixed = [*good, *wrong, *nowhere, *((where, blocks[where]) for where in lost)]
+            source.shuffle(mixed)
+            for (where, block), is_same in zip(mixed, asked(pool, mixed), strict=True):
+                assert not is_same or (block == blocks.get(where) and where not in lost)
+    pool.close()
+
+
+def test_pool_compares_whole_blocks_only(tmp_path: Path) -> None:
+    pool, blocks = make_pool(tmp_path, 1)
+    pairs = [(where, blocks[where][:-1]) for where in list(blocks)[::2]]
+    with pytest.raises(ValueError, match="4096"):
+        asked(pool, pairs)
+    pool.close()
+
+
+def test_pool_reads_scattered_blocks_one_by_one_where_the_disk_refuses_some(tmp_path: Path) -> None:
+    _, blocks = make_pool(tmp_path, 1)
+    bad = address(ONE, 6)
+
+    class Refusing(FaultyStorage):
+        def pread(self, fd: int, length: int, offset: int) -> bytes:
+            if length == BLOCK_BYTES and offset == RAW_SLOTS_OFFSET + 6 * BLOCK_BYTES:
+                raise Unreadable("the disk refuses")
+            return super().pread(fd, length, offset)
+
+    pool = ContainerPool(Refusing(), tmp_path)
+    pairs = [(where, blocks[where]) for where in list(blocks)[::2]]
+    assert asked(pool, pairs) == [where != bad for where, _ in pairs]
+    pool.close()
+
+
+@pytest.mark.parametrize("count", [STREAM_BYTES // BLOCK_BYTES - 1, STREAM_BYTES // BLOCK_BYTES])
+def test_room_is_reserved_for_what_streams_in(tmp_path: Path, count: int) -> None:
+    asked_for: list[tuple[int, int]] = []
+
+    class Noting(Storage):
+        def reserve(self, fd: int, offset: int, length: int) -> None:
+            asked_for.append((offset, length))
+            super().reserve(fd, offset, length)
+
+    blocks = blocks_of(count)
+    fill(Noting(), tmp_path, ONE, blocks).close()
+    expected = [(RAW_SLOTS_OFFSET, STREAM_BYTES)] if count * BLOCK_BYTES == STREAM_BYTES else []
+    assert asked_for == expected
+    assert read_slots(tmp_path, 0, count) == b"".join(blocks)
 
 
 def test_pool_keeps_few_descriptors_and_gives_all_back(tmp_path: Path) -> None:

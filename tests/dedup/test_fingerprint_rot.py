@@ -316,6 +316,25 @@ def test_a_page_that_cannot_be_read_costs_its_rows(tmp_path: Path, caplog: pytes
     again.close()
 
 
+@pytest.mark.parametrize("count", [17, 256, 257, 600])
+def test_each_page_is_read_once_for_all_that_are_there(tmp_path: Path, count: int) -> None:
+    """One that is not has no say in what the others are."""
+    rng = random.Random(count)
+    paths, (entries, *_) = made(tmp_path, rng)
+    storage = FaultyStorage()
+    run = FingerprintRun.open(storage, paths[0])
+    some = dict(rng.sample(sorted(entries.items()), count))
+    storage.reads.clear()
+    assert run.find(*halves(b"".join(some))).tolist() == [*some.values()]
+    assert len(storage.reads) <= PAGES * -(-count // 256) and set(storage.reads) == {RUN_PAGE_BYTES}
+    more = [*some, *spread(rng, 1)]
+    rng.shuffle(more)
+    assert found_in(run, more) == some
+    run.drop([*some.items()][:1])
+    assert found_in(run, more) == dict([*some.items()][1:])
+    run.close()
+
+
 @pytest.mark.parametrize("bad", [0, RUN_PAGE_BYTES, FENCES])
 def test_a_front_that_cannot_be_read_is_refused(tmp_path: Path, bad: int) -> None:
     paths, _ = made(tmp_path, random.Random(1))

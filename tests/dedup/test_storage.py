@@ -81,6 +81,43 @@ def test_what_the_disk_does_not_have_is_not_forgotten(storage: Storage, fd: int)
     assert storage.pread(fd, 4096, 0) == b"x" * 4096
 
 
+def test_many_reads_are_as_so_many_reads(storage: Storage, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = os.urandom(100)
+    storage.pwritev(fd, [content], 0)
+    assert storage.pread_each(fd, 10, []) == []
+    assert storage.pread_each(fd, 10, [90, 0, 7, 0]) == [content[90:], content[:10], content[7:17], content[:10]]
+    assert storage.pread_each(fd, 10, [5, 95, 200]) == [content[5:15], content[95:], b""]
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: real(fd, min(length, 3), offset))
+    assert storage.pread_each(fd, 10, [90, 0]) == [content[90:], content[:10]]
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_room_is_reserved_where_that_can_be_and_the_file_is_not_longer(
+    storage: Storage, fd: int, has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_it:
+        monkeypatch.setattr(dedup.storage, "_fallocate", None)
+    storage.pwritev(fd, [b"z" * 4096], 0)
+    storage.datasync(fd)
+    before = storage.stat(fd).st_blocks
+    storage.reserve(fd, 4096, 1 << 20)
+    assert storage.size(fd) == 4096
+    reserved = (storage.stat(fd).st_blocks - before) * 512
+    assert reserved >= 1 << 20 if has_it else reserved == 0
+    storage.pwritev(fd, [b"y" * (1 << 20)], 4096)
+    assert storage.pread(fd, 2 << 20, 0) == b"z" * 4096 + b"y" * (1 << 20)
+
+
+def test_what_cannot_be_reserved_is_told_by_the_write_alone(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"whole")
+    fd = storage.open(tmp_path / "file", os.O_RDONLY)
+    storage.reserve(fd, 0, 4096)
+    with pytest.raises(StoreFailed, match="write failed"):
+        storage.pwritev(fd, [b"x"], 0)
+    storage.close(fd)
+
+
 @pytest.mark.parametrize("has_it", [True, False])
 def test_write_back_is_begun_where_that_can_be(
     storage: Storage, fd: int, has_it: bool, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +204,8 @@ def test_a_read_that_the_disk_refuses_is_damage(storage: Storage, fd: int, monke
     monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(Damaged, match="file: offset 77"):
         storage.pread(fd, 1, 77)
+    with pytest.raises(Damaged, match="file: offset 79"):
+        storage.pread_each(fd, 1, [79, 80])
     with pytest.raises(Damaged, match="file: offset 78"):
         storage.pread_into(fd, [memoryview(bytearray(1))], 78, wait=False)
 
