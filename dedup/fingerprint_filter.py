@@ -20,7 +20,7 @@ PAIR_ROWS: Final = 4
 _SHIFTS: Final = ((0, 6, 12, 18), (24, 30, 36, 42))
 _EACH_SHIFT: Final = tuple(np.array(shifts, np.uint64)[:, None] for shifts in _SHIFTS)
 _ONE, _LAST_BIT, _HALF_BITS = np.uint64(1), np.uint64(63), np.uint64(32)
-_FEW: Final = 8
+_FEW: Final = 24
 """Up to so many are looked at one by one: numpy costs some microseconds before it begins."""
 Places = NDArray[np.intp]
 
@@ -43,11 +43,12 @@ def bits_of(low: U64, word: int) -> U64:
 
 def bits_of_one(low: int) -> tuple[int, int]:
     """`bits_of` of one, for both words."""
-    first = second = 0
-    for one, other in zip(*_SHIFTS, strict=True):
-        first |= 1 << (low >> one & 63)
-        second |= 1 << (low >> other & 63)
-    return first, second
+    return _word_of_one(low, 0), _word_of_one(low, 1)
+
+
+def _word_of_one(low: int, word: int) -> int:
+    one, two, three, four = _SHIFTS[word]
+    return 1 << (low >> one & 63) | 1 << (low >> two & 63) | 1 << (low >> three & 63) | 1 << (low >> four & 63)
 
 
 def may_have(filters: Sequence[U64], high: U64, low: U64) -> tuple[Places, Places]:
@@ -79,7 +80,7 @@ def may_have(filters: Sequence[U64], high: U64, low: U64) -> tuple[Places, Place
 
 
 def _has_second(filters: Sequence[U64], number: int, place: int, low: int) -> bool:
-    _, bits = bits_of_one(low)
+    bits = _word_of_one(low, 1)
     return int(filters[number][place]) & bits == bits
 
 
