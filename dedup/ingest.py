@@ -345,23 +345,39 @@ class Ingest:
     def _place(
         self, blocks: list[Bytes], journal: DataJournal, whole: Sequence[Bytes] | None = None
     ) -> tuple[Addresses, list[bytes]]:
-        """An address for each block: a hole, a block the store has, or a new one in `journal`. `whole`: the same bytes
-        in larger pieces, if there are any."""
+        """An address for each block: a hole, a block the store has, or a new one in `journal`; and the fingerprint that
+        goes with it. `whole`: the same bytes in larger pieces, if there are any."""
         fingerprints = list(map(xxh3_128_digest, blocks))
+        if ZEROS_FINGERPRINT not in fingerprints:
+            return self._place_each(blocks, fingerprints, journal, whole), fingerprints
+        is_zeros = np.fromiter(map(ZERO_BLOCK.startswith, blocks), bool, len(blocks))  # none is shorter
+        placed = np.zeros(len(blocks), np.uint64)
+        rest = np.flatnonzero(~is_zeros).tolist()
+        if rest:
+            others = [blocks[index] for index in rest], [fingerprints[index] for index in rest]
+            placed[rest] = self._place_each(*others, journal)
+        for index in np.flatnonzero(is_zeros).tolist():
+            fingerprints[index] = ZERO_FINGERPRINT
+        return placed, fingerprints
+
+    def _place_each(
+        self,
+        blocks: list[Bytes],
+        fingerprints: list[bytes],
+        journal: DataJournal,
+        whole: Sequence[Bytes] | None = None,
+    ) -> Addresses:
+        """The same of blocks of which none is zeros."""
         found = self._index.lookup(fingerprints)
-        if found.count(None) == len(found) and ZEROS_FINGERPRINT not in fingerprints and _all_differ(fingerprints):
-            return self._append(blocks, fingerprints, journal, whole), fingerprints
+        if found.count(None) == len(found) and _all_differ(fingerprints):
+            return self._append(blocks, fingerprints, journal, whole)
         placed = self._known(blocks, fingerprints, found)
-        if placed.all():
-            return placed, fingerprints
         fresh: dict[bytes, int] = {}
         twins: list[tuple[int, int]] = []
         new: list[int] = []
         for index in np.flatnonzero(placed == HOLE).tolist():
-            mark = fingerprints[index]
-            if mark == ZEROS_FINGERPRINT and bytes(blocks[index]) == ZERO_BLOCK:
-                fingerprints[index] = ZERO_FINGERPRINT
-            elif (first := fresh.setdefault(mark, index)) != index and bytes(blocks[first]) == bytes(blocks[index]):
+            first = fresh.setdefault(fingerprints[index], index)
+            if first != index and bytes(blocks[first]) == bytes(blocks[index]):
                 twins.append((index, first))
             else:
                 new.append(index)
@@ -370,7 +386,7 @@ class Ingest:
             placed[new] = got
         for index, first in twins:
             placed[index] = placed[first]
-        return placed, fingerprints
+        return placed
 
     def _append(
         self,
