@@ -1,12 +1,10 @@
 """Ingest: records become blocks with addresses, and journal entries that name them (the hot path of a store).
 
-A record's bytes are cut at block boundaries. A block that a record covers only in part is completed from the head, so
-that a pointer always names a whole block. Blocks of zeros are holes; a fingerprint that is known is a candidate, and
-bytes are compared before its block is shared; the rest is appended to the data journal in use.
+A record's bytes are cut at block boundaries (see `staging` for those that do not begin or end there). Blocks of zeros
+are holes; a fingerprint that is known is a candidate, and bytes are compared before its block is shared; the rest is
+appended to the data journal in use.
 
 Invariants:
-- records are taken in order; a record later in a batch sees what an earlier one wrote (`order`);
-- bytes of a volume's last block past its size are zeros;
 - nothing of the group's state changes here: the caller applies the entries once they are journalled, so a failure
   costs at most slots that nothing names.
 """
@@ -15,15 +13,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from dataclasses import replace
+from typing import Final
 
 import numpy as np
 from xxhash import xxh3_128_digest
 
 from dedup.container_pool import ContainerPool
 from dedup.data_journal import DataJournal
-from dedup.errors import Damaged, OutOfOrder, StoreError
+from dedup.errors import Damaged, OutOfOrder
 from dedup.fingerprint_index import FingerprintIndex
 from dedup.group_state import GroupState
 from dedup.healing import Healer
@@ -31,6 +29,7 @@ from dedup.layout import ZERO_BLOCK, ZERO_FINGERPRINT, fingerprint
 from dedup.metadata_journal import EntryKind, Logged, LoggedExtent
 from dedup.pointer_map import Addresses
 from dedup.slot_marks import SlotMarks
+from dedup.staging import Block, Bytes, HeadReader, Piece, Rotten, Staging, pieces_of
 from dedup.types import (
     BASE_JOURNAL,
     BLOCK_BYTES,
@@ -56,25 +55,12 @@ from dedup.types import (
     Resize,
     Retire,
     Seq,
-    VolumeId,
     Write,
 )
 from dedup.write_run import SmallWrites, WriteRun
 
 log = logging.getLogger(__name__)
 
-Bytes = bytes | bytearray | memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class Rotten:
-    """A block that should have been completed from the head, whose bytes there are damaged: it becomes LOST, so that
-    reading it fails, and replication goes on. Whatever covers it whole heals it.
-
-    It does not keep its pointer: what that names may be healed, or read again, and lacks what was written in part."""
-
-
-Block = Bytes | Rotten
 ZEROS_FINGERPRINT: Final = fingerprint(ZERO_BLOCK)
 _EMPTY_EXTENT: Final = b""
 _NO_ADDRESSES: Final[Addresses] = np.zeros(0, dtype=np.uint64)
@@ -99,135 +85,6 @@ _CUTS: Final = [slice(at, at + BLOCK_BYTES) for at in range(0, WRITE_BYTES_MAX, 
 """What cuts the largest write into blocks."""
 _WRITE: Final = EntryKind.WRITE
 _WITHOUT_BODY: Final = (Write, Aggregate, Reconcile)
-
-
-class HeadReader(Protocol):
-    """The head of a group, as far as ingest needs it."""
-
-    def head_block(self, volume: VolumeId, block: int) -> bytes:
-        """The block as of the last record journalled. Damaged."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class Piece:
-    """One extent of a record as whole blocks; `addresses` and `fingerprints` once they are placed."""
-
-    volume: VolumeId
-    offset: int
-    length: int
-    blocks: list[Block]
-    addresses: Addresses = field(init=False)
-    fingerprints: bytes = field(init=False)
-
-
-@dataclass(slots=True)
-class _Staging:
-    """What the records of a batch have done so far, over the head."""
-
-    head: GroupState
-    read_head: HeadReader
-    blocks: dict[tuple[VolumeId, int], Block] = field(default_factory=dict)
-    cuts: dict[VolumeId, int] = field(default_factory=dict)
-    sizes: dict[VolumeId, int] = field(default_factory=dict)
-    retired: set[VolumeId] = field(default_factory=set)
-
-    def size(self, volume: VolumeId) -> int:
-        """The volume's size so far. StoreError if it does not exist: such a record must not get into the journal."""
-        size = self.sizes.get(volume)
-        if size is not None:
-            return size
-        state = self.head.volumes.get(volume)
-        if state is None or volume in self.retired:
-            raise StoreError(f"a record names volume {volume}, which does not exist")
-        return state.size
-
-    def block(self, volume: VolumeId, number: int) -> Block:
-        staged = self.blocks.get((volume, number))
-        if staged is not None:
-            return staged
-        cut = self.cuts.get(volume)
-        if cut is not None and number >= cut:
-            return ZERO_BLOCK
-        state = self.head.volumes.get(volume)
-        # A volume made in this batch has no head; neither has what lies past the head's end.
-        if state is None or number * BLOCK_BYTES >= state.size:
-            return ZERO_BLOCK
-        try:
-            return self.read_head.head_block(volume, number)
-        except Damaged as damage:
-            log.error("volume %d, block %d is lost until it is written whole: %s", volume, number, damage)
-            return Rotten()
-
-    def create(self, volume: VolumeId, size: int) -> None:
-        """A volume begins. StoreError when its number is taken, or was."""
-        if volume < self.head.next_volume or volume in self.sizes:
-            raise StoreError(f"a record creates volume {volume}, which there has been already")
-        self.sizes[volume] = size
-
-    def retire(self, volume: VolumeId) -> None:
-        self.size(volume)
-        self.sizes.pop(volume, None)
-        self.retired.add(volume)
-
-    def resize(self, volume: VolumeId, size: int) -> list[Piece]:
-        """Cuts or grows; the last block that remains is completed with zeros: the piece to store, if there is one."""
-        old = self.size(volume)
-        self.sizes[volume] = size
-        if size >= old:
-            return []
-        number, kept = divmod(size, BLOCK_BYTES)
-        pieces: list[Piece] = []
-        tail = self.block(volume, number) if kept else ZERO_BLOCK
-        cut = number + bool(kept)
-        self.cuts[volume] = min(cut, self.cuts.get(volume, cut))
-        for gone in [key for key in self.blocks if key[0] == volume and key[1] >= cut]:
-            del self.blocks[gone]
-        if kept:
-            zeroed = tail if isinstance(tail, Rotten) else bytes(tail[:kept]) + bytes(BLOCK_BYTES - kept)
-            self.blocks[volume, number] = zeroed
-            pieces.append(Piece(volume, number * BLOCK_BYTES, kept, [zeroed]))
-        return pieces
-
-    def write(self, extent: Extent) -> Piece:
-        """The extent as whole blocks: its edges completed from what is there."""
-        volume, offset, length = extent.volume, extent.offset, extent.length
-        end = offset + length
-        self.sizes[volume] = max(self.size(volume), end)
-        first, skip = divmod(offset, BLOCK_BYTES)
-        if skip == 0 and length == BLOCK_BYTES and not extent.zeros:
-            blocks: list[Block] = [extent.data]
-        else:
-            blocks = self._cut_to_blocks(extent, first, skip, end)
-        for index, block in enumerate(blocks, first):
-            self.blocks[volume, index] = block
-        return Piece(volume, offset, length, blocks)
-
-    def _cut_to_blocks(self, extent: Extent, first: int, skip: int, end: int) -> list[Block]:
-        count = -(-end // BLOCK_BYTES) - first
-        if extent.zeros:
-            if skip == 0 and end % BLOCK_BYTES == 0:
-                return [ZERO_BLOCK] * count
-            data = memoryview(bytes(extent.zeros))
-        else:
-            data = memoryview(extent.data)
-        blocks: list[Block] = []
-        at = -skip
-        for number in range(first, first + count):
-            if at >= 0 and at + BLOCK_BYTES <= len(data):
-                blocks.append(data[at : at + BLOCK_BYTES])
-            else:
-                old = self.block(extent.volume, number)
-                if isinstance(old, Rotten):
-                    blocks.append(old)
-                    at += BLOCK_BYTES
-                    continue
-                whole = bytearray(old)
-                start, stop = max(0, at), min(len(data), at + BLOCK_BYTES)
-                whole[start - at : stop - at] = data[start:stop]
-                blocks.append(whole)
-            at += BLOCK_BYTES
-        return blocks
 
 
 class Ingest:
@@ -258,7 +115,7 @@ class Ingest:
         """
         if _all_plain(records, state):
             return self._log_plain(records, journal, journal_id)
-        staging = _Staging(state, read_head)
+        staging = Staging(state, read_head)
         pieces: list[list[Piece]] = []
         held = state.held
         for record in records:
@@ -266,7 +123,7 @@ class Ingest:
             if first != held + 1 or record.seq < first:
                 raise OutOfOrder(f"record {first}..{record.seq} does not follow {held}")
             held = record.seq
-            pieces.append(_pieces(staging, record))
+            pieces.append(pieces_of(staging, record))
         self._place_all(records, pieces, journal)
         return [_logged(record, found, journal_id) for record, found in zip(records, pieces, strict=True)]
 
@@ -452,7 +309,7 @@ def _all_plain(records: Sequence[Record], state: GroupState) -> bool:
             extent = record.extent
             length = len(extent.data)
             if (
-                not length
+                not 0 < length <= WRITE_BYTES_MAX
                 or (length | extent.offset) % BLOCK_BYTES
                 or extent.zeros
                 or extent.volume not in state.volumes
@@ -461,31 +318,6 @@ def _all_plain(records: Sequence[Record], state: GroupState) -> bool:
         elif type(record) is not Heartbeat and type(record) is not Flush:
             return False
     return True
-
-
-def _pieces(staging: _Staging, record: Record) -> list[Piece]:
-    match record:
-        case Write(extent=extent) | Reconcile(extent=extent):
-            return [staging.write(extent)]
-        case Aggregate(extents=extents):
-            return [staging.write(extent) for extent in extents]
-        case Resize(volume=volume, size=size):
-            return staging.resize(volume, size)
-        case Correct(size=size, extent=extent):
-            cut = staging.resize(extent.volume, size)
-            return [*cut, staging.write(extent)] if extent.length else cut
-        case Create(volume=volume, size=size):
-            staging.create(volume, size)
-        case Retire(volume=volume):
-            staging.retire(volume)
-        case Rename(moves=moves, retired=gone):
-            for volume in gone:
-                staging.retire(volume)
-            for volume, _ in moves:
-                staging.size(volume)
-        case Attributes(volume=volume):
-            staging.size(volume)
-    return []
 
 
 def _logged(record: Record, pieces: list[Piece], journal: JournalId) -> Logged:
