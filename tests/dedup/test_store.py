@@ -20,12 +20,16 @@ from hypothesis.stateful import (
 )
 
 from dedup.consolidator import consolidate
+from dedup.container import marks_of
 from dedup.errors import MomentRefused, NameRefused, NotAStore, OutOfOrder, StoreBusy, UnknownFormat, UnknownName
-from dedup.layout import checked
+from dedup.layout import checked, fingerprint
 from dedup.reader import GroupReader
 from dedup.retention import Policy
+from dedup.sealed import seal
+from dedup.storage import Storage
 from dedup.store import Store
-from dedup.types import PointKind, Seq, VolumeId
+from dedup.types import ContainerId, PointKind, Seq, VolumeId
+from dedup.verify import verify
 from tests.dedup.model import Model
 
 SIZE_MAX = 60_000
@@ -229,6 +233,45 @@ def test_duplicate_blocks_are_stored_once_and_zeros_not_at_all(path: Path) -> No
     assert store.fingerprints.pending_count == 1
     check_moment(group.reader(), model, model.seq)
     store.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_large_writes_of_all_kinds_of_blocks(path: Path, seed: int) -> None:
+    """Zeros, new ones, such as the same write has, and such as were stored before or after the last checkpoint, of
+    containers that are raw or sealed; in any order, and as neighbours. Each is stored once."""
+    store, model, volume = filled(path)
+    group, rng = store.group("g"), random.Random(seed)
+    known: list[bytes] = [bytes(4096)]
+    for turn in range(8):
+        records = []
+        for length in rng.choices([2, 16, 255, 256, 257, 300], k=rng.randrange(1, 4)):
+            blocks: list[bytes] = []
+            while len(blocks) < length:
+                start = rng.randrange(len(known))
+                new = [rng.randbytes(4096) for _ in range(rng.randrange(1, 30))]
+                blocks += rng.choice([new, new * 2, known[start : start + 40], rng.choices(known, k=30), known[:1] * 5])
+            known = list(dict.fromkeys([*known, *blocks[:length]]))
+            records.append(model.write(volume, rng.randrange(100) * 4096, b"".join(blocks[:length])))
+        group.ingest(records)
+        if turn % 3 == 2:
+            store.checkpoint()
+        if turn == 4:
+            store.complete_containers()
+            store.checkpoint()
+            for container in containers_of(path):
+                seal(Storage(), container.parent, ContainerId(int(container.stem)), None)
+                store.pool.forget(ContainerId(int(container.stem)))
+    check_moment(group.reader(), model, model.seq)
+    stored = [store.fingerprints.lookup([fingerprint(block)])[0] for block in known[1:]]
+    assert None not in stored and len(set(stored)) == len(stored)
+    store.close()
+    taken = [marks_of(Storage(), path / "containers", ContainerId(int(one.stem)))[0] for one in containers_of(path)]
+    assert sum(map(len, taken)) == len(stored)
+    assert verify(path, read_data=True).ok
+
+
+def containers_of(path: Path) -> list[Path]:
+    return sorted((path / "containers").iterdir())
 
 
 def test_one_writer(path: Path) -> None:
