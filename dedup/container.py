@@ -254,8 +254,7 @@ class ContainerReader:
         return bytes(block)
 
     def holds_each(self, slots: Slots, blocks: Sequence[Buffer], fingerprints: Sequence[bytes]) -> list[bool]:
-        """Whether each of the slots, which ascend, holds this very block, under this fingerprint. False says only that
-        it was not found to be so: it may be damaged."""
+        """`holds` of each of the slots, which ascend."""
         if len(slots) <= _FEW:
             return self._hold_scattered(slots, blocks, fingerprints)
         edges = np.concatenate(([0], np.flatnonzero(slots[1:] != slots[:-1] + np.uint64(1)) + 1, [len(slots)]))
@@ -266,7 +265,7 @@ class ContainerReader:
         for start, count in zip(edges.tolist(), counts.tolist(), strict=False):
             if count >= _STRETCH_MIN:
                 some = slice(start, start + count)
-                held[some] = self._holds(int(slots[start]), blocks[some], b"".join(fingerprints[some]))
+                held[some] = self.holds(int(slots[start]), blocks[some], b"".join(fingerprints[some]))
         rest = np.flatnonzero(np.repeat(counts < _STRETCH_MIN, counts))
         if len(rest):
             places = rest.tolist()
@@ -290,16 +289,17 @@ class ContainerReader:
             except Unreadable:
                 pass  # it may be one of them
         each = zip(slots.tolist(), blocks, fingerprints, strict=True)
-        return [self._holds(slot, [block], mark) for slot, block, mark in each]
+        return [self.holds(slot, [block], mark) for slot, block, mark in each]
 
-    def _holds(self, slot: int, blocks: Sequence[Buffer], fingerprints: bytes) -> bool:
+    def holds(self, slot: int, blocks: Sequence[Buffer], fingerprints: bytes) -> bool:
+        """Whether the slots from `slot` on hold these very blocks, under these fingerprints. False says only that they
+        were not found to: they may be damaged."""
         try:
-            return self.holds(slot, blocks, fingerprints)
+            return self._holds(slot, blocks, fingerprints)
         except Damaged:
             return False
 
-    def holds(self, slot: int, blocks: Sequence[Buffer], fingerprints: bytes) -> bool:
-        """Whether the slots from `slot` on hold these very blocks, under these fingerprints. Damaged."""
+    def _holds(self, slot: int, blocks: Sequence[Buffer], fingerprints: bytes) -> bool:
         count = len(blocks)
         # The bytes that the fingerprints were made of: what equals them need not be hashed again.
         stored: bytes | bytearray

@@ -98,6 +98,17 @@ class ContainerPool:
             finally:
                 self._give_back(reader)
 
+    def same(self, where: Address, block: Buffer, mark: bytes) -> bool:
+        """`same_each` of one."""
+        try:
+            reader = self._borrow(where >> SLOT_BITS, True)
+        except Damaged:
+            return False
+        try:
+            return reader.holds(where & SLOT_MASK, [block], mark)
+        finally:
+            self._give_back(reader)
+
     def same_each(
         self, addresses: NDArray[np.uint64], blocks: Sequence[Buffer], fingerprints: Sequence[bytes]
     ) -> list[bool]:

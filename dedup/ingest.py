@@ -266,7 +266,8 @@ class Ingest:
         if not candidates:
             return wheres
         if len(candidates) == 1:
-            same = [False]  # read below: reading one by one is quicker than reading many as one
+            (one,) = candidates
+            same = [self._pool.same(Address(int(wheres[one])), blocks[one], fingerprints[one])]
         elif len(candidates) == len(found):
             same = self._pool.same_each(wheres, blocks, fingerprints)
         else:
