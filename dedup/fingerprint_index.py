@@ -196,10 +196,6 @@ class FingerprintIndex:
             places = cast("Sequence[Address]", addresses)
             deque(map(self._recent.setdefault, fingerprints, places), maxlen=0)
 
-    def forget_recent(self) -> None:
-        """Drops what was noted since `freeze`: for blocks that turned out not to be kept."""
-        self._recent.clear()
-
     def freeze(self) -> None:
         """Begins a checkpoint: what was noted so far is what `commit` writes. After a failed one, that and what is new.
 

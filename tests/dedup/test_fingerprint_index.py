@@ -146,15 +146,6 @@ def test_a_failed_commit_loses_nothing(fixture: Fixture) -> None:
     assert index.lookup([fp(1), fp(2)]) == [101, 102]
 
 
-def test_forget_recent_drops_only_what_was_noted_since_freeze(fixture: Fixture) -> None:
-    index = fixture.index
-    index.note(fp(1), Address(101))
-    index.freeze()
-    index.note(fp(2), Address(102))
-    index.forget_recent()
-    assert index.lookup([fp(1), fp(2)]) == [101, None]
-
-
 def test_remove_takes_out_only_the_address_that_goes(fixture: Fixture) -> None:
     index = fixture.index
     for number in (1, 2):
@@ -341,7 +332,6 @@ def test_an_index_of_before_that_was_between_two_slices(fixture: Fixture) -> Non
     """Of the newer fingerprints those of the first slices are in LMDB, but what was removed: that is named nowhere."""
     marks = [fingerprint(bytes([number])) for number in range(200)]
     placed = {mark: fixture.store(mark) for mark in marks}
-    fixture.index.forget_recent()
     within = [mark for mark in marks if mark[0] < 32 * 4]
     removed = set(within[:10])
     rows = {mark: placed[mark].to_bytes(8, "little") for mark in within[10:]}

@@ -59,18 +59,18 @@ async def test_what_is_there_is_taken_without_a_turn_of_the_loop(
     assert turns.count == before
 
 
+async def set_soon(event: trio.Event) -> None:
+    await trio.sleep(0.005)
+    event.set()
+
+
 async def test_the_loop_has_its_turns(pipe: tuple[int, int]) -> None:
     reading, writing = pipe
     os.write(writing, b"1")
     lingers = Linger()
     async with trio.open_nursery() as nursery:
         ended = trio.Event()
-
-        async def deadline() -> None:
-            await trio.sleep(0.005)
-            ended.set()
-
-        nursery.start_soon(deadline)
+        nursery.start_soon(set_soon, ended)
         while not ended.is_set():
             await lingers.readable(reading)
 
@@ -249,12 +249,7 @@ async def test_a_peer_that_never_pauses_leaves_the_loop_its_turns(pipe: tuple[in
     lingers = Linger()
     async with trio.open_nursery() as nursery:
         ended = trio.Event()
-
-        async def deadline() -> None:
-            await trio.sleep(0.005)
-            ended.set()
-
-        nursery.start_soon(deadline)
+        nursery.start_soon(set_soon, ended)
         with linger.heard(reading, lambda: True), trio.fail_after(30):
             while not ended.is_set():
                 assert not lingers.until(ended.is_set)
