@@ -54,6 +54,19 @@ class ReadLock:
         return trio.lowlevel.Abort.SUCCEEDED
 
 
+_serving: trio.lowlevel.RunVar[Linger | None] = trio.lowlevel.RunVar("rewindfs.request_wait", None)
+
+
+async def let_others() -> None:
+    """A checkpoint when another task could run, or another request or anything else has come; nothing where not.
+
+    For a handler that looks again and again for what comes within microseconds: a turn of the loop takes as long.
+    """
+    linger = _serving.get()
+    if linger is None or not linger.is_alone():
+        await trio.lowlevel.checkpoint()
+
+
 @contextmanager
 def lingering_for_requests() -> Iterator[None]:
     """Within it pyfuse3's main loop lingers. To be entered within trio, for one mount of the process at a time."""
@@ -61,7 +74,9 @@ def lingering_for_requests() -> Iterator[None]:
     lowlevel = SimpleNamespace(**(vars(trio.lowlevel) | {"wait_readable": linger.readable}))
     instead = vars(trio) | {"lowlevel": lowlevel, "Lock": lambda: ReadLock(linger)}
     pyfuse3.trio = SimpleNamespace(**instead)  # type: ignore[attr-defined]
+    _serving.set(linger)
     try:
         yield
     finally:
+        _serving.set(None)
         pyfuse3.trio = trio  # type: ignore[attr-defined]

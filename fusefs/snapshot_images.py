@@ -20,6 +20,7 @@ import trio
 from dedup.errors import Damaged, MomentGone, OnItsWay, WouldBlock
 from dedup.history import PastImage
 from dedup.image import room_for
+from fusefs.request_wait import let_others
 from fusefs.snapshot_tree import SnapshotFile
 
 READERS_MAX: Final = 16
@@ -82,9 +83,9 @@ class SnapshotImages:
     async def read(self, node: SnapshotFile, off: int, size: int, *, coming: bool = False) -> bytes | memoryview:
         """The bytes, fewer past the end; may wait. No await before they are given away. Damaged, MomentGone.
 
-        What is `coming` from the disk is looked at again whenever other tasks have run: a disk is often quicker than a
-        thread would be to begin waiting for it. Large reads of one image wait for each other: side by side they would
-        look like jumps to the kernel, which reads ahead of who reads on.
+        What is `coming` from the disk is looked at again and again, and others have their turn in between: a disk is
+        often quicker than a thread would be to begin waiting for it. Large reads of one image wait for each other: side
+        by side they would look like jumps to the kernel, which reads ahead of who reads on.
         """
         kept = self._images.get(node.key) if coming else None
         if kept is None:
@@ -103,7 +104,7 @@ class SnapshotImages:
         """None when it does not come soon, or not in this way."""
         end = time.perf_counter() + SOON_SECONDS
         while time.perf_counter() < end:
-            await trio.lowlevel.checkpoint()
+            await let_others()
             with suppress(OnItsWay):
                 return self.read_now(node, off, size)
         return None

@@ -135,6 +135,14 @@ class Linger:
             if is_so is not None and is_so():
                 return True
 
+    def is_alone(self) -> bool:
+        """Whether nobody else could go on: no other task is ready to run, and neither the descriptor that was waited
+        for last nor any that the loop waits for is readable. False where that cannot be told."""
+        loop = self._loop
+        if loop.descriptor is None or self._fd == _NOTHING or len(loop.ready) > (loop.waits != _NOTHING):
+            return False
+        return not self._poll(loop).poll(0)
+
     def _is_there(self, loop: _Loop) -> bool:
         """Whether the descriptor is readable now, though others are ready to run; once in each of their steps."""
         if self._step == loop.steps:

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from fusefs.request_wait import ReadLock, lingering_for_requests
+from fusefs.request_wait import ReadLock, let_others, lingering_for_requests
 from replication.linger import Linger
 
 REQUESTS = 1000
@@ -107,6 +107,24 @@ async def test_a_free_lock_costs_no_checkpoint() -> None:
         for _ in range(3):
             async with lock:
                 pass
+
+
+async def test_others_are_let_where_there_are_any() -> None:
+    with trio.testing.assert_checkpoints():
+        await let_others()  # no mount is served
+    near, far = socket.socketpair()
+    with near, far, lingering_for_requests():
+        with trio.testing.assert_checkpoints():
+            await let_others()  # it has waited for no request yet
+        far.send(b"1")
+        await pyfuse3.trio.lowlevel.wait_readable(near.fileno())
+        with trio.testing.assert_checkpoints():
+            await let_others()
+        near.recv(1)
+        with trio.testing.assert_no_checkpoints():
+            await let_others()
+    with trio.testing.assert_checkpoints():
+        await let_others()
 
 
 async def test_pyfuse3_has_trio_back_afterwards() -> None:

@@ -329,6 +329,49 @@ async def test_a_closed_descriptor_is_told_as_trio_does(pipe: tuple[int, int], u
             await lingers.readable(reading)
 
 
+async def test_who_is_alone(pipe: tuple[int, int], unhurried: None) -> None:
+    reading, writing = pipe
+    lingers = Linger()
+    assert not lingers.is_alone()  # it has not waited for anything yet, and cannot tell
+    os.write(writing, b"1")
+    await lingers.readable(reading)
+    assert not lingers.is_alone()
+    os.read(reading, 1)
+    assert lingers.is_alone()
+    event = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(event.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert lingers.is_alone()
+        event.set()
+        assert not lingers.is_alone()
+    woken = Woken(lingers, reading)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(woken)
+        await trio.testing.wait_all_tasks_blocked()
+        woken.wake()
+        assert lingers.is_alone()  # but for one that is ready only to wait
+        os.write(writing, b"2")
+        assert not lingers.is_alone()
+    assert woken.got == b"2"
+
+
+async def test_who_waits_for_another_descriptor_is_not_left_alone(
+    pipe: tuple[int, int], another: tuple[int, int], unhurried: None
+) -> None:
+    reading, writing = pipe
+    lingers = Linger()
+    os.write(writing, b"1")
+    await lingers.readable(reading)
+    os.read(reading, 1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.lowlevel.wait_readable, another[0])
+        await trio.testing.wait_all_tasks_blocked()
+        assert lingers.is_alone()
+        os.write(another[1], b"1")
+        assert not lingers.is_alone()
+
+
 def test_where_the_loop_cannot_be_told_nobody_lingers(pipe: tuple[int, int], turns: Turns) -> None:
     reading, writing = pipe
     os.write(writing, b"1")
@@ -338,6 +381,8 @@ def test_where_the_loop_cannot_be_told_nobody_lingers(pipe: tuple[int, int], tur
         trio.lowlevel.add_instrument(turns)
         for _ in range(5):
             await lingers.readable(reading)
+        os.read(reading, 1)
+        assert not lingers.is_alone()
 
     with select.epoll():
         trio.run(main)
