@@ -45,8 +45,11 @@ class ReadAhead:
                 self._streams.insert(0, _Stream(first + count, count))
                 del self._streams[STREAMS_MAX:]
                 return []
-            stream.end = max(stream.end, first + count)
-            stream.row += count
+            further = first + count - stream.end
+            if further <= 0:
+                return []  # asked for again, or in another order than the file's
+            stream.end += further
+            stream.row += min(further, count)
             if stream.row < BEGIN_BLOCKS:
                 return []
             # Longer ahead the longer it goes on.

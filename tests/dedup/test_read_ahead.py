@@ -46,6 +46,14 @@ def test_two_streams_and_jumps() -> None:
     assert all(len(chunks) > 10 for chunks in told.values())
 
 
+def test_who_asks_again_does_not_go_on() -> None:
+    reading = ReadAhead(CHUNK_BLOCKS, AHEAD_CHUNKS)
+    for _ in range(200):
+        assert reading.chunks(1000, 16, END) == []
+    near = [1016, 1900, 1001, 1300]  # within NEAR_BLOCKS, back and forth
+    assert [chunk for first in near for chunk in reading.chunks(first, 1, END)] == []
+
+
 def test_what_is_put_off_is_told_again() -> None:
     reading = ReadAhead(CHUNK_BLOCKS, AHEAD_CHUNKS)
     for first in range(0, 2048, 64):
