@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import threading
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -227,7 +228,8 @@ class SealedForm:
         table = storage.pread(fd, header.table_end - SEALED_TABLE_OFFSET, SEALED_TABLE_OFFSET)
         if checksum(table) != header.table_checksum:
             raise Damaged(f"{path}: offset {SEALED_TABLE_OFFSET}: the slot table does not match its checksum")
-        self._slots = np.frombuffer(table, dtype="<u2", count=header.slots)
+        slots = np.frombuffer(table, dtype="<u2", count=header.slots)
+        self._slots = memoryview(slots.astype(np.uint16).tobytes()).cast("H")
         self._table = memoryview(table)
         self._group_blocks = header.blocks_a_group
         self._fingerprints_at = header.fingerprints_offset - SEALED_TABLE_OFFSET
@@ -236,7 +238,7 @@ class SealedForm:
 
     def _check_table(self, header: SealedHeader) -> None:
         size = self._group_blocks
-        slots = self._slots.astype(np.int64)
+        slots = np.array(self._slots, np.int64)
         ascending = bool((np.diff(slots) > 0).all()) and (header.slots == 0 or int(slots[-1]) < SLOTS_MAX)
         blocks = [min(size, header.slots - i * size) for i in range(header.groups)]
         begin, end = header.table_end, header.table_end + header.groups * size * BLOCK_BYTES
@@ -259,12 +261,11 @@ class SealedForm:
 
     def slots(self) -> list[int]:
         """The slots that are there, ascending."""
-        slots: list[int] = self._slots.tolist()
-        return slots
+        return self._slots.tolist()
 
     def offset_of(self, slot: int) -> int:
         """For messages: where the bytes of the slot's group start, 0 when it is not there."""
-        index = int(np.searchsorted(self._slots, np.uint16(slot)))
+        index = bisect_left(self._slots, slot)
         if index == len(self._slots) or self._slots[index] != slot:
             return 0
         return self._group(index // self._group_blocks).offset
@@ -314,7 +315,7 @@ class SealedForm:
 
     def begin_decoding(self, slot: int, count: int) -> Decoding | None:
         """As the one of `ContainerReader`."""
-        start = int(np.searchsorted(self._slots, np.uint16(slot)))
+        start = bisect_left(self._slots, slot)
         end = min(len(self._slots), start + count)
         if start >= end:
             return None
@@ -325,7 +326,7 @@ class SealedForm:
 
     def _index(self, slot: int, count: int) -> int:
         """Where the slot is in the table; the following ones come after it."""
-        index = int(np.searchsorted(self._slots, np.uint16(slot)))
+        index = bisect_left(self._slots, slot)
         # Ascending slots: the run is whole when its last one is where it must be.
         last = index + count - 1
         if last >= len(self._slots) or self._slots[index] != slot or self._slots[last] != slot + count - 1:
