@@ -36,7 +36,7 @@ from dedup.layout import (
     unpack_container_header,
 )
 from dedup.raw_form import RawForm
-from dedup.sealed_form import Decoding, GroupCache, SealedForm
+from dedup.sealed_form import GroupCache, SealedForm
 from dedup.storage import Buffer, Storage
 from dedup.types import BLOCK_BYTES, LOST_CONTAINER, ContainerForm, ContainerId, JournalId, TimeNs
 
@@ -167,7 +167,7 @@ class _Form(Protocol):
 
     def load(self, slot: int, count: int, out: memoryview, *, wait: bool = True) -> None: ...
 
-    def begin_decoding(self, slot: int, count: int) -> Decoding | None: ...
+    def is_compressed(self, slot: int) -> bool: ...
 
 
 class ContainerReader:
@@ -239,13 +239,9 @@ class ContainerReader:
                 f"the block in slot {slot + bad} does not match its fingerprint"
             )
 
-    def begin_decoding(self, slot: int, count: int) -> Decoding | None:
-        """What is left to do before the slots can be read at once, None where nothing of them is compressed or all of
-        that is decoded. To be run in a thread, or given up, before `close`; until then, who reads them waits.
-
-        Says nothing of damage, or of slots that are not there: `read_into` does.
-        """
-        return self._form.begin_decoding(slot, count)
+    def is_compressed(self, slot: int) -> bool:
+        """Whether the block has to be decoded; False where there is none."""
+        return self._form.is_compressed(slot)
 
     def read_block(self, slot: int) -> bytes:
         """One slot's block, verified. Damaged."""

@@ -8,13 +8,11 @@ Invariants:
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, pairwise
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -24,22 +22,15 @@ from numpy.typing import NDArray
 from dedup.container import ContainerReader
 from dedup.errors import Damaged, WouldBlock
 from dedup.layout import SLOT_BITS, SLOT_MASK, ZERO_BLOCK
-from dedup.sealed_form import Decoding, GroupCache
+from dedup.prefetch import Prefetch
+from dedup.sealed_form import GroupCache
 from dedup.storage import Buffer, Storage
 from dedup.types import BLOCK_BYTES, Address, ContainerId
-
-log = logging.getLogger("rewindfs.container")
 
 _RUN_BLOCKS_MAX: Final = 1024
 """Blocks of one read."""
 IDLE_SECONDS: Final = 60.0
 """A descriptor that nobody used for so long is closed: if its file was replaced, it keeps the old one on the disk."""
-AHEAD_RUNS_MAX: Final = 64
-"""Stretches that are looked at for one call."""
-DECODERS: Final = 2
-"""Threads that decode ahead of sequential readers; zstd leaves the others at their work meanwhile."""
-DECODING_MAX: Final = 8
-"""Stretches that are being decoded, or wait for it."""
 CURRENT_SECONDS: Final = 5.0
 """And one in use is held against its name so often."""
 
@@ -67,8 +58,8 @@ class ContainerPool:
         self._cache = GroupCache()
         self._readers: OrderedDict[int, ContainerReader] = OrderedDict()
         self._lock = threading.Lock()
-        self._decoders: ThreadPoolExecutor | None = None
-        self._decoding = 0
+        self.prefetch = Prefetch()
+        """Of what is read through this pool."""
 
     def read_block(self, where: Address) -> bytes:
         """One block that is not a hole, verified. Damaged."""
@@ -139,59 +130,20 @@ class ContainerPool:
             same[order[start:end]] = held
         return same.tolist()
 
-    def decode_ahead(self, addresses: NDArray[np.uint64]) -> None:
-        """Has those of the blocks that are compressed decoded in the background, for who reads them next: of the first
-        AHEAD_RUNS_MAX runs of them, in containers that are open; nothing while DECODING_MAX are being decoded.
-
-        What is not compressed the kernel reads ahead better than this could: asked for its bytes in advance it takes
-        them in page by page, at several times the cost. Says nothing of damage: who reads the blocks meets it.
-        """
-        for start, end in islice(_runs(addresses), AHEAD_RUNS_MAX):
+    def is_compressed(self, addresses: NDArray[np.uint64]) -> bool:
+        """Whether any run of the blocks begins with one that is compressed. WouldBlock, instead of waiting, when a
+        container is not open."""
+        for start, _ in _runs(addresses):
             where = int(addresses[start])
             if where == 0:
                 continue
-            if self._decoding >= DECODING_MAX:
-                return
+            reader = self._borrow(where >> SLOT_BITS, False)
             try:
-                reader = self._borrow(where >> SLOT_BITS, False)
-            except WouldBlock:
-                continue
-            decoding = None
-            try:
-                decoding = reader.begin_decoding(where & SLOT_MASK, end - start)
+                if reader.is_compressed(where & SLOT_MASK):
+                    return True
             finally:
-                if decoding is None:
-                    self._give_back(reader)
-                else:
-                    self._decode(reader, decoding)
-
-    def _decode(self, reader: ContainerReader, decoding: Decoding) -> None:
-        """In a thread, which gives the reader back."""
-        with self._lock:
-            self._decoding += 1
-            if self._decoders is None:
-                self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
-        todo = [decoding]
-        try:
-            self._decoders.submit(self._end, reader, todo, Decoding.run)
-        except RuntimeError as error:  # the machine gives no more threads; yet another one may take it from the queue
-            log.warning("container %d is not decoded ahead of its reader: %s", reader.header.container, error)
-            self._end(reader, todo, Decoding.give_up)
-
-    def _end(self, reader: ContainerReader, todo: list[Decoding], end: Callable[[Decoding], None]) -> None:
-        """By whoever comes first, once."""
-        try:
-            decoding = todo.pop()
-        except IndexError:
-            return
-        try:
-            end(decoding)
-        except Exception:
-            log.exception("container %d could not be decoded ahead of its reader", reader.header.container)
-        finally:
-            self._give_back(reader)
-            with self._lock:
-                self._decoding -= 1
+                self._give_back(reader)
+        return False
 
     def fingerprints(self, where: Address, count: int = 1) -> bytes:
         """The stored fingerprints of `count` slots from the address on. Damaged."""
@@ -264,6 +216,7 @@ class ContainerPool:
 
     def close_idle(self) -> None:
         """Closes what nobody used for IDLE_SECONDS, and what is another file by now. To be called now and then."""
+        self.prefetch.drop_abandoned()
         now = time.monotonic()
         with self._lock:
             for reader in [one for one in self._readers.values() if one.users == 0]:
@@ -273,7 +226,6 @@ class ContainerPool:
 
     def close(self) -> None:
         """Closes every descriptor; nothing may be reading."""
-        if self._decoders is not None:
-            self._decoders.shutdown()
+        self.prefetch.close()
         while self._readers:
             self._readers.popitem()[1].close()

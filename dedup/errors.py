@@ -5,6 +5,11 @@ Every message is one line that says what, where, and what to do.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
 
 class RewindError(Exception):
     """Base of every error that is shown to a person as `rewindfs: error: MESSAGE` (exit status 1)."""
@@ -80,4 +85,9 @@ class WouldBlock(Exception):
 
 
 class OnItsWay(WouldBlock):
-    """The same, and the disk has been asked: in a moment it may be there."""
+    """The same, and somebody is at it: in a moment it may be there."""
+
+    def __init__(self, work: Future[Any] | None = None) -> None:
+        """`work`: of the thread that is at it; None: the disk was asked."""
+        super().__init__()
+        self.work = work

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import numpy as np
 
 from dedup.catalog import Index
 from dedup.container_pool import ContainerPool
-from dedup.errors import Damaged, MomentGone, WouldBlock
+from dedup.errors import Damaged, MomentGone, OnItsWay, WouldBlock
 from dedup.layout import LEAF_BLOCKS
 from dedup.pointer_map import Addresses
 from dedup.read_ahead import ReadAhead
@@ -18,10 +19,9 @@ from dedup.synthesis import VolumePointers
 from dedup.types import BLOCK_BYTES, HOLE, TimeNs
 
 CHUNK_BLOCKS: Final = 256
-"""What is decoded at a time ahead of a sequential reader: as much as the kernel's largest request."""
+"""What is fetched at a time ahead of a sequential reader: as much as the kernel's largest request."""
 AHEAD_CHUNKS: Final = 4
-"""The threads that decode find work while the reader takes what is ready; and what is ready for a few readers lies in
-half of the cache: twice as much, and they drive it out of there before it is read, to decode it all again."""
+"""The threads that fetch find work while the reader takes what is ready."""
 
 
 def room_for(length: int) -> int:
@@ -34,6 +34,8 @@ class Image:
 
     `label` names volume and moment in error messages.
     """
+
+    _numbers = itertools.count()
 
     def __init__(
         self,
@@ -49,6 +51,8 @@ class Image:
         self._pool = pool
         self._lock = lock
         self._pointers = pointers
+        self._number = next(self._numbers)
+        """Tells its chunks from those of others."""
         self._reading = ReadAhead(CHUNK_BLOCKS, AHEAD_CHUNKS)
         self.size = size
         self.time = time
@@ -64,7 +68,8 @@ class Image:
         return bytes(self.read_into(offset, length, memoryview(bytearray(room_for(length))), wait=wait))
 
     def read_into(self, offset: int, length: int, buffer: memoryview, *, wait: bool = True) -> memoryview:
-        """As `read`, without allocating: the result is a part of `buffer`, which has `room_for(length)` or more.
+        """As `read`, without allocating: the result is a part of `buffer`, which has `room_for(length)` or more, or of
+        other memory that is never changed.
 
         Anything else in `buffer`, and all of it when this raises, is undefined.
         """
@@ -73,21 +78,76 @@ class Image:
             return buffer[:0]
         first, skip = divmod(offset, BLOCK_BYTES)
         count = -(-(skip + length) // BLOCK_BYTES)
-        for chunk in self._reading.chunks(first, count, -(-self.size // BLOCK_BYTES)):
-            self._decode_ahead(chunk)
+        self._fetch_ahead(first, count)
         try:
-            addresses = self.addresses(first, count, wait=wait)
-            self._pool.read_addresses(addresses, buffer[: count * BLOCK_BYTES], wait=wait)
+            blocks = self._read(first, count, buffer, wait)
         except Damaged as damage:
             raise Damaged(f"{self.label}, bytes {offset}..{offset + length}: {damage}") from damage
-        return buffer[skip : skip + length]
+        return blocks[skip : skip + length]
 
-    def _decode_ahead(self, chunk: int) -> None:
-        """For a sequential reader, who finds out himself whether anything of it is amiss."""
+    def _read(self, first: int, count: int, buffer: memoryview, wait: bool) -> memoryview:
+        """The blocks: in `buffer`, or where they were fetched to."""
+        end = first + count
+        at = first
+        while at < end:
+            chunk, start = divmod(at, CHUNK_BLOCKS)
+            take = min(end - at, CHUNK_BLOCKS - start)
+            out = buffer[(at - first) * BLOCK_BYTES : (at - first + take) * BLOCK_BYTES]
+            fetched = self._fetched(chunk, wait)
+            if fetched is None:
+                self._pool.read_addresses(self.addresses(at, take, wait=wait), out, wait=wait)
+            elif take == count:
+                buffer = fetched[start * BLOCK_BYTES :]
+            else:
+                out[:] = fetched[start * BLOCK_BYTES : (start + take) * BLOCK_BYTES]
+            at += take
+        # Not before all is here: when something has to be waited for, all of it is read once more.
+        for chunk in range(first // CHUNK_BLOCKS, end // CHUNK_BLOCKS):
+            self._pool.prefetch.drop((self._number, chunk))
+        return buffer
+
+    def _fetched(self, chunk: int, wait: bool) -> memoryview | None:
+        """The chunk, when it was fetched ahead. OnItsWay while it is being fetched."""
+        while (fetching := self._pool.prefetch.find((self._number, chunk))) is not None:
+            if fetching.done():
+                return fetching.result()
+            if not wait:
+                raise OnItsWay(fetching)
+            fetching.exception()
+        return None
+
+    def _fetch_ahead(self, first: int, count: int) -> None:
+        """Has what is compressed fetched for a sequential reader. He finds out himself whether anything is amiss.
+
+        What is not compressed the kernel reads ahead, and to check it takes less than to have another thread do so
+        (measured: as quick from the disk, a tenth slower from memory, for a fifth more processor time).
+        """
+        for chunk in self._reading.chunks(first, count, -(-self.size // BLOCK_BYTES)):
+            if not self._is_compressed(chunk):
+                continue
+            if not self._pool.prefetch.begin((self._number, chunk), partial(self._fetch, chunk)):
+                self._reading.put_off(chunk)
+                return
+
+    def _is_compressed(self, chunk: int) -> bool:
+        """Never waits: it may be, when that cannot be told at once."""
+        try:
+            return self._pool.is_compressed(self.addresses(*self._extent(chunk), wait=False))
+        except WouldBlock:
+            return True
+        except (Damaged, MomentGone):
+            return False
+
+    def _extent(self, chunk: int) -> tuple[int, int]:
+        """Its first block, and how many it has."""
         first = chunk * CHUNK_BLOCKS
-        count = min(CHUNK_BLOCKS, -(-self.size // BLOCK_BYTES) - first)
-        with suppress(WouldBlock, Damaged, MomentGone):
-            self._pool.decode_ahead(self.addresses(first, count, wait=False))
+        return first, min(CHUNK_BLOCKS, -(-self.size // BLOCK_BYTES) - first)
+
+    def _fetch(self, chunk: int) -> memoryview:
+        first, count = self._extent(chunk)
+        blocks = np.empty(count * BLOCK_BYTES, np.uint8).data
+        self._pool.read_addresses(self.addresses(first, count), blocks)
+        return blocks
 
     def addresses(self, first: int, count: int, *, wait: bool = True) -> Addresses:
         """Where the blocks first..first+count (1 or more) lie; not to be changed. WouldBlock, MomentGone, Damaged."""

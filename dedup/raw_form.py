@@ -80,5 +80,6 @@ class RawForm:
         if slot + count > SLOTS_MAX or self._storage.pread_into(self._fd, [out], offset, wait=wait) != len(out):
             raise Damaged(f"{self._path}: offset {offset}: slots {slot}..{slot + count - 1} are past the file's end")
 
-    def begin_decoding(self, slot: int, count: int) -> None:
-        """As the one of `ContainerReader`: there is nothing to decode."""
+    def is_compressed(self, slot: int) -> bool:
+        """As the one of `ContainerReader`."""
+        return False

@@ -17,17 +17,15 @@ import mmap
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import numpy as np
 import zstandard
 
-from dedup.errors import Damaged, OnItsWay
+from dedup.errors import Damaged
 from dedup.layout import (
     CONTAINER_PAGE_BYTES,
     FINGERPRINT_BYTES,
@@ -58,8 +56,8 @@ CACHE_BYTES_MAX: Final = 32 << 20
 """Decoded groups that a pool keeps: 512 of them, so that random reads within tens of MiB decode each once."""
 PLACE_BYTES: Final = SEALED_GROUP_BLOCKS * BLOCK_BYTES
 """Of a group in the cache, as they are sealed now."""
-_AT_ONCE: Final = "multi_decompress_to_buffer"
-"""What not every build of zstandard can do."""
+TOGETHER_MAX: Final = 16
+"""Compressed groups that are read and decoded in one call: 1 MiB, as they are sealed now."""
 _WORTHWHILE: Final = 15 / 16
 """A group that does not get smaller than this part of itself is stored as it is: reading it costs no decoding."""
 
@@ -68,8 +66,7 @@ class GroupCache:
     """Decoded groups, the least recently used dropped first. Shared by the readers of a pool and between threads.
 
     They lie in one piece of memory, so that it takes what it says and no more: allocated one by one by as many threads,
-    they would take twice that. A group that is larger than PLACE_BYTES takes several places. One that somebody is about
-    to decode is under way, from `begin` to `end`: others wait for it.
+    they would take twice that. A group that is larger than PLACE_BYTES takes several places.
     """
 
     def __init__(self, bytes_max: int = CACHE_BYTES_MAX) -> None:
@@ -78,7 +75,6 @@ class GroupCache:
         self._places: OrderedDict[tuple[int, int, int], int] = OrderedDict()
         """By the group's key and the number of the part of it."""
         self._free = [place * PLACE_BYTES for place in reversed(range(bytes_max // PLACE_BYTES))]
-        self._under_way: dict[tuple[int, int], threading.Event] = {}
         self._lock = threading.Lock()
 
     def read(self, key: tuple[int, int], start: int, out: memoryview) -> bool:
@@ -109,28 +105,6 @@ class GroupCache:
                 self._memory[place : place + len(content)] = content
                 self._places[part] = place
 
-    def begin(self, key: tuple[int, int]) -> bool:
-        """Whether the caller is to decode it, and to say so with `end`; False where it is here, or under way."""
-        with self._lock:
-            if (*key, 0) in self._places or key in self._under_way:
-                return False
-            self._under_way[key] = threading.Event()
-            return True
-
-    def end(self, key: tuple[int, int]) -> None:
-        """It was put, or will not be."""
-        with self._lock:
-            self._under_way.pop(key).set()
-
-    def await_end(self, key: tuple[int, int], *, wait: bool) -> None:
-        """Returns when it is not under way. With wait=False: OnItsWay instead of waiting."""
-        with self._lock:
-            event = self._under_way.get(key)
-        if event is not None:
-            if not wait:
-                raise OnItsWay
-            event.wait()
-
 
 _threads = threading.local()
 
@@ -143,16 +117,11 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     return found
 
 
-def _decoded(frames: list[Buffer], lengths: list[int]) -> list[memoryview]:
-    """The contents of the frames, which say of themselves that they have these lengths. ZstdError."""
-    if len(frames) > 1 and _AT_ONCE in zstandard.backend_features:
-        # One call leaves the interpreter to others once, not as often as there are frames.
-        decoded = _decompressor().multi_decompress_to_buffer(frames)
-        return [memoryview(cast("Buffer", decoded[place])) for place in range(len(decoded))]
-    return [
-        memoryview(_decompressor().decompress(frame, max_output_size=length))
-        for frame, length in zip(frames, lengths, strict=True)
-    ]
+def _decode(coded: memoryview, out: memoryview) -> int:
+    """Fills `out` with the contents of frames that lie one right behind the other. Returns how much they gave: no more
+    than that is looked at. ZstdError."""
+    with _decompressor().stream_reader(coded, read_across_frames=True, closefd=False) as frames:
+        return frames.readinto(out)
 
 
 class _Group(NamedTuple):
@@ -163,53 +132,6 @@ class _Group(NamedTuple):
     blocks: int
     coding: int
     checksum: int
-
-
-class Decoding:
-    """Groups of an open sealed file that are under way in the cache, until `run` or `give_up` ends, however it does."""
-
-    def __init__(
-        self,
-        cache: GroupCache,
-        serial: int,
-        begun: list[tuple[int, _Group]],
-        read: Callable[[list[_Group]], list[memoryview]],
-    ) -> None:
-        """Use `begin_decoding`."""
-        self._cache = cache
-        self._serial = serial
-        self._begun = begun
-        self._read = read
-
-    def run(self) -> None:
-        """Decodes them, those that lie side by side at once. What is damaged, and what lies beside it, is left: who
-        reads it finds that out."""
-        try:
-            while self._begun:
-                together = self._first_together()
-                with suppress(Damaged):
-                    decoded = self._read([group for _, group in together])
-                    for (number, _), content in zip(together, decoded, strict=True):
-                        self._cache.put((self._serial, number), content)
-                for _ in together:
-                    self._end_first()
-        finally:
-            self.give_up()
-
-    def _first_together(self) -> list[tuple[int, _Group]]:
-        """Of what is left, those that lie one right behind the other."""
-        for count, ((_, before), (_, after)) in enumerate(pairwise(self._begun), 1):
-            if after.offset != before.offset + before.stored_bytes:
-                return self._begun[:count]
-        return list(self._begun)
-
-    def give_up(self) -> None:
-        """Whoever needs what is left decodes it himself."""
-        while self._begun:
-            self._end_first()
-
-    def _end_first(self) -> None:
-        self._cache.end((self._serial, self._begun.pop(0)[0]))
 
 
 class SealedForm:
@@ -287,12 +209,14 @@ class SealedForm:
         while done < count:
             number, start = divmod(index + done, self._group_blocks)
             group = self._group(number)
+            rest = out[done * BLOCK_BYTES : count * BLOCK_BYTES]
             if group.coding == CODING_STORED:
-                take = self._load_stored(number, start, group, out[done * BLOCK_BYTES : count * BLOCK_BYTES], wait)
+                take = self._load_stored(number, start, group, rest, wait)
+            elif start == 0 and group.blocks <= count - done:
+                take = self._load_whole(number, group, rest, wait)
             else:
                 take = min(count - done, group.blocks - start)
-                part = out[done * BLOCK_BYTES : (done + take) * BLOCK_BYTES]
-                self._load_coded(number, start * BLOCK_BYTES, group, part, wait)
+                self._load_part(number, start * BLOCK_BYTES, group, rest[: take * BLOCK_BYTES], wait)
             done += take
 
     def _load_stored(self, number: int, start: int, group: _Group, out: memoryview, wait: bool) -> int:
@@ -313,16 +237,10 @@ class SealedForm:
             raise Damaged(f"{self._path}: offset {offset}: the group is cut short")
         return take
 
-    def begin_decoding(self, slot: int, count: int) -> Decoding | None:
+    def is_compressed(self, slot: int) -> bool:
         """As the one of `ContainerReader`."""
-        start = bisect_left(self._slots, slot)
-        end = min(len(self._slots), start + count)
-        if start >= end:
-            return None
-        numbers = range(start // self._group_blocks, (end - 1) // self._group_blocks + 1)
-        groups = [(number, self._group(number)) for number in numbers]
-        coded = [one for one in groups if one[1].coding == CODING_ZSTD and self._cache.begin((self._serial, one[0]))]
-        return Decoding(self._cache, self._serial, coded, self._read_together) if coded else None
+        index = bisect_left(self._slots, slot)
+        return index < len(self._slots) and self._group(index // self._group_blocks).coding == CODING_ZSTD
 
     def _index(self, slot: int, count: int) -> int:
         """Where the slot is in the table; the following ones come after it."""
@@ -334,46 +252,56 @@ class SealedForm:
             raise Damaged(f"{self._path}: offset {SEALED_TABLE_OFFSET}: slot {missing[0]} is not in the container")
         return index
 
-    def _load_coded(self, number: int, start: int, group: _Group, out: memoryview, wait: bool) -> None:
-        """Bytes of a group that is compressed, from its byte `start` on."""
+    def _load_whole(self, number: int, group: _Group, out: memoryview, wait: bool) -> int:
+        """A group that is compressed, and such groups right behind it, as far as `out` goes with whole ones: one read
+        and one decoding, beside the cache. Returns how many blocks."""
+        together, blocks = [group], group.blocks
+        while blocks * BLOCK_BYTES < len(out) and len(together) < TOGETHER_MAX:
+            number += 1
+            following = self._group(number)
+            apart = following.offset != group.offset + group.stored_bytes
+            if apart or following.coding != CODING_ZSTD or (blocks + following.blocks) * BLOCK_BYTES > len(out):
+                break
+            together.append(following)
+            group, blocks = following, blocks + following.blocks
+        self._read_together(together, out[: blocks * BLOCK_BYTES], wait)
+        return blocks
+
+    def _load_part(self, number: int, start: int, group: _Group, out: memoryview, wait: bool) -> None:
+        """Bytes of a group that is compressed, from its byte `start` on. All of it is kept for who reads the rest."""
         key = self._serial, number
-        self._cache.await_end(key, wait=wait)
         if not self._cache.read(key, start, out):
-            decoded = self._read_together([group], wait=wait)[0]
+            decoded = memoryview(bytearray(group.blocks * BLOCK_BYTES))
+            self._read_together([group], decoded, wait)
             self._cache.put(key, decoded)
             out[:] = decoded[start : start + len(out)]
 
-    def _read_together(self, groups: list[_Group], *, wait: bool = True) -> list[memoryview]:
-        """The contents of groups that are compressed and lie one right behind the other. Damaged, WouldBlock."""
+    def _read_together(self, groups: list[_Group], out: memoryview, wait: bool) -> None:
+        """Fills `out` with groups that are compressed and lie one right behind the other. Damaged, WouldBlock."""
         first = groups[0].offset
         coded = memoryview(bytearray(sum([group.stored_bytes for group in groups])))
         if self._storage.pread_into(self._fd, [coded], first, wait=wait) != len(coded):
             raise Damaged(f"{self._path}: offset {first}: the group is cut short")
-        frames: list[Buffer] = [coded[group.offset - first :][: group.stored_bytes] for group in groups]
-        for group, frame in zip(groups, frames, strict=True):
-            self._check_frame(group, frame)
+        for group in groups:
+            self._check_frame(group, coded[group.offset - first :][: group.stored_bytes])
         try:
-            decoded = _decoded(frames, [group.blocks * BLOCK_BYTES for group in groups])
+            length = _decode(coded, out)
         except zstandard.ZstdError as error:
             raise Damaged(f"{self._path}: offset {first}: the group cannot be decoded: {error}") from error
-        for group, content in zip(groups, decoded, strict=True):
-            self._check_length(group, len(content))
-        return decoded
+        if length != len(out):
+            raise Damaged(f"{self._path}: offset {first}: the group has {length} bytes, not {len(out)}")
 
     def _check_frame(self, group: _Group, frame: Buffer) -> None:
         if checksum(frame) != group.checksum:
             raise Damaged(f"{self._path}: offset {group.offset}: the group does not match its checksum")
         try:
-            # What a frame says of its length is what would be allocated for it.
+            # Where one ends the next one begins, in what is decoded together.
             said = zstandard.frame_content_size(frame)
         except zstandard.ZstdError as error:
             raise Damaged(f"{self._path}: offset {group.offset}: the group cannot be decoded: {error}") from error
-        self._check_length(group, said)
-
-    def _check_length(self, group: _Group, length: int) -> None:
-        if length != group.blocks * BLOCK_BYTES:
+        if said != group.blocks * BLOCK_BYTES:
             raise Damaged(
-                f"{self._path}: offset {group.offset}: the group has {length} bytes, not {group.blocks * BLOCK_BYTES}"
+                f"{self._path}: offset {group.offset}: the group has {said} bytes, not {group.blocks * BLOCK_BYTES}"
             )
 
 

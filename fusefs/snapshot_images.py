@@ -11,9 +11,10 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -80,34 +81,43 @@ class SnapshotImages:
         except (WouldBlock, MomentGone, Damaged):
             return None
 
-    async def read(self, node: SnapshotFile, off: int, size: int, *, coming: bool = False) -> bytes | memoryview:
+    async def read(
+        self, node: SnapshotFile, off: int, size: int, *, coming: bool = False, work: Future[Any] | None = None
+    ) -> bytes | memoryview:
         """The bytes, fewer past the end; may wait. No await before they are given away. Damaged, MomentGone.
 
         What is `coming` from the disk is looked at again and again, and others have their turn in between: a disk is
-        often quicker than a thread would be to begin waiting for it. Large reads of one image wait for each other: side
-        by side they would look like jumps to the kernel, which reads ahead of who reads on.
+        often quicker than a thread would be to begin waiting for it. What a thread is at, `work`, is waited for here.
+        Large reads of one image wait for each other: side by side they would look like jumps to the kernel, which reads
+        ahead of who reads on.
         """
         kept = self._images.get(node.key) if coming else None
         if kept is None:
             return await self._read_waiting(node, off, size)
         if size <= SOON_BYTES_MAX:
-            part = await self._read_soon(node, off, size)
-            return part if part is not None else await self._read_waiting(node, off, size)
+            return await self._read_coming(kept, node, off, size, work)
         async with kept.turn:
-            with suppress(OnItsWay):
-                part = self._now(kept.image, off, size)
-                if part is not None:
-                    return part
-            return await self._read_waiting(node, off, size)
+            return await self._read_coming(kept, node, off, size, work)
 
-    async def _read_soon(self, node: SnapshotFile, off: int, size: int) -> memoryview | None:
-        """None when it does not come soon, or not in this way."""
+    async def _read_coming(
+        self, kept: _Kept, node: SnapshotFile, off: int, size: int, work: Future[Any] | None
+    ) -> bytes | memoryview:
         end = time.perf_counter() + SOON_SECONDS
-        while time.perf_counter() < end:
-            await let_others()
-            with suppress(OnItsWay):
-                return self.read_now(node, off, size)
-        return None
+        while True:
+            if work is not None:
+                await _ended(work)
+            elif size <= SOON_BYTES_MAX:
+                await let_others()
+            try:
+                part = self._now(kept.image, off, size)
+            except OnItsWay as on_its_way:
+                # Not the exception itself: it would keep what the work gives until garbage is collected.
+                work, part = on_its_way.work, None
+                if work is not None or (size <= SOON_BYTES_MAX and time.perf_counter() < end):
+                    continue
+            if part is None:
+                return await self._read_waiting(node, off, size)
+            return part
 
     async def _read_waiting(self, node: SnapshotFile, off: int, size: int) -> bytes | memoryview:
         return await self._with_image(node, lambda image: self._read_image(image, off, size))
@@ -145,6 +155,19 @@ class SnapshotImages:
             if len(self._images) > IMAGES_MAX:
                 self._images.popitem(last=False)
         return kept.image
+
+
+async def _ended(work: Future[Any]) -> None:
+    """Waits for what a thread is at, however that ends."""
+    ended = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    def tell(_: Future[Any]) -> None:
+        with suppress(trio.RunFinishedError):
+            token.run_sync_soon(ended.set)
+
+    work.add_done_callback(tell)
+    await ended.wait()
 
 
 async def _allocated(image: PastImage) -> int:

@@ -21,10 +21,11 @@ import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import pyfuse3
 import trio
@@ -131,21 +132,23 @@ class SnapshotMount(ReadOnlyOperations):
             node = self._open_files[fh]
             if isinstance(node, InsideNode):
                 return await self.inside.read(node, off, size)
-            coming = False
+            coming, work = False, None
             part: bytes | memoryview | None = None
             try:
                 part = self._images.read_now(node, off, size)
-            except OnItsWay:
-                coming = True
+            except OnItsWay as on_its_way:
+                coming, work = True, on_its_way.work
             if part is None:
-                part = await self._read_waiting(node, off, size, coming)
+                part = await self._read_waiting(node, off, size, coming, work)
             return part  # type: ignore[return-value]  # pyfuse3 takes any buffer
         except Exception as error:  # noqa: BLE001 - must become an errno
             raise fuse_error("read", error) from None
 
-    async def _read_waiting(self, node: SnapshotFile, off: int, size: int, coming: bool) -> bytes | memoryview:
+    async def _read_waiting(
+        self, node: SnapshotFile, off: int, size: int, coming: bool, work: Future[Any] | None
+    ) -> bytes | memoryview:
         try:
-            return await self._images.read(node, off, size, coming=coming)
+            return await self._images.read(node, off, size, coming=coming, work=work)
         except Damaged as damage:
             names = await self._names_of(node.moment.seq)
             raise Damaged(f"snapshot {names}: {damage}" if names else str(damage)) from damage

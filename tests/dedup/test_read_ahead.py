@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from dedup import image
+from dedup.prefetch import CHUNKS_MAX
 from dedup.read_ahead import STREAMS_MAX, ReadAhead
-from dedup.sealed_form import CACHE_BYTES_MAX
 from dedup.types import BLOCK_BYTES
 
 CHUNK_BLOCKS, AHEAD_CHUNKS = 256, 12
@@ -65,7 +65,7 @@ def test_what_is_put_off_is_told_again() -> None:
     assert reading.chunks(first + 64, 64, END)[: len(chunks)] == chunks
 
 
-def test_what_is_decoded_ahead_of_all_streams_does_not_fill_the_cache() -> None:
-    """It would be dropped before it is read, and decoded again. Half: what is being read has to lie there too."""
-    ahead = STREAMS_MAX * image.AHEAD_CHUNKS * image.CHUNK_BLOCKS * BLOCK_BYTES
-    assert ahead <= CACHE_BYTES_MAX // 2
+def test_there_is_room_for_what_all_streams_of_an_image_have_ahead_of_them() -> None:
+    """And for what they are at; else some of it would be fetched twice."""
+    assert STREAMS_MAX * (image.AHEAD_CHUNKS + 1) <= CHUNKS_MAX
+    assert CHUNKS_MAX * image.CHUNK_BLOCKS * BLOCK_BYTES <= 20 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
-import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dedup import container_pool, layout, sealed_layout
 from dedup.container import ContainerReader, RawContainerWriter
 from dedup.container_pool import ContainerPool
-from dedup.errors import Damaged, OnItsWay, StoreError, StoreFailed, StoreFull
+from dedup.errors import Damaged, StoreError, StoreFailed, StoreFull, WouldBlock
 from dedup.layout import address, container_path, fingerprint
 from dedup.salvage import found_in
 from dedup.sealed import seal
@@ -37,7 +37,7 @@ def make(directory: Path, blocks: list[bytes]) -> None:
 
 
 def mixed_blocks(count: int, seed: int = 0, stored: int = 1) -> list[bytes]:
-    """A few groups that compress, a few that do not: the first of these is number `stored`, 0 or 1."""
+    """A few groups that compress, a few that do not: the first of these is number `stored`, 0 or 1; with 2 all do."""
     source = random.Random(seed)
     return [
         source.randbytes(BLOCK_BYTES) if index // GROUP % 2 == stored else source.randbytes(64) * 64
@@ -323,45 +323,47 @@ def test_groups_stored_side_by_side_are_one_read(tmp_path: Path) -> None:
     reader.close()
 
 
-def test_what_is_decoded_ahead_is_not_read_again_and_is_waited_for(tmp_path: Path) -> None:
-    blocks = mixed_blocks(3 * GROUP)
+def test_compressed_groups_side_by_side_are_one_read(tmp_path: Path) -> None:
+    """As far as all of them is wanted; of the others what is wanted, and that is kept."""
+    blocks = mixed_blocks(6 * GROUP, stored=2)
     make(tmp_path, blocks)
     seal(Storage(), tmp_path, ONE, None)
     storage = CountingStorage()
     reader = ContainerReader.open(storage, tmp_path, ONE, cache=GroupCache())
-    decoding = reader.begin_decoding(0, 3 * GROUP)
-    assert decoding is not None
-    out = memoryview(bytearray(3 * GROUP * BLOCK_BYTES))
-    with pytest.raises(OnItsWay):
-        reader.read_into(2 * GROUP + 6, 1, out[:BLOCK_BYTES], wait=False)
-    assert reader.begin_decoding(0, 3 * GROUP) is None, "somebody decodes them already"
-    waiting = threading.Thread(target=reader.read_into, args=(0, 3 * GROUP, out))
-    waiting.start()
-    decoding.run()
-    waiting.join()
-    assert bytes(out) == b"".join(blocks)
-    assert len(storage.lengths) == 3, "two groups that are compressed, and one that is not"
+    out = memoryview(bytearray(5 * GROUP * BLOCK_BYTES))
+    reader.read_into(3, 5 * GROUP, out)
+    assert bytes(out) == b"".join(blocks[3 : 5 * GROUP + 3])
+    assert len(storage.lengths) == 3, "the first, four together, the last"
+    assert reader.read_block(0) == blocks[0]
+    assert reader.read_block(6 * GROUP - 1) == blocks[-1]
+    assert len(storage.lengths) == 3
     reader.close()
 
 
-def test_damage_met_ahead_is_left_to_who_reads(tmp_path: Path) -> None:
-    blocks = mixed_blocks(3 * GROUP)
+def test_of_groups_read_together_the_damaged_one_is_said(tmp_path: Path) -> None:
+    blocks = mixed_blocks(3 * GROUP, stored=2)
     make(tmp_path, blocks)
     seal(Storage(), tmp_path, ONE, None)
     path = container_path(tmp_path, ONE)
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-    pool = ContainerPool(Storage(), tmp_path)
-    first = address(ONE, 0)
-    assert pool.read_block(first) == blocks[0]
-    pool.decode_ahead(np.arange(3 * GROUP, dtype=np.uint64) + np.uint64(first))
-    out = memoryview(bytearray(2 * GROUP * BLOCK_BYTES))
-    pool.read_addresses(np.arange(2 * GROUP, dtype=np.uint64) + np.uint64(first), out)
-    assert bytes(out) == b"".join(blocks[: 2 * GROUP])
-    with pytest.raises(Damaged, match="does not match its checksum"):
-        pool.read_block(address(ONE, 2 * GROUP))
-    pool.close()
+    reader = ContainerReader.open(Storage(), tmp_path, ONE)
+    out = memoryview(bytearray(3 * GROUP * BLOCK_BYTES))
+    with pytest.raises(Damaged, match=f"offset {_offset_of_group(path, 2)}: .*its checksum"):
+        reader.read_into(0, 3 * GROUP, out)
+    reader.read_into(0, 2 * GROUP, out[: 2 * GROUP * BLOCK_BYTES])
+    assert bytes(out[: 2 * GROUP * BLOCK_BYTES]) == b"".join(blocks[: 2 * GROUP])
+    reader.close()
+
+
+def _offset_of_group(path: Path, number: int) -> int:
+    data = path.read_bytes()
+    header = sealed_layout.unpack_sealed_header(data, path)
+    row = sealed_layout.SEALED_GROUP.struct.unpack_from(
+        data, header.groups_offset + number * sealed_layout.SEALED_GROUP.size
+    )
+    return int(row[0])
 
 
 def read_whole(pool: ContainerPool, count: int) -> bytes:
@@ -370,81 +372,29 @@ def read_whole(pool: ContainerPool, count: int) -> bytes:
     return bytes(out)
 
 
-def test_a_decoding_that_breaks_off_keeps_no_reader_waiting(tmp_path: Path) -> None:
-    """At the first group, by what is no damage: the others are under way too."""
-    blocks = mixed_blocks(5 * GROUP)
-    make(tmp_path, blocks)
-    seal(Storage(), tmp_path, ONE, None)
-
-    class OutOfMemory(Storage):
-        failing = False
-
-        def pread_into(self, fd: int, buffers: list[memoryview], offset: int, *, wait: bool = True) -> int:
-            if self.failing:
-                raise MemoryError
-            return super().pread_into(fd, buffers, offset, wait=wait)
-
-    storage = OutOfMemory()
-    reader = ContainerReader.open(storage, tmp_path, ONE, cache=GroupCache())
-    decoding = reader.begin_decoding(0, 5 * GROUP)
-    assert decoding is not None
-    storage.failing = True
-    with pytest.raises(MemoryError):
-        decoding.run()
-    storage.failing = False
-    out = memoryview(bytearray(5 * GROUP * BLOCK_BYTES))
-    waiting = threading.Thread(target=reader.read_into, args=(0, 5 * GROUP, out), daemon=True)
-    waiting.start()
-    waiting.join(60)
-    assert bytes(out) == b"".join(blocks)
-    reader.close()
-
-
-def test_without_a_thread_nothing_is_decoded_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what the queue holds of it all the same is not done twice."""
-    blocks = mixed_blocks(96)
-    make(tmp_path, blocks)
-    seal(Storage(), tmp_path, ONE, None)
-    before = open_descriptors()
-    pool = ContainerPool(Storage(), tmp_path)
-    pool.read_block(address(ONE, 0))
-    wanted = np.arange(96, dtype=np.uint64) + np.uint64(address(ONE, 0))
-
-    def refused(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refused)
-        for _ in range(container_pool.DECODING_MAX + 1):
-            pool.decode_ahead(wanted)
-        assert read_whole(pool, 32) == b"".join(blocks[:32])
-    pool.decode_ahead(wanted)
-    assert read_whole(pool, 96) == b"".join(blocks)
-    pool.forget(ONE)
-    pool.close()
-    assert open_descriptors() == before
-
-
 @settings(max_examples=30)
-@given(st.lists(st.tuples(st.integers(0, 199), st.integers(1, 80), st.booleans()), max_size=12), st.integers(0, 9))
-def test_decoding_ahead_changes_no_byte(
+@given(st.lists(st.tuples(st.integers(0, 199), st.integers(1, 120), st.booleans()), max_size=12), st.integers(0, 9))
+def test_whole_groups_and_parts_of_them_are_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int, bool]], seed: int
 ) -> None:
     directory = tmp_path_factory.mktemp("containers")
-    blocks = mixed_blocks(200, seed)
+    blocks = mixed_blocks(200, seed, stored=seed % 3)
     make(directory, blocks)
     if seed:
         seal(Storage(), directory, ONE, None)
     pool = ContainerPool(Storage(), directory)
-    for first, count, ahead in steps:
+    assert pool.read_block(address(ONE, 0)) == blocks[0]
+    for first, count, wait in steps:
         count = min(count, 200 - first)
         wanted = np.arange(first, first + count, dtype=np.uint64) + np.uint64(address(ONE, 0))
-        if ahead:
-            pool.decode_ahead(wanted)
-        else:
-            out = memoryview(bytearray(count * BLOCK_BYTES))
-            pool.read_addresses(wanted, out)
-            assert bytes(out) == b"".join(blocks[first : first + count])
+        out = memoryview(bytearray(count * BLOCK_BYTES))
+        pool.read_addresses(wanted, out, wait=True)
+        assert bytes(out) == b"".join(blocks[first : first + count])
+        if not wait:
+            with suppress(WouldBlock):
+                out[:] = bytes(len(out))
+                pool.read_addresses(wanted, out, wait=False)
+                assert bytes(out) == b"".join(blocks[first : first + count])
     pool.close()
 
 
@@ -476,8 +426,9 @@ def test_a_replaced_file_is_not_held_open_for_ever(tmp_path: Path, monkeypatch: 
     pool.close()
 
 
-def seal_as_at_first(directory: Path, blocks: list[bytes]) -> None:
-    """A sealed container as the first versions wrote it: groups of 32, of which its header says nothing."""
+def seal_as_at_first(directory: Path, blocks: list[bytes], more: bytes = b"") -> None:
+    """A sealed container as the first versions wrote it: groups of 32, of which its header says nothing. `more` lies
+    behind the first one's frame."""
     groups = [b"".join(blocks[at : at + 32]) for at in range(0, len(blocks), 32)]
     header = sealed_layout.SealedHeader.of(len(blocks), group_blocks=0)
     rows, stored, offset = b"", b"", header.table_end
@@ -485,6 +436,7 @@ def seal_as_at_first(directory: Path, blocks: list[bytes]) -> None:
         coded, coding = zstandard.compress(group), sealed_layout.CODING_ZSTD
         if len(coded) > len(group) * 15 / 16:
             coded, coding = group, sealed_layout.CODING_STORED
+        coded += more if not rows else b""
         row = offset, len(coded), len(group) // BLOCK_BYTES, coding, layout.checksum(coded)
         rows, stored, offset = rows + sealed_layout.SEALED_GROUP.struct.pack(*row), stored + coded, offset + len(coded)
     table = np.arange(len(blocks), dtype="<u2").tobytes()
@@ -496,14 +448,11 @@ def seal_as_at_first(directory: Path, blocks: list[bytes]) -> None:
     container_path(directory, ONE).write_bytes(page.ljust(sealed_layout.SEALED_TABLE_OFFSET, b"\0") + table + stored)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_what_the_first_versions_sealed_is_read_and_sealed_anew(tmp_path: Path, ahead: bool) -> None:
+def test_what_the_first_versions_sealed_is_read_and_sealed_anew(tmp_path: Path) -> None:
     blocks = mixed_blocks(150)
     seal_as_at_first(tmp_path, blocks)
     pool = ContainerPool(Storage(), tmp_path)
     assert pool.read_block(address(ONE, 40)) == blocks[40]
-    if ahead:
-        pool.decode_ahead(np.arange(150, dtype=np.uint64) + np.uint64(address(ONE, 0)))
     assert read_whole(pool, 150) == b"".join(blocks)
     assert [pool.read_block(address(ONE, slot)) for slot in range(150)] == blocks
     pool.close()
@@ -551,23 +500,18 @@ def test_no_bit_of_the_sealed_header_costs_a_block(tmp_path: Path, first: bool, 
         assert found_in(Storage(), tmp_path, ONE, wanted) == wanted, f"bit {bit % 8} of byte {start + bit // 8}"
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-def test_groups_are_decoded_by_every_build_of_the_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
-) -> None:
-    if not at_once:
-        monkeypatch.setattr(zstandard, "backend_features", {"buffer_types"})
-    blocks = [random.Random(slot).randbytes(64) * 64 for slot in range(5 * GROUP + 3)]
-    make(tmp_path, blocks)
-    seal(Storage(), tmp_path, ONE, None)
-    storage = CountingStorage()
-    reader = ContainerReader.open(storage, tmp_path, ONE, cache=GroupCache())
-    decoding = reader.begin_decoding(0, len(blocks))
-    assert decoding is not None
-    decoding.run()
-    assert len(storage.lengths) == 1, "they lie side by side"
-    out = memoryview(bytearray(len(blocks) * BLOCK_BYTES))
-    reader.read_into(0, len(blocks), out)
-    assert bytes(out) == b"".join(blocks)
-    assert len(storage.lengths) == 1, "all were decoded"
+@pytest.mark.parametrize("more", [b"more", zstandard.compress(bytes(BLOCK_BYTES))])
+def test_what_lies_behind_a_frame_is_in_no_block(tmp_path: Path, more: bytes) -> None:
+    """Written by whom it may be, with all its checksums right."""
+    blocks = mixed_blocks(150, stored=2)
+    seal_as_at_first(tmp_path, blocks, more)
+    reader = ContainerReader.open(Storage(), tmp_path, ONE)
+    for first, count in ((0, 150), (0, 64), (32, 64), (3, 140), (0, 32)):
+        out = memoryview(bytearray(count * BLOCK_BYTES))
+        try:
+            reader.read_into(first, count, out)
+        except Damaged:
+            assert first == 0, "the group that has more"
+        else:
+            assert bytes(out) == b"".join(blocks[first : first + count])
     reader.close()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
+from concurrent.futures import Future
 
 import pytest
 import trio
+import trio.testing
 
 from dedup.errors import Damaged, MomentGone, OnItsWay, WouldBlock
 from dedup.image import room_for
 from dedup.types import BLOCK_BYTES, Moment, PointKind, Seq, TimeNs, VolumeId, VolumeState
 from fusefs import snapshot_images
-from fusefs.snapshot_images import READ_BYTES_MAX, SnapshotImages
+from fusefs.snapshot_images import READ_BYTES_MAX, SOON_BYTES_MAX, SnapshotImages
 from fusefs.snapshot_tree import SnapshotFile
 
 CONTENT = bytes(range(256)) * 64
@@ -25,7 +29,7 @@ class DiskImage:
 
     size, time, label = len(CONTENT), TimeNs(1), "bytes"
 
-    def __init__(self, *answers: type[Exception] | None) -> None:
+    def __init__(self, *answers: type[Exception] | Exception | None) -> None:
         self.answers = list(answers)
         self.waited = 0
 
@@ -60,12 +64,12 @@ async def images_of(image: DiskImage) -> SnapshotImages:
 
 async def read(images: SnapshotImages, off: int, size: int) -> bytes:
     """As the handler does it."""
-    coming, part = False, None
+    coming, work, part = False, None, None
     try:
         part = images.read_now(NODE, off, size)
-    except OnItsWay:
-        coming = True
-    return bytes(part if part is not None else await images.read(NODE, off, size, coming=coming))
+    except OnItsWay as on_its_way:
+        coming, work = True, on_its_way.work
+    return bytes(part if part is not None else await images.read(NODE, off, size, coming=coming, work=work))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,61 @@ async def test_a_disk_that_is_not_quick_is_waited_for_in_a_thread() -> None:
     assert await read(images, 0, BLOCK_BYTES) == CONTENT[:BLOCK_BYTES]
     assert image.waited == 1
     assert await images.read(NODE, 0, READ_BYTES_MAX + 1) == CONTENT
+
+
+@pytest.mark.parametrize("size", [BLOCK_BYTES, SOON_BYTES_MAX + 1])
+@pytest.mark.parametrize("ending", [None, Damaged("rot")])
+async def test_a_thread_that_is_at_it_is_waited_for_without_another(size: int, ending: Exception | None) -> None:
+    """However it ends; and as often as there is one."""
+    works: list[Future[None]] = [Future(), Future()]
+    image = DiskImage(*map(OnItsWay, works))
+    images = await images_of(image)
+    got = b""
+
+    async def reader() -> None:
+        nonlocal got
+        got = await read(images, 0, size)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reader)
+        for work in works:
+            await trio.testing.wait_all_tasks_blocked()
+            assert not got
+            if ending is None:
+                work.set_result(None)
+            else:
+                work.set_exception(ending)
+    assert got == CONTENT[:size]
+    assert image.waited == 0
+
+
+class WorkImage(DiskImage):
+    """Two threads are at what it has."""
+
+    works: list[Future[None]]
+
+    def read_into(self, offset: int, length: int, buffer: memoryview, *, wait: bool = True) -> memoryview:
+        if self.works and not wait:
+            raise OnItsWay(self.works.pop())
+        return super().read_into(offset, length, buffer, wait=wait)
+
+
+async def test_what_a_thread_gave_is_given_up_at_once() -> None:
+    """It is a MiB: not left for the next collection of garbage."""
+    image = WorkImage()
+    image.works = [Future(), Future()]
+    for work in image.works:
+        work.set_result(None)
+    given_up = [weakref.ref(work) for work in image.works]
+    del work
+    images = await images_of(image)
+    gc.collect()
+    gc.disable()
+    try:
+        assert await read(images, 0, READ_BYTES_MAX) == CONTENT
+        assert [found() for found in given_up] == [None, None]
+    finally:
+        gc.enable()
 
 
 async def test_others_run_while_one_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
