@@ -14,8 +14,10 @@ decoded groups, dropped by what it reads in between. Making the mounts is not in
 file, in read(2)s of 1 MiB. Random: 4 KiB at a time, at depth 1, over the whole file.
 
 "zstd alone" is no mount but a floor, `decoding_floor`: the compressed groups of the sealed store read and decoded, by
-one thread and by as many as there are cores, and no byte handed over. A mount needs those cores for the rest, too, of
-which the bare passthrough shows the least.
+one thread and by as many as there are cores, and no byte handed over. A mount needs those cores for the rest, too. It
+is the floor of reading sealed containers of `linux`. The floor of the others is the bare passthrough, as the mount that
+does least; for those it says nothing: it reads the source file, as that happens to lie on the disk, and not the
+compressed groups, which are two fifths as many bytes.
 """
 
 from __future__ import annotations
@@ -196,10 +198,8 @@ def measure(report: Report, quick: bool) -> None:
             report.table(f"sequential read, cold, 1 MiB: {volume}", "MB/s", scaled, SOURCE)
             for name in (RAW, SEALED):
                 subject = f"sequential read of a {name}, {volume}"
-                # As a mount it hands over no more than the bare one, and it has no more than was decoded.
-                bounds = (BARE, ALL_CORES) if name == SEALED and floors else (BARE,)
-                floor = min(ratio(runs, bound, BORG) for bound in bounds)
-                report.at_least(subject, BORG, ratio(runs, name, BORG), 3, floor=floor)
+                least = ALL_CORES if name == SEALED and floors else BARE
+                report.at_least(subject, BORG, ratio(runs, name, BORG), 3, floor=ratio(runs, least, BORG))
                 report.at_least(subject, SOURCE, ratio(runs, name, SOURCE), 0.6)
         for volume in (RANDOM, LINUX):
             runs = interleaved(volume, (BARE, RAW, SEALED, BORG), partial(random_4k, milliseconds))
