@@ -10,14 +10,15 @@ is). borg and restic have one archive of the same files, made with their usual o
 
 Cold: the page cache is dropped before each run, for everyone; borg's and restic's mounts are made anew for each run, so
 that their own caches of chunks are empty, too; ours stays mounted, which leaves it its open files and at most 32 MiB of
-decoded groups, dropped by what it reads in between. Making the mounts is not in the time taken. Sequential: the whole
-file, in read(2)s of 1 MiB. Random: 4 KiB at a time, at depth 1, over the whole file.
+decoded groups, dropped by what it reads in between (what it fetches ahead is gone when it was read). Making the mounts
+is not in the time taken. Sequential: the whole file, in read(2)s of 1 MiB. Random: 4 KiB at a time, at depth 1, over
+the whole file.
 
 "zstd alone" is no mount but a floor, `decoding_floor`: the compressed groups of the sealed store read and decoded, by
 one thread and by as many as there are cores, and no byte handed over. A mount needs those cores for the rest, too. It
-is the floor of reading sealed containers of `linux`. The floor of the others is the bare passthrough, as the mount that
-does least; for those it says nothing: it reads the source file, as that happens to lie on the disk, and not the
-compressed groups, which are two fifths as many bytes.
+is the floor of reading sealed containers of `linux` in a row. The floor of the others is the bare passthrough, the
+mount that does least; of compressed groups that says nothing: it reads the source file, as that happens to lie on the
+disk, and two and a half times as many bytes as they have.
 """
 
 from __future__ import annotations
