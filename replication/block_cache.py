@@ -73,14 +73,14 @@ class BlockCache:
             ) from error
         self._directory = directory
         self._slots = bytes_max // BLOCK_BYTES
-        self._owner: Addresses = np.zeros(self._slots, dtype=np.uint64)
-        """Slot → the address whose block it has; HOLE for none."""
+        self._owner: Addresses = np.zeros(self._slots + 1, dtype=np.uint64)
+        """Slot → the address whose block it has; HOLE for none, and always of the last one, which is no slot."""
         self._marks: Marks = np.zeros(self._slots, dtype=f"V{FINGERPRINT_BYTES}")
         self._generation = np.zeros(self._slots, dtype=np.uint32)
         bits = max(4, (2 * self._slots // _WAYS - 1).bit_length())
         self._shift = np.uint64(64 - bits)
-        self._index = np.zeros((1 << bits, _WAYS), dtype=np.uint32)
-        """Set of addresses → slots, of which those count that have such an address."""
+        self._index = np.full((1 << bits, _WAYS), self._slots, dtype=np.uint32)
+        """Set of addresses → slots, of which those count that have such an address; none is there twice."""
         self._next = 0
         self._lock = threading.Lock()
         self._full = False
@@ -158,21 +158,25 @@ class BlockCache:
             self._owner[known[known >= 0]] = HOLE  # came meanwhile, or in another session
             self._marks[slots] = marks[first]
             self._generation[slots] = generation
-            self._owner[slots] = addresses[first]
             self._enter(addresses[first], slots)
 
     def _enter(self, addresses: Addresses, slots: npt.NDArray[np.int64]) -> None:
-        """Into the index, each in the place of an entry that counts no more, where there is one in its set."""
+        """Gives the slots, which have no owner, to the addresses. In the index each takes the place of its slot's own
+        entry, of one that counts no more, or, where there is none in its set, of another."""
         sets = self._sets(addresses)
         while len(sets):
             # Those of one set one after the other, or they would take the same place.
             _, first = np.unique(sets, return_index=True)
-            some = sets[first]
-            owners = self._owner[self._index[some]]
+            some, mine = sets[first], slots[first]
+            row = self._index[some]
+            owners = self._owner[row]
             counts = (owners != HOLE) & (self._sets(owners) == some[:, None])
-            place = np.where(counts.all(axis=1), slots[first] % _WAYS, counts.argmin(axis=1))
-            self._index[some, place] = slots[first]
+            rank = np.where(row == mine[:, None], -1, counts)
+            place = np.where(counts.all(axis=1), mine % _WAYS, rank.argmin(axis=1))
+            self._index[some, place] = mine
+            self._owner[mine] = addresses[first]
             sets, slots = np.delete(sets, first), np.delete(slots, first)
+            addresses = np.delete(addresses, first)
 
     def _sets(self, addresses: Addresses) -> Addresses:
         found: Addresses = (addresses * _GOLDEN) >> self._shift
