@@ -82,6 +82,11 @@ class DataJournal:
             done = end
         return addresses
 
+    def let_pass(self) -> None:
+        """`RawContainerWriter.let_pass`, of the container that takes the next block."""
+        if self._open is not None:
+            self._open.let_pass()
+
     def _append_to(
         self, writer: RawContainerWriter, blocks: Sequence[Buffer], fingerprints: Sequence[bytes]
     ) -> NDArray[np.uint64]:

@@ -358,6 +358,7 @@ class ServerSession:
         else:
             await self._ingest_within_limits(group, batch, batch_bytes)
         await self._speech.ack(group)
+        self._writer.let_pass()
 
     async def _ingest_within_limits(self, group: GroupWriter, batch: list[Record], batch_bytes: int) -> None:
         growth, bare = growth_of(batch)

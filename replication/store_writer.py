@@ -101,6 +101,16 @@ class StoreWriter:
         if self.store.checkpoint_due():
             self._checkpoint_due.set()
 
+    def let_pass(self) -> None:
+        """To be called when who waits for an `ingest` has been answered; see `Store.let_pass`. Raises StoreFailed."""
+        if self._lock.locked() or self.error is not None:
+            return  # the next one does it
+        try:
+            self.store.let_pass()
+        except StoreFailed as error:
+            self.fail(error)
+            raise
+
     async def run(self, function: Callable[[*Args], T], *args: *Args) -> T:
         """Calls in a thread, with the store to itself. Raises what the call raises. Cancelled: it ends first."""
         async with self._lock:

@@ -415,9 +415,35 @@ def test_what_streams_in_leaves_memory_when_it_is_far_behind(
     path = layout.container_path(tmp_path, ONE)
     for _ in range(16):
         writer.append([b"".join(blocks)], fingerprints)
+        writer.let_pass()
         writer.sync()  # so that the disk has it
     assert in_memory(storage, path, 0) is not passes
     assert in_memory(storage, path, writer.next_slot - 1), "the newest may be written again"
     writer.close()
     assert in_memory(storage, path, writer.next_slot - 1) is not passes
     assert read_slots(tmp_path, 0, writer.next_slot) == b"".join(blocks) * 16
+
+
+def test_what_streams_in_waits_for_no_more_than_so_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody says `let_pass`: pieces that follow each other wait for PASSING_BYTES, others for the next one."""
+    begun: list[tuple[int, int]] = []
+
+    class Noting(Storage):
+        def begin_write_back(self, fd: int, offset: int, length: int) -> None:
+            begun.append(((offset - RAW_SLOTS_OFFSET) // BLOCK_BYTES, length // BLOCK_BYTES))
+
+    monkeypatch.setattr(dedup.container, "PASSING_BYTES", 2 * STREAM_BYTES)
+    count = STREAM_BYTES // BLOCK_BYTES
+    blocks = blocks_of(count)
+    fingerprints = [fingerprint(block) for block in blocks]
+    writer = RawContainerWriter.create(Noting(), tmp_path, ONE, FINE)
+    for _ in range(3):
+        writer.append([b"".join(blocks)], fingerprints)
+    assert begun == [(0, 2 * count)]
+    writer.append(blocks[:1], fingerprints[:1])
+    writer.append([b"".join(blocks)], fingerprints)
+    assert begun[1:] == [(2 * count, count)]
+    for _ in range(2):
+        writer.let_pass()
+        assert begun[2:] == [(3 * count + 1, count)]
+    writer.close()
