@@ -40,6 +40,13 @@ if _sync_file_range is not None:
 _fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)
 if _fallocate is not None:
     _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_EXT4: Final = 0xEF53
+"""What fstatfs(2) says first; of linux/magic.h. Python's statvfs does not tell it."""
+_STATFS_BYTES: Final = 512
+"""More than any system's."""
+_fstatfs = getattr(_libc, "fstatfs", None)
+if _fstatfs is not None:
+    _fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
 
 
 class Storage:
@@ -163,13 +170,14 @@ class Storage:
             raise StoreFailed(f"{self.path_of(fd)}: sync failed: {error.strerror}; open the store anew") from error
 
     def reserve(self, fd: int, offset: int, length: int) -> None:
-        """Room on the disk for what is written there next; the file is not longer before that. A hint, where the C
-        library has it: what the disk refuses is told by the write.
+        """Room on the disk for what is written there next; the file is not longer before that. A hint, on ext4 and
+        where the C library has it: what the disk refuses is told by the write.
 
-        ext4 sets room aside for each block of a write else, which is more than a third of what writing a MiB costs it;
-        others have the same cost either way.
+        ext4 sets room aside for each block of a write else, which is more than a third of what writing a MiB costs it.
+        Others are not asked: XFS has the same cost either way, btrfs a higher one, and does not compress what is
+        written to such room, whatever it was mounted with.
         """
-        if _fallocate is not None:
+        if _fallocate is not None and _is_ext4(fd):
             _fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length)
 
     def begin_write_back(self, fd: int, offset: int, length: int) -> None:
@@ -353,6 +361,12 @@ class Storage:
 
     def _unread(self, error: OSError, fd: int, offset: int) -> NoReturn:
         raise Unreadable(f"{self.path_of(fd)}: offset {offset}: cannot be read: {error.strerror}") from error
+
+
+def _is_ext4(fd: int) -> bool:
+    """Or an older one of its kind."""
+    said = (ctypes.c_long * (_STATFS_BYTES // ctypes.sizeof(ctypes.c_long)))()
+    return _fstatfs is not None and _fstatfs(fd, said) == 0 and said[0] == _EXT4
 
 
 def _refused(error: OSError, path: Path, what: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,23 +94,40 @@ def test_many_reads_are_as_so_many_reads(storage: Storage, fd: int, monkeypatch:
 
 
 @pytest.mark.parametrize("has_it", [True, False])
+@pytest.mark.parametrize("is_ext4", [True, False])
 def test_room_is_reserved_where_that_can_be_and_the_file_is_not_longer(
-    storage: Storage, fd: int, has_it: bool, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, fd: int, has_it: bool, is_ext4: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_it:
         monkeypatch.setattr(dedup.storage, "_fallocate", None)
+    monkeypatch.setattr(dedup.storage, "_is_ext4", lambda fd: is_ext4)
     storage.pwritev(fd, [b"z" * 4096], 0)
     storage.datasync(fd)
     before = storage.stat(fd).st_blocks
     storage.reserve(fd, 4096, 1 << 20)
     assert storage.size(fd) == 4096
     reserved = (storage.stat(fd).st_blocks - before) * 512
-    assert reserved >= 1 << 20 if has_it else reserved == 0
+    assert reserved >= 1 << 20 if has_it and is_ext4 else reserved == 0
     storage.pwritev(fd, [b"y" * (1 << 20)], 4096)
     assert storage.pread(fd, 2 << 20, 0) == b"z" * 4096 + b"y" * (1 << 20)
 
 
-def test_what_cannot_be_reserved_is_told_by_the_write_alone(storage: Storage, tmp_path: Path) -> None:
+def test_ext4_is_told_from_other_file_systems(tmp_path: Path) -> None:
+    found = {}
+    for directory in (tmp_path, Path("/dev/shm"), Path("/proc/self")):
+        said = subprocess.run(["stat", "-f", "-c", "%T", directory], capture_output=True, text=True, check=True)
+        found[directory] = said.stdout.strip() == "ext2/ext3"
+    for directory, is_ext4 in found.items():
+        one = os.open(directory, os.O_RDONLY)
+        assert dedup.storage._is_ext4(one) is is_ext4
+        os.close(one)
+    assert not dedup.storage._is_ext4(-1)
+
+
+def test_what_cannot_be_reserved_is_told_by_the_write_alone(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dedup.storage, "_is_ext4", lambda fd: True)
     (tmp_path / "file").write_bytes(b"whole")
     fd = storage.open(tmp_path / "file", os.O_RDONLY)
     storage.reserve(fd, 0, 4096)
