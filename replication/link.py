@@ -271,7 +271,9 @@ class Link:
 
     def _break(self, error: Exception) -> None:
         if self._reason is None:
-            self._reason = self._last_words() or error if isinstance(error, LinkDown) else error
+            self._reason = error  # from now on: what the last words bring about must not send, and break it once more
+            if isinstance(error, LinkDown):
+                self._reason = self._last_words() or error
         self._scope.cancel()
 
     def _last_words(self) -> SessionEnded | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -16,10 +16,11 @@ from replication.linger import Linger
 from replication.link import ANSWER_REST, ANSWER_ROW
 from replication.messages import PROTOCOL_VERSION, Ack, ErrorCode, Failure, Message, SyncRequest, VolumePage, Welcome
 from replication.modes import Mode
+from replication.outbox import QUEUE_BYTES_MAX
 from replication.session import Session, Side
 from replication.status import LinkState
 from replication.transport import SocketConnection, socket_pair
-from replication.wire import encode
+from replication.wire import Buffer, encode
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +46,12 @@ class Counted(SocketConnection):
 class Rig:
     """A first appliance in mode sync over a socket; the test is its peer, and takes no task to answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, queue_bytes_max: int) -> None:
         near, self.far = socket_pair()
         self.near = Counted(near._sock)
-        self.first = FirstAppliance(self._connect, group="g", epoch=Epoch(1), agent="a", mode=Mode.SYNC)
+        self.first = FirstAppliance(
+            self._connect, group="g", epoch=Epoch(1), agent="a", mode=Mode.SYNC, queue_bytes_max=queue_bytes_max
+        )
         self.session = Session(Side.SERVER)
 
     async def _connect(self) -> SocketConnection:
@@ -91,8 +94,8 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig() -> AsyncIterator[Rig]:
-    made = Rig()
+async def rig(queue_bytes_max: int = QUEUE_BYTES_MAX) -> AsyncIterator[Rig]:
+    made = Rig(queue_bytes_max)
     async with made.far, trio.open_nursery() as nursery:
         nursery.start_soon(made.greet)
         await made.first.start()
@@ -179,6 +182,36 @@ async def test_what_ends_the_session_is_noticed_on_the_spot_and_by_the_loop(how:
                 await trio.testing.wait_all_tasks_blocked(0.001)
         assert made.first.link is (LinkState.FULL if how == "failure" else LinkState.DOWN)
         assert made.first.status().queued_records == 1  # kept for the next session
+
+
+async def test_the_last_words_of_a_link_that_broke_have_nothing_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they say makes room wanted, and that would be asked for at once; why the peer left comes behind it."""
+    async with rig(queue_bytes_max=8000) as made:
+        for seq in (1, 2):
+            made.append(seq)
+            await made.hear()
+            made.say(Ack(Seq(seq), Seq(0), Seq(seq), Seq(0)))
+            await trio.testing.wait_all_tasks_blocked()
+            if seq == 1:
+                assert isinstance(await made.hear(), SyncRequest)
+        ack = Ack(Seq(2), Seq(1), Seq(2), Seq(1))
+        made.say(ack, Failure(ErrorCode.STORE_FULL, "full, says the test"))
+        monkeypatch.setattr(made.near, "_receive_bytes", len(b"".join(encode(ack))))
+        await made.far.aclose()
+        whole, sent = made.near.send_nowait, 0
+
+        def counted(buffers: Sequence[Buffer]) -> int:
+            nonlocal sent
+            sent += 1
+            return whole(buffers)
+
+        monkeypatch.setattr(made.near, "send_nowait", counted)
+        made.append(3)
+        assert sent == 1
+        with trio.fail_after(5):
+            while made.first.link is LinkState.CONNECTED:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+        assert (made.first.link, made.first.durable) == (LinkState.FULL, 1)
 
 
 async def test_nothing_is_awaited_while_a_frame_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
