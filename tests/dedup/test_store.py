@@ -28,7 +28,7 @@ from dedup.retention import Policy
 from dedup.sealed import seal
 from dedup.storage import Storage
 from dedup.store import Store
-from dedup.types import ContainerId, PointKind, Seq, VolumeId
+from dedup.types import WRITE_BYTES_MAX, ContainerId, PointKind, Seq, VolumeId
 from dedup.verify import verify
 from tests.dedup.model import Model
 
@@ -268,6 +268,17 @@ def test_large_writes_of_all_kinds_of_blocks(path: Path, seed: int) -> None:
     taken = [marks_of(Storage(), path / "containers", ContainerId(int(one.stem)))[0] for one in containers_of(path)]
     assert sum(map(len, taken)) == len(stored)
     assert verify(path, read_data=True).ok
+
+
+@pytest.mark.parametrize("more", [-4096, 0, 4096, 3 * WRITE_BYTES_MAX])
+def test_a_write_of_any_length_is_stored_whole(path: Path, more: int) -> None:
+    """One longer than the protocol carries, too."""
+    store, model, volume = filled(path)
+    data = random.Random(more).randbytes(WRITE_BYTES_MAX + more)
+    store.group("g").ingest([model.write(volume, 4096, data), model.write(volume, 8192, data)])
+    check_moment(store.group("g").reader(), model, model.seq - 1)
+    check_moment(store.group("g").reader(), model, model.seq)
+    store.close()
 
 
 def containers_of(path: Path) -> list[Path]:

@@ -256,12 +256,25 @@ async def test_a_peer_that_never_pauses_leaves_the_loop_its_turns(pipe: tuple[in
                 await trio.lowlevel.checkpoint()
 
 
-async def test_until_asks_first_and_hears_nobody_where_nobody_speaks(turns: Turns) -> None:
+async def test_until_asks_first_and_waits_for_nobody_where_nobody_speaks(
+    unhurried: None, another: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polled: list[int] = []
+
+    def poll(self: PatientPoll, milliseconds: int) -> list[tuple[int, int]]:
+        polled.append(milliseconds)
+        return []
+
+    monkeypatch.setattr(PatientPoll, "poll", poll)
     lingers = Linger()
-    before = turns.count
     assert lingers.until(lambda: True)
     assert not lingers.until(lambda: False)
-    assert turns.count == before
+    assert not polled
+    with linger.heard(another[0], lambda: True):
+        assert lingers.until(lambda: True)
+        assert not polled
+        assert not lingers.until(lambda: False)
+        assert polled == [linger.LINGER_MILLISECONDS]
 
 
 async def test_another_descriptor_ends_the_lingering(pipe: tuple[int, int], unhurried: None) -> None:
