@@ -172,6 +172,35 @@ async def test_who_is_ready_only_to_wait_is_not_waited_for(
     assert woken.got == b"3"
 
 
+async def test_once_it_waits_others_are_waited_for_again(
+    pipe: tuple[int, int], another: tuple[int, int], unhurried: None
+) -> None:
+    requests, lingers = Linger(), Linger()
+    os.write(pipe[1], b"1")
+    await requests.readable(pipe[0])
+    os.read(pipe[0], 1)
+    woken, event, ran = Woken(requests, pipe[0]), trio.Event(), False
+
+    async def other() -> None:
+        nonlocal ran
+        await event.wait()
+        ran = True
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(woken)
+        nursery.start_soon(other)
+        await trio.testing.wait_all_tasks_blocked()
+        woken.wake()
+        await trio.testing.wait_all_tasks_blocked()
+        os.write(another[1], b"2")
+        event.set()
+        # As above: the loop has had two turns by then.
+        for _ in range(4):
+            await lingers.readable(another[0])
+        assert ran
+        nursery.cancel_scope.cancel()
+
+
 class Ear:
     """Takes what comes through a pipe, one byte at a time, whoever asks."""
 
