@@ -280,6 +280,10 @@ def test_pool_tells_which_blocks_are_the_same(tmp_path: Path, sealed: bool, dama
                 wanted += source.choice([source.choices(places, k=7), places[start : start + source.randrange(9)]])
             good = [(where, blocks[where]) for where in wanted if where not in lost]
             assert not good or all(asked(pool, good))
+            # All under the fingerprints that the table has, or had, and not all of them there.
+            known = [*good, *((where, blocks[where]) for where in lost)]
+            source.shuffle(known)
+            assert not any(same and where in lost for (where, _), same in zip(known, asked(pool, known), strict=True))
             wrong = [(where, blocks[source.choice(places)]) for where in wanted]
             nowhere = [(address(ContainerId(9), 3), blocks[places[0]]), (address(ONE, layout.SLOTS_MAX), bytes(4096))]
             mixed = [*good, *wrong, *nowhere, *((where, blocks[where]) for where in lost)]

@@ -125,6 +125,16 @@ def test_the_first_address_stays_in_every_layer(fixture: Fixture) -> None:
     assert fixture.stored() == {fp(1): 101}
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_of_many_noted_at_once_the_first_address_stays(fixture: Fixture, is_frozen: bool) -> None:
+    index = fixture.index
+    index.note(fp(1), Address(101))
+    if is_frozen:
+        index.freeze()
+    index.note_each([fp(2), fp(1), fp(2), fp(3)], [102, 999, 998, 103])
+    assert index.lookup([fp(1), fp(2), fp(3)]) == [101, 102, 103]
+
+
 def test_what_is_stored_outlives_the_index_and_what_is_pending_does_not(fixture: Fixture) -> None:
     placed = [fixture.store(fp(number)) for number in range(1000)]
     fixture.checkpoint()

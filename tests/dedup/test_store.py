@@ -6,6 +6,7 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,6 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from dedup import ingest
 from dedup.consolidator import consolidate
 from dedup.container import marks_of
 from dedup.errors import MomentRefused, NameRefused, NotAStore, OutOfOrder, StoreBusy, UnknownFormat, UnknownName
@@ -26,6 +28,7 @@ from dedup.layout import checked, fingerprint
 from dedup.reader import GroupReader
 from dedup.retention import Policy
 from dedup.sealed import seal
+from dedup.staging import Bytes
 from dedup.storage import Storage
 from dedup.store import Store
 from dedup.types import WRITE_BYTES_MAX, ContainerId, PointKind, Seq, VolumeId
@@ -268,6 +271,30 @@ def test_large_writes_of_all_kinds_of_blocks(path: Path, seed: int) -> None:
     taken = [marks_of(Storage(), path / "containers", ContainerId(int(one.stem)))[0] for one in containers_of(path)]
     assert sum(map(len, taken)) == len(stored)
     assert verify(path, read_data=True).ok
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_that_have_their_fingerprint_in_common_are_kept_apart(
+    path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a write and between them; some have that of zeros."""
+
+    def weak(block: Bytes) -> bytes:
+        return bytes([block[7] % 3 + 1]) * 8 + bytes([block[9] % 2]) * 8
+
+    monkeypatch.setattr(ingest, "xxh3_128_digest", weak)
+    monkeypatch.setattr(ingest, "ZEROS_FINGERPRINT", weak(bytes(4096)))
+    monkeypatch.setattr("dedup.container.xxhash", SimpleNamespace(xxh3_128_digest=weak))
+    store, model, volume = filled(path)
+    group, rng = store.group("g"), random.Random(seed)
+    blocks = [bytes(4096), *(rng.randbytes(4096) for _ in range(40))]
+    for turn in range(6):
+        parts = [b"".join(rng.choices(blocks, k=rng.choice([1, 2, 5, 70]))) for _ in range(3)]
+        group.ingest([model.write(volume, rng.randrange(50) * 4096, data) for data in parts])
+        if turn == 3:
+            store.checkpoint()
+        check_moment(group.reader(), model, model.seq)
+    store.close()
 
 
 @pytest.mark.parametrize("more", [-4096, 0, 4096, 3 * WRITE_BYTES_MAX])
