@@ -54,9 +54,9 @@ class Prefetch:
                 self._drop_abandoned()
             if len(self._chunks) >= CHUNKS_MAX:
                 return False
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prefetch")
             try:
+                if self._threads is None:
+                    self._threads = _started()
                 fetching = self._threads.submit(fetch)
             except RuntimeError as error:  # the machine gives no more threads
                 log.debug("nothing is fetched ahead of its reader: %s", error)
@@ -97,3 +97,20 @@ class Prefetch:
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         self._chunks.clear()
+
+
+def _started() -> ThreadPoolExecutor:
+    """All its threads run. RuntimeError when the machine does not give them.
+
+    One that starts them as they are needed leaves what it found no thread for in its queue, to be done at some time.
+    """
+    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prefetch")
+    all_run = threading.Barrier(THREADS)
+    try:
+        for _ in range(THREADS):
+            threads.submit(all_run.wait)
+    except BaseException:
+        all_run.abort()
+        threads.shutdown(wait=False, cancel_futures=True)
+        raise
+    return threads

@@ -118,20 +118,35 @@ def test_what_is_being_fetched_is_not_abandoned(ahead: Prefetch, monkeypatch: py
     assert ahead.find(1) is None
 
 
-def test_without_a_thread_nothing_is_fetched(ahead: Prefetch, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+@pytest.mark.parametrize("given", [0, 1])
+def test_without_threads_nothing_is_fetched(ahead: Prefetch, monkeypatch: pytest.MonkeyPatch, given: int) -> None:
+    """And what was refused is not done later, when there are threads."""
+    start, started = threading.Thread.start, 0
+
+    def some(thread: threading.Thread) -> None:
+        nonlocal started
+        if started == given:
+            raise RuntimeError("can't start new thread")
+        started += 1
+        start(thread)
 
     gate = Gate()
     gate.open.set()
+    before = set(threading.enumerate())
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refused)
-        assert not ahead.begin(1, gate)
-        assert ahead.find(1) is None
-    assert ahead.begin(1, gate)
-    found = ahead.find(1)
-    assert found is not None
-    assert bytes(found.result(60)) == b"chunk"
+        patch.setattr(threading.Thread, "start", some)
+        for _ in range(5):
+            assert not ahead.begin(1, gate)
+            assert ahead.find(1) is None
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    assert set(threading.enumerate()) <= before
+    for chunk in (1, 2):
+        assert ahead.begin(chunk, gate)
+        found = ahead.find(chunk)
+        assert found is not None
+        assert bytes(found.result(60)) == b"chunk"
+    assert gate.calls == 2
 
 
 # An image
