@@ -109,11 +109,13 @@ class Image:
     def _fetched(self, chunk: int, wait: bool) -> memoryview | None:
         """The chunk, when it was fetched ahead. OnItsWay while it is being fetched."""
         while (fetching := self._pool.prefetch.find((self._number, chunk))) is not None:
-            if fetching.done():
+            if not fetching.done():
+                if not wait:
+                    raise OnItsWay(fetching)
+                fetching.exception()
+            elif fetching.exception() is None:
                 return fetching.result()
-            if not wait:
-                raise OnItsWay(fetching)
-            fetching.exception()
+            # else it has failed since it was found, for what may be amiss with other blocks only: it is not there
         return None
 
     def _fetch_ahead(self, first: int, count: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -269,21 +270,26 @@ def test_the_same_bytes_in_whatever_way_they_are_read(shop: Shop, reads: list[tu
         at += length
 
 
+def spoil(shop: Shop, image: Image, at: int) -> int:
+    """Of the group that holds the image's block at that offset. Returns how many blocks are lost."""
+    (address,) = image.addresses(at // BLOCK_BYTES, 1).tolist()
+    path = container_path(shop.store.path / CONTAINERS_NAME, ContainerId(address >> SLOT_BITS))
+    data = bytearray(path.read_bytes())
+    header = unpack_sealed_header(bytes(data), path)
+    slots = np.frombuffer(data, "<u2", header.slots, SEALED_TABLE_OFFSET).tolist()
+    group = slots.index(address & SLOT_MASK) // header.blocks_a_group
+    (begin, *_) = SEALED_GROUP.struct.unpack_from(data, header.groups_offset + group * SEALED_GROUP.size)
+    data[begin + 100] ^= 1
+    path.write_bytes(data)
+    return len(slots[group * header.blocks_a_group :][: header.blocks_a_group])
+
+
 def test_damage_ahead_is_met_by_who_reads_it(tmp_path: Path) -> None:
     shop = Shop(tmp_path / "store")
     try:
         image = shop.image()
         at = 3 * CHUNK_BYTES + 7 * BLOCK_BYTES
-        (address,) = image.addresses(at // BLOCK_BYTES, 1).tolist()
-        path = container_path(tmp_path / "store" / CONTAINERS_NAME, ContainerId(address >> SLOT_BITS))
-        data = bytearray(path.read_bytes())
-        header = unpack_sealed_header(bytes(data), path)
-        slots = np.frombuffer(data, "<u2", header.slots, SEALED_TABLE_OFFSET).tolist()
-        group = slots.index(address & SLOT_MASK) // header.blocks_a_group
-        (begin, *_) = SEALED_GROUP.struct.unpack_from(data, header.groups_offset + group * SEALED_GROUP.size)
-        data[begin + 100] ^= 1
-        path.write_bytes(data)
-        lost = slots[group * header.blocks_a_group :][: header.blocks_a_group]
+        lost = spoil(shop, image, at)
         damaged = []
         for begin in range(0, SIZE, BLOCK_BYTES):
             try:
@@ -292,6 +298,37 @@ def test_damage_ahead_is_met_by_who_reads_it(tmp_path: Path) -> None:
                 assert f"bytes {begin}..{begin + BLOCK_BYTES}" in str(damage)
                 damaged.append(begin)
         assert at in damaged
-        assert len(damaged) == len(lost)
+        assert len(damaged) == lost
     finally:
+        shop.store.close()
+
+
+def test_what_fails_just_as_it_was_found_costs_no_other_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = Shop(tmp_path / "store")
+    let = threading.Event()
+    read, find = ContainerPool.read_addresses, Prefetch.find
+
+    def held(pool: ContainerPool, addresses: Addresses, out: memoryview, *, wait: bool = True) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert let.wait(60)
+        read(pool, addresses, out, wait=wait)
+
+    def ended_since(ahead: Prefetch, chunk: Hashable) -> Future[memoryview] | None:
+        found = find(ahead, chunk)
+        if found is not None:
+            let.set()
+            assert isinstance(found.exception(60), Damaged)
+        return found
+
+    monkeypatch.setattr(ContainerPool, "read_addresses", held)
+    try:
+        image = shop.image()
+        spoil(shop, image, 2 * CHUNK_BYTES - BLOCK_BYTES)
+        for at in range(0, CHUNK_BYTES, READ_BYTES):
+            image.read(at, READ_BYTES)
+        monkeypatch.setattr(Prefetch, "find", ended_since)
+        assert image.read(CHUNK_BYTES, READ_BYTES) == shop.content[CHUNK_BYTES:][:READ_BYTES]
+        assert let.is_set()
+    finally:
+        let.set()
         shop.store.close()
