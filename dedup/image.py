@@ -102,7 +102,8 @@ class Image:
                 out[:] = fetched[start * BLOCK_BYTES : (start + take) * BLOCK_BYTES]
             at += take
         # Not before all is here: when something has to be waited for, all of it is read once more.
-        for chunk in range(first // CHUNK_BLOCKS, end // CHUNK_BLOCKS):
+        whole = end // CHUNK_BLOCKS if end * BLOCK_BYTES < self.size else -(-end // CHUNK_BLOCKS)
+        for chunk in range(first // CHUNK_BLOCKS, whole):
             self._pool.prefetch.drop((self._number, chunk))
         return buffer
 

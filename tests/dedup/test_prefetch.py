@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -210,6 +210,27 @@ def test_who_reads_on_finds_what_was_fetched(tmp_path: Path, sealed: bool, monke
     assert got == shop.content
     assert by_himself == (2 * CHUNK_BYTES if sealed else SIZE + -SIZE % BLOCK_BYTES)
     shop.store.close()
+
+
+def test_who_has_read_all_of_an_image_leaves_room_for_others(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last chunk, too, which is shorter."""
+    begin = Prefetch.begin
+
+    def counting(ahead: Prefetch, chunk: Hashable, fetch: Callable[[], memoryview]) -> bool:
+        begun.append(begin(ahead, chunk, fetch))
+        return begun[-1]
+
+    begun: list[bool] = []
+    monkeypatch.setattr(prefetch, "ABANDONED_SECONDS", -1.0)
+    shop.store.pool.prefetch.drop_abandoned()  # of other tests
+    monkeypatch.setattr(prefetch, "ABANDONED_SECONDS", 1e9)
+    monkeypatch.setattr(Prefetch, "begin", counting)
+    for _ in range(CHUNKS_MAX + 1):
+        image = shop.image()
+        for at in range(0, SIZE, READ_BYTES):
+            image.read(at, READ_BYTES)
+    assert begun == [True] * len(begun)
+    assert len(begun) > CHUNKS_MAX
 
 
 def test_who_does_not_wait_is_told_whose_work_to_wait_for(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
