@@ -62,7 +62,8 @@ class PastImage(Protocol):
         """
 
     def read_into(self, offset: int, length: int, buffer: memoryview, *, wait: bool = True) -> memoryview:
-        """As `read`, into a part of `buffer`, which has `image.room_for(length)` bytes or more."""
+        """As `read`: a part of `buffer`, which has `image.room_for(length)` bytes or more, or of other memory that is
+        never changed."""
 
     def next_data(self, offset: int) -> int:
         """The first offset at or after `offset` whose block is not a hole; `size` when there is none."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from dedup.catalog import Index
 from dedup.container_pool import ContainerPool
-from dedup.errors import Damaged, MomentGone, OnItsWay, WouldBlock
+from dedup.errors import Damaged, OnItsWay, StoreError, WouldBlock
 from dedup.layout import LEAF_BLOCKS
 from dedup.pointer_map import Addresses
 from dedup.read_ahead import ReadAhead
@@ -138,7 +138,7 @@ class Image:
             return self._pool.is_compressed(self.addresses(*self._extent(chunk), wait=False))
         except WouldBlock:
             return True
-        except (Damaged, MomentGone):
+        except StoreError:
             return False
 
     def _extent(self, chunk: int) -> tuple[int, int]:
