@@ -77,9 +77,11 @@ class Prefetch:
         return begun.fetching
 
     def drop(self, chunk: Hashable) -> None:
-        """It was read to its end, and makes room."""
+        """It was read to its end, and makes room; not one that is being fetched, which takes its room until it is."""
         with self._lock:
-            self._chunks.pop(chunk, None)
+            begun = self._chunks.get(chunk)
+            if begun is not None and begun.fetching.done():
+                del self._chunks[chunk]
 
     def drop_abandoned(self) -> None:
         """To be called now and then: gives memory back."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dedup import prefetch
 from dedup.container_pool import ContainerPool
-from dedup.errors import Damaged, OnItsWay, WouldBlock
+from dedup.errors import Damaged, OnItsWay, StoreFailed, WouldBlock
 from dedup.image import CHUNK_BLOCKS, Image, room_for
 from dedup.layout import CONTAINERS_NAME, SLOT_BITS, SLOT_MASK, container_named, container_path
 from dedup.pointer_map import Addresses
@@ -104,6 +104,21 @@ def test_no_more_than_there_is_room_for(ahead: Prefetch, monkeypatch: pytest.Mon
     monkeypatch.setattr(prefetch, "ABANDONED_SECONDS", -1.0)
     assert ahead.begin(-2, gate)
     assert ahead.find(0) is None
+
+
+def test_what_is_being_fetched_takes_its_room(ahead: Prefetch) -> None:
+    """Though somebody has read it by himself meanwhile."""
+    gate = Gate()
+    for chunk in range(CHUNKS_MAX):
+        assert ahead.begin(chunk, gate)
+        ahead.drop(chunk)
+    assert not ahead.begin(-1, gate)
+    found = ahead.find(0)
+    assert found is not None
+    gate.open.set()
+    assert bytes(found.result(60)) == b"chunk"
+    ahead.drop(0)
+    assert ahead.begin(-1, gate)
 
 
 def test_what_is_being_fetched_is_not_abandoned(ahead: Prefetch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +281,19 @@ def test_what_was_given_stays_as_it_is(shop: Shop) -> None:
         image.read_into(at, READ_BYTES, buffer)
         other.read(at, READ_BYTES)
     assert bytes(kept) == shop.content[CHUNK_BYTES : 2 * CHUNK_BYTES]
+
+
+def test_what_is_amiss_ahead_is_not_told_to_who_reads_before_it(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(pool: ContainerPool, addresses: Addresses) -> bool:
+        nonlocal looked
+        looked += 1
+        raise StoreFailed("the container ahead cannot be examined")
+
+    looked = 0
+    monkeypatch.setattr(ContainerPool, "is_compressed", refused)
+    image = shop.image()
+    assert b"".join([image.read(at, READ_BYTES) for at in range(0, SIZE, READ_BYTES)]) == shop.content
+    assert looked
 
 
 @settings(max_examples=40)
