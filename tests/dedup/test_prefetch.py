@@ -26,7 +26,7 @@ from dedup.sealed import seal
 from dedup.sealed_layout import SEALED_GROUP, SEALED_TABLE_OFFSET, unpack_sealed_header
 from dedup.storage import Storage
 from dedup.store import Store
-from dedup.types import BLOCK_BYTES, ContainerId
+from dedup.types import BLOCK_BYTES, ContainerId, Seq
 from tests.dedup.model import Model
 
 CHUNK_BYTES = CHUNK_BLOCKS * BLOCK_BYTES
@@ -184,8 +184,11 @@ class Shop:
                 data = b"".join([dice.randbytes(64) * 64 for _ in range(at, min(at + (1 << 20), SIZE), BLOCK_BYTES)])
                 group.ingest([model.write(created.volume, at, data[: SIZE - at])])
         self.content = model.content[created.volume]
-        self.seq = model.seq
+        self.seq = Seq(model.seq)
         self.volume = created.volume
+        for at in range(BLOCK_BYTES, SIZE, 1 << 20):  # a later moment, another one in each chunk
+            group.ingest([model.write(created.volume, at, dice.randbytes(64))])
+        self.later_content, self.later_seq = model.content[created.volume], Seq(model.seq)
         store.close()
         for name in sorted(os.listdir(directory / CONTAINERS_NAME)):
             container = container_named(name)
@@ -193,10 +196,10 @@ class Shop:
                 seal(Storage(), directory / CONTAINERS_NAME, container, None)
         self.store = StoreReader.open(directory)
 
-    def image(self) -> Image:
+    def image(self, seq: Seq | None = None) -> Image:
         group = self.store.group()
         group.refresh()
-        return group.image(self.volume, self.seq)
+        return group.image(self.volume, self.seq if seq is None else seq)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +228,13 @@ def test_who_reads_on_finds_what_was_fetched(tmp_path: Path, sealed: bool, monke
     assert got == shop.content
     assert by_himself == (2 * CHUNK_BYTES if sealed else SIZE + -SIZE % BLOCK_BYTES)
     shop.store.close()
+
+
+def test_each_image_has_its_own(shop: Shop) -> None:
+    earlier, later = shop.image(), shop.image(shop.later_seq)
+    for at in range(0, SIZE, READ_BYTES):
+        assert earlier.read(at, READ_BYTES) == shop.content[at : at + READ_BYTES]
+        assert later.read(at, READ_BYTES) == shop.later_content[at : at + READ_BYTES]
 
 
 def test_who_has_read_all_of_an_image_leaves_room_for_others(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
