@@ -157,17 +157,32 @@ async def test_what_a_thread_gave_is_given_up_at_once() -> None:
         gc.enable()
 
 
+class LateImage(DiskImage):
+    """Its beginning comes when other bytes were read."""
+
+    others_came = False
+
+    def read_into(self, offset: int, length: int, buffer: memoryview, *, wait: bool = True) -> memoryview:
+        if offset == 0 and not self.others_came and not wait:
+            raise OnItsWay
+        return super().read_into(offset, length, buffer, wait=wait)
+
+
 async def test_others_run_while_one_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """And have the buffer to themselves: the bytes of either are its own."""
     monkeypatch.setattr(snapshot_images, "SOON_SECONDS", 10.0)
-    images = await images_of(DiskImage(OnItsWay, OnItsWay))
+    image = LateImage()
+    images = await images_of(image)
     got: dict[int, bytes] = {}
 
     async def reader(off: int) -> None:
         got[off] = await read(images, off, BLOCK_BYTES)
+        image.others_came |= len(got) == 2
 
+    offsets = [0, BLOCK_BYTES, 2 * BLOCK_BYTES]
     async with trio.open_nursery() as nursery:
-        for off in (0, BLOCK_BYTES, 2 * BLOCK_BYTES):
+        for off in offsets:
             nursery.start_soon(reader, off)
-    assert got == {off: CONTENT[off : off + BLOCK_BYTES] for off in got}
-    assert len(got) == 3
+    assert got == {off: CONTENT[off : off + BLOCK_BYTES] for off in offsets}
+    assert list(got)[-1] == 0
+    assert image.waited == 0
