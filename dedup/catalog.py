@@ -17,7 +17,6 @@ import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -483,14 +482,14 @@ class Catalog:
                 stale = after < int.from_bytes(cursor.key()[-8:], "big") <= last
                 more = (cursor.delete() and bool(cursor.key())) if stale else cursor.next()
 
-    def move_anchor(self, txn: Txn, seq: Seq, position: JournalPosition) -> None:
-        """The journal goes on at `position` after checkpoint `seq`, if there is one and it said a place behind."""
-        key = ANCHOR_KEY.pack(self.group_id, seq)
+    def move_anchor(self, txn: Txn, begin: Checkpoint) -> bool:
+        """Whether there is a checkpoint of that seq which said that the journal goes on in `begin`'s segment. It says
+        `begin` now, of which its volumes and pointers must be."""
+        key = ANCHOR_KEY.pack(self.group_id, begin.held)
         value = txn.get(key, db=self._db["anchors"])
-        if value is not None:
-            anchor = _decode(value, Checkpoint)
-            if anchor.position.segment == position.segment:
-                txn.put(key, _encode(replace(anchor, position=position)), db=self._db["anchors"])
+        if value is None or _decode(value, Checkpoint).position.segment != begin.position.segment:
+            return False
+        return txn.put(key, _encode(begin), db=self._db["anchors"])
 
     def forget_gaps(self, txn: Txn, last: Seq) -> None:
         """Drops the gaps that end at or before `last`: before the first recovery point there are none."""

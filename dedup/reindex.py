@@ -113,7 +113,9 @@ class _Stretch:
     def _anchors(self) -> GroupState:
         """Replays the stretch, with an anchor now and then, and one at its end. The state there."""
         state = state_before(self._storage, self._directory, self._catalog, self._txn, self._segment, self._files)
-        self._catalog.move_anchor(self._txn, self._after, self._segment.start)
+        # The checkpoint at that seq may lie behind entries that consume none, which are folded into what follows now.
+        if self._catalog.move_anchor(self._txn, state.checkpoint(self._segment.start)):
+            state.checkpointed()  # what it wrote is as of that seq, whichever entries of it came first
         position = self._segment.start
         for logged, after in read(self._storage, self._directory, position, limit=self._end, files=self._files):
             more = logged.kind is EntryKind.CONSOLIDATED_MORE

@@ -55,13 +55,15 @@ def state_before(
     segment: SegmentFile,
     files: Sequence[SegmentFile] | None = None,
 ) -> GroupState:
-    """The state at the segment's beginning; its overlay and `new_*` are what followed the anchor before it.
+    """The state at the segment's beginning; its overlay and `new_*` are what followed the anchor before it. Damaged.
 
-    Entries of the segment that consume no seq may be in it already, when a checkpoint was made right behind them.
     `files` is the journal's chain, if it is not the one that the directory has now.
     """
     before = Seq(segment.first - 1)
     anchor = catalog.anchor(txn, before)
+    if anchor is not None and anchor.held and anchor.position > segment.start:
+        # Made behind entries of the segment that consume no seq: it says what they say, too.
+        anchor = catalog.anchor(txn, Seq(anchor.held - 1))
     files = chain(storage, directory) if files is None else files
     if anchor is None:
         state, start = GroupState(), files[0].start
