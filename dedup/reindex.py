@@ -26,7 +26,7 @@ from dedup.overlay import Overlay
 from dedup.pointer_map import SEQ_MAX, LeafKey
 from dedup.storage import Storage
 from dedup.synthesis import state_before
-from dedup.types import Seq
+from dedup.types import Seq, VolumeId
 
 ANCHOR_POINTERS: Final = 16_384
 """Pointers between two anchors: what a moment's synthesis replays at most."""
@@ -97,6 +97,8 @@ class _Stretch:
         self._segment = SegmentFile(rows[0].first, rows[0].generation)
         self._forgotten: set[LeafKey] = set()
         """Leaves whose old versions of this stretch are dropped."""
+        self._retired: set[VolumeId] = set()
+        """Volumes that are gone at its end: what was written in the window in which they went is gone with them."""
         self._end = JournalPosition(rows[-1].first, rows[-1].bytes, rows[-1].generation)
 
     def run(self) -> None:
@@ -131,8 +133,9 @@ class _Stretch:
         return state
 
     def _mend_next(self, state: GroupState) -> None:
-        """Where there was no anchor at the stretch's end, the one behind it began within the stretch: what was written
-        in it and cut away behind it was nothing to that one. Now it is seen at the end, and has to be cut off there."""
+        """Where there was no anchor at the stretch's end, the one behind it began within the stretch. What was written
+        in it and cut away behind it was nothing to that one: now it is seen at the end, and has to be cut off there.
+        What was written to a volume that went within the stretch was something to it, and is nothing any more."""
         behind = self._catalog.anchor_after(self._txn, self._last)
         if behind is None:
             return
@@ -141,6 +144,9 @@ class _Stretch:
                 break
             state.apply(logged)
         pointers = self._catalog.pointers
+        for volume in self._retired:
+            for leaf in list(pointers.leaves(self._txn, volume)):
+                pointers.forget(self._txn, volume, leaf, self._last, behind.held)
         for volume, block in state.overlay.cuts.items():
             for leaf in list(pointers.leaves(self._txn, volume, block // LEAF_BLOCKS)):
                 said = pointers.leaf(self._txn, volume, leaf, behind.held)
@@ -158,7 +164,9 @@ class _Stretch:
         """
         pointers = self._catalog.pointers
         leaves = {(volume, leaf) for volume in state.overlay.volumes for leaf in state.overlay.leaf_numbers(volume)}
-        cut = dict(state.overlay.cuts) | {one.volume: 0 for one in state.new_volumes.values() if one.retired}
+        retired = {one.volume for one in state.new_volumes.values() if one.retired}
+        self._retired |= retired
+        cut = dict(state.overlay.cuts) | dict.fromkeys(retired, 0)
         for volume, block in cut.items():
             leaves.update((volume, leaf) for leaf in pointers.leaves(self._txn, volume, block // LEAF_BLOCKS))
         for volume, leaf in sorted(leaves - self._forgotten):

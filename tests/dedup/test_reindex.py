@@ -88,3 +88,16 @@ def test_a_checkpoint_behind_a_base_that_advanced(world: World, tmp_path: Path) 
     assert world.consolidate().pieces == 1
     check_index(world, tmp_path / "copy")
     world.check()
+
+
+def test_a_volume_that_came_and_went_before_a_checkpoint(world: World, tmp_path: Path) -> None:
+    """That checkpoint knew its blocks, which are no part of history any more."""
+    made = world.model.create("short-lived.img", 3 << 12)
+    world.group.ingest([made])
+    world.write(4, SECOND, made.volume)
+    world.group.ingest([world.model.retire(made.volume)])
+    world.passes(3 * HOUR_NS)
+    world.store.checkpoint()
+    assert world.consolidate().pieces == 1
+    check_index(world, tmp_path / "copy")
+    world.check()
