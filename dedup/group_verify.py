@@ -8,7 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -38,7 +38,18 @@ from dedup.metadata_journal import EntryKind, Logged, decode
 from dedup.pointer_map import FIRST_LEAF, SEQ_MAX, Addresses, LeafKey, split_key
 from dedup.reachability import Reachability
 from dedup.storage import Storage
-from dedup.types import BLOCK_BYTES, Gap, RunStart, Seq, Snapshot, VolumeId, VolumeState
+from dedup.types import (
+    BLOCK_BYTES,
+    BaseAdvance,
+    Consolidated,
+    Gap,
+    RunStart,
+    Seq,
+    Snapshot,
+    SnapshotDelete,
+    VolumeId,
+    VolumeState,
+)
 
 Advance = Callable[[int], None]
 
@@ -97,6 +108,8 @@ class GroupVerifier:
         """Of the entries that names stand for."""
         self._wanted: set[Seq] = set()
         self._base_advanced = False
+        self._outdated: set[str] = set()
+        """Names that the journal forgets, or moves, behind the last checkpoint: what they stood for may be thinned."""
 
     def begin(self) -> None:
         """Fixes the moment that is verified. Damaged when the index refuses to say it."""
@@ -271,6 +284,8 @@ class GroupVerifier:
         if logged.seq in self._wanted and logged.kind.consumes_seq:
             self._kinds[logged.seq] = logged.kind
         self._base_advanced = self._base_advanced or logged.kind is EntryKind.BASE_ADVANCE
+        if self._anchor is None or position > self._anchor.position:
+            self._outdated.update(_outdated_by(logged))
         if self._damaged or self._replay is None:
             return  # entries are missing, and what follows cannot be applied
         try:
@@ -365,8 +380,10 @@ class GroupVerifier:
             return f"is called {snapshot.name!r} inside"
         if not (base and base <= snapshot.seq <= held):
             return f"is no recovery point: those held are seq {base}..{held}"
-        if not self.sound:
-            return None  # what the entry is cannot be said; the journal's own check says why
+        if not self.sound or name in self._outdated:
+            return (
+                None  # what the entry is, or was, cannot be said; the journal's own check says why where it is damaged
+            )
         if kind is None:
             return "names a seq at which no record ends"
         if kind is EntryKind.CONSOLIDATED or (snapshot.kind == BASE_NAME and self._base_advanced):
@@ -389,6 +406,19 @@ class GroupVerifier:
                     yield logged.seq, extent.volume, block, int(extent.addresses[index])
                 if found.any():
                     left = np.setdiff1d(left, extent.addresses)
+
+
+def _outdated_by(logged: Logged) -> Iterable[str]:
+    """Names for which the entry says something else than what came before it."""
+    match logged.body:
+        case SnapshotDelete(name=name):
+            return (name,)
+        case BaseAdvance():
+            return (BASE_NAME,)
+        case Consolidated(snapshots=snapshots, forgotten=forgotten):
+            return (*forgotten, *(snapshot.name for snapshot in snapshots))
+        case _:
+            return ()
 
 
 def _keys(index: Index, txn: Txn, start: bytes) -> tuple[list[tuple[VolumeId, int, Seq]], bytes]:

@@ -90,6 +90,25 @@ def test_a_checkpoint_behind_a_base_that_advanced(world: World, tmp_path: Path) 
     world.check()
 
 
+def test_names_that_went_since_the_last_checkpoint(world: World, tmp_path: Path) -> None:
+    """What they stood for may be thinned at once: they are names no more."""
+    world.write(5)
+    world.group.create_snapshot("gone")
+    world.write(5)
+    world.passes(3 * HOUR_NS)
+    world.store.checkpoint()
+    world.group.delete_snapshot("gone")
+    assert world.consolidate().pieces == 1
+    assert last_held(world) < world.model.seq or world.group.state.new_snapshots
+    check_index(world, tmp_path / "copy")
+    world.passes(40 * DAY_NS)
+    world.store.checkpoint()
+    assert world.consolidate().pieces == 1
+    assert world.group.state.new_snapshots, "the base advanced, and there was no checkpoint since"
+    check_index(world, tmp_path / "copy")
+    world.check()
+
+
 def test_a_volume_that_came_and_went_before_a_checkpoint(world: World, tmp_path: Path) -> None:
     """That checkpoint knew its blocks, which are no part of history any more."""
     made = world.model.create("short-lived.img", 3 << 12)
