@@ -483,8 +483,8 @@ class Catalog:
                 more = (cursor.delete() and bool(cursor.key())) if stale else cursor.next()
 
     def move_anchor(self, txn: Txn, begin: Checkpoint) -> bool:
-        """Whether there is a checkpoint of that seq which said that the journal goes on in `begin`'s segment. It says
-        `begin` now, of which its volumes and pointers must be."""
+        """Makes the checkpoint of that seq say `begin`, which has its volumes and pointers, if it said that the journal
+        goes on in that segment. Whether there is one that did."""
         key = ANCHOR_KEY.pack(self.group_id, begin.held)
         value = txn.get(key, db=self._db["anchors"])
         if value is None or _decode(value, Checkpoint).position.segment != begin.position.segment:
