@@ -267,6 +267,7 @@ class FirstAppliance:
     async def flushed(self, seq: Seq) -> bool:
         """Like `acknowledged`, for the flush record of an fsync."""
         level = self._policy.flush_waits_for
+        # On the spot, for a moment: where the second appliance is near, the loop's next turn would be later than that.
         self._linger.until(lambda: self._progress.has_reached(seq, level))
         return await self._reached(seq, level)
 
