@@ -25,14 +25,18 @@ class Turns(trio.abc.Instrument):
         self.count += 1
 
 
-@pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
-    """To read from, and to write to."""
+def open_pipe() -> Iterator[tuple[int, int]]:
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     yield reading, writing
     os.close(reading)
     os.close(writing)
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """To read from, and to write to."""
+    yield from open_pipe()
 
 
 @pytest.fixture
@@ -118,11 +122,7 @@ async def test_while_others_are_ready_it_takes_what_is_there_once_a_step(
 @pytest.fixture
 def another() -> Iterator[tuple[int, int]]:
     """A second pipe."""
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-    yield reading, writing
-    os.close(reading)
-    os.close(writing)
+    yield from open_pipe()
 
 
 class Woken:
