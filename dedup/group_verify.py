@@ -381,9 +381,8 @@ class GroupVerifier:
         if not (base and base <= snapshot.seq <= held):
             return f"is no recovery point: those held are seq {base}..{held}"
         if not self.sound or name in self._outdated:
-            return (
-                None  # what the entry is, or was, cannot be said; the journal's own check says why where it is damaged
-            )
+            # What the entry is, or was, cannot be said; where the journal is damaged its own check says why.
+            return None
         if kind is None:
             return "names a seq at which no record ends"
         if kind is EntryKind.CONSOLIDATED or (snapshot.kind == BASE_NAME and self._base_advanced):

@@ -49,6 +49,11 @@ class _Loop(trio.abc.Instrument):
         """What one of the ready tasks will wait for, and do nothing else."""
         self.heard: dict[int, Callable[[], bool]] = {}
 
+    @property
+    def others(self) -> bool:
+        """Whether a task is ready that would do more than wait."""
+        return len(self.ready) > (self.waits != _NOTHING)
+
     def task_scheduled(self, task: trio.lowlevel.Task) -> None:
         self.ready.add(task)
 
@@ -123,7 +128,7 @@ class Linger:
         if loop.descriptor is None:
             return False
         while True:
-            if len(loop.ready) > (loop.waits != _NOTHING):
+            if loop.others:
                 return is_so is None and self._is_there(loop)
             if time.monotonic() - loop.turned > TURN_SECONDS:
                 return False
@@ -139,7 +144,7 @@ class Linger:
         """Whether nobody else could go on: no other task is ready to run, and neither the descriptor that was waited
         for last nor any that the loop waits for is readable. False where that cannot be told."""
         loop = self._loop
-        if loop.descriptor is None or self._fd == _NOTHING or len(loop.ready) > (loop.waits != _NOTHING):
+        if loop.descriptor is None or self._fd == _NOTHING or loop.others:
             return False
         return not self._poll(loop).poll(0)
 
