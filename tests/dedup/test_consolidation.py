@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,13 +95,6 @@ class World:
         report = verify(self.path, read_data=True)
         assert report.ok, report
         self.store = Store.open(self.path)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path / "store")
-    yield made
-    made.store.abandon()
 
 
 def buckets(world: World, seqs: list[int], window: int) -> list[int]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -23,13 +21,6 @@ from dedup.storage import Storage
 from dedup.store import Store
 from dedup.types import Address, Seq
 from tests.dedup.test_consolidation import SECOND, World
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path / "store")
-    yield made
-    made.store.abandon()
 
 
 def fold_first(world: World) -> Folded:

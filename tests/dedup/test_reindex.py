@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,6 @@ def check_index(world: World, place: Path) -> None:
     finally:
         shutil.rmtree(place)
     assert not damage
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path / "store")
-    yield made
-    made.store.abandon()
 
 
 def last_held(world: World) -> Seq:
