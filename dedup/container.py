@@ -38,6 +38,7 @@ from dedup.layout import (
 from dedup.raw_form import RawForm
 from dedup.sealed_form import GroupCache, SealedForm
 from dedup.storage import Buffer, Storage
+from dedup.sync_log import Unsynced
 from dedup.types import BLOCK_BYTES, LOST_CONTAINER, ContainerForm, ContainerId, JournalId, TimeNs
 
 log = logging.getLogger("rewindfs.container")
@@ -61,9 +62,12 @@ Slots = NDArray[np.uint64]
 class RawContainerWriter:
     """Fills one new container. Called by one thread at a time, but `sync`, which may run beside `append`."""
 
-    def __init__(self, storage: Storage, path: Path, fd: int, container: ContainerId, journal: JournalId) -> None:
+    def __init__(
+        self, storage: Storage, path: Path, fd: int, container: ContainerId, journal: JournalId, unsynced: Unsynced
+    ) -> None:
         """Use `create`."""
         self._storage = storage
+        self._unsynced = unsynced
         self._path = path
         self._fd = fd
         self.container = container
@@ -79,9 +83,15 @@ class RawContainerWriter:
 
     @classmethod
     def create(
-        cls, storage: Storage, directory: Path, container: ContainerId, journal: JournalId
+        cls,
+        storage: Storage,
+        directory: Path,
+        container: ContainerId,
+        journal: JournalId,
+        unsynced: Unsynced | None = None,
     ) -> RawContainerWriter:
-        """A new, empty container; its header and its name are durable. StoreFull leaves no file; StoreFailed may."""
+        """A new, empty container; its header and its name are durable. What is appended is noted in `unsynced`.
+        StoreFull leaves no file; StoreFailed may."""
         path = container_path(directory, container)
         header = ContainerHeader(container, journal, ContainerForm.RAW, TimeNs(time.time_ns()))
         try:
@@ -96,7 +106,7 @@ class RawContainerWriter:
             storage.close(fd)
             storage.unlink(path)
             raise
-        return cls(storage, path, fd, container, journal)
+        return cls(storage, path, fd, container, journal, unsynced or Unsynced())
 
     @property
     def slots_free(self) -> int:
@@ -119,8 +129,10 @@ class RawContainerWriter:
         if length >= STREAM_BYTES:
             self._storage.reserve(self._fd, offset, length)
         self._storage.pwritev(self._fd, blocks, offset)
-        table = b"".join(fingerprints)
-        self._storage.pwritev(self._fd, [table], RAW_TABLE_OFFSET + first * FINGERPRINT_BYTES)
+        table_offset = RAW_TABLE_OFFSET + first * FINGERPRINT_BYTES
+        self._storage.pwritev(self._fd, [table := b"".join(fingerprints)], table_offset)
+        self._unsynced.note(self._path, offset, blocks)
+        self._unsynced.note(self._path, table_offset, [table])
         self._appended += 1
         if length >= STREAM_BYTES:
             if offset != self._passing.stop or len(self._passing) >= PASSING_BYTES:

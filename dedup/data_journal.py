@@ -20,11 +20,13 @@ from dedup.container import RawContainerWriter
 from dedup.errors import StoreFailed
 from dedup.layout import SLOT_BITS
 from dedup.storage import Buffer, Storage
+from dedup.sync_log import Unsynced
 from dedup.types import ContainerId, JournalId
 
 
 class DataJournal:
-    """`next_container` gives numbers that no container of the store has, or will be given again.
+    """`next_container` gives numbers that no container of the store has, or will be given again. What is appended is
+    noted in `unsynced`.
 
     Called by one thread at a time, but `sync`, which may run beside the others.
     """
@@ -36,8 +38,10 @@ class DataJournal:
         journal: JournalId,
         name: str,
         next_container: Callable[[], ContainerId],
+        unsynced: Unsynced | None = None,
     ) -> None:
         self._storage = storage
+        self._unsynced = unsynced or Unsynced()
         self._directory = directory
         self.journal = journal
         self.name = name
@@ -104,7 +108,9 @@ class DataJournal:
         if self._open is not None and self._open.slots_free == 0:
             self.rotate()
         if self._open is None:
-            self._open = RawContainerWriter.create(self._storage, self._directory, self._next_container(), self.journal)
+            self._open = RawContainerWriter.create(
+                self._storage, self._directory, self._next_container(), self.journal, self._unsynced
+            )
         return self._open
 
     def _abandon(self, writer: RawContainerWriter, *, is_empty: bool) -> None:

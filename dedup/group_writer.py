@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dedup import layout
-from dedup.catalog import Catalog
+from dedup.catalog import Catalog, Txn
 from dedup.consolidator import remove_dead
 from dedup.errors import Damaged, NameRefused, StoreError, StoreFailed, UnknownName, Unreadable
 from dedup.granularity import check_granularity
@@ -79,7 +79,7 @@ class GroupWriter:
         self.name = name
         self.catalog = catalog
         self.state = state
-        self._journal = journal
+        self.journal = journal
         self._durable = durable
         self._durable_position = journal.position
         self._head_leaves: dict[tuple[VolumeId, int], Addresses | None] = {}
@@ -107,7 +107,7 @@ class GroupWriter:
         catalog = Catalog(store.index, group_id)
         _finish_consolidation(store, catalog, directory)
         state, position = cls._recover(store, catalog, name)
-        journal = JournalWriter.open(store.storage, directory, position)
+        journal = JournalWriter.open(store.storage, directory, position, store.sync_log.unsynced)
         try:
             journal.sync()
         except BaseException:
@@ -197,7 +197,7 @@ class GroupWriter:
     @property
     def position(self) -> JournalPosition:
         """Where the journal goes on."""
-        return self._journal.position
+        return self.journal.position
 
     def volumes(self) -> list[VolumeState]:
         """The volumes that exist at `held`, by id."""
@@ -215,25 +215,24 @@ class GroupWriter:
         """Journals entries whose blocks are in place, then applies them."""
         if self._first_owner:
             entries = [*entries, owner_entry(entries[-1], self._first_owner)]
-        self._journal.append(entries)
+        self.journal.append(entries)
         self._first_owner = ""
         for entry in entries:
             self.state.apply(entry)
 
     def append_run(self, run: WriteRun) -> None:
         """The same for a run of small writes: never the first that a group gets."""
-        self._journal.append_run(run)
+        self.journal.append_run(run)
         self.state.apply_run(run)
 
-    def sync(self, held: Seq, position: JournalPosition) -> None:
-        """Syncs the journal; what was held before the call is durable. Called by the store, containers first."""
-        self._journal.sync()
+    def is_durable(self, held: Seq, position: JournalPosition) -> None:
+        """Up to there, by a sync that the store has made."""
         self._durable, self._durable_position = held, position
 
     def discard_after_durable(self, why: str) -> None:
         """After a failed sync: nothing is journalled any more, and what is not durable is cut off: it was not kept."""
         try:
-            self._journal.give_up(why, self._durable_position)
+            self.journal.give_up(why, self._durable_position)
         except StoreError as error:
             log.critical("group %s: cannot cut the journal back to seq %d: %s", self.name, self._durable, error)
 
@@ -395,7 +394,7 @@ class GroupWriter:
         """What comes next begins a new segment, so that those so far can be consolidated. StoreFull, StoreFailed."""
         self.store.refuse_if_failed()
         try:
-            self._journal.rotate(self.held)
+            self.journal.rotate(self.held)
         except StoreFailed as error:
             self.store.fail(str(error))
             raise
@@ -417,7 +416,7 @@ class GroupWriter:
             raise
 
     def close(self) -> None:
-        self._journal.close()
+        self.journal.close()
 
 
 _REBUILD_POINTERS: Final = ANCHOR_POINTERS
@@ -480,19 +479,19 @@ def _note_fingerprints(store: Store, logged: Logged) -> None:
 
 def _store_pointers(store: Store, catalog: Catalog, state: GroupState) -> None:
     """The pointers of one large entry so far, in the middle of a rebuild."""
-    store.fingerprints.freeze()
-    with store.index.write() as txn:
-        catalog.put_pointers(txn, state.overlay, state.held)
-        store.fingerprints.commit(txn)
-    store.fingerprints.committed()
+    _commit(store, lambda txn: catalog.put_pointers(txn, state.overlay, state.held))
     state.overlay = Overlay()
 
 
 def _store_progress(store: Store, catalog: Catalog, state: GroupState, position: JournalPosition) -> None:
     """One checkpoint in the middle of a rebuild: the journal up to here was durable long ago."""
+    _commit(store, lambda txn: catalog.put(txn, state, position))
+    state.checkpointed()
+
+
+def _commit(store: Store, put: Callable[[Txn], None]) -> None:
     store.fingerprints.freeze()
     with store.index.write() as txn:
-        catalog.put(txn, state, position)
+        put(txn)
         store.fingerprints.commit(txn)
     store.fingerprints.committed()
-    state.checkpointed()

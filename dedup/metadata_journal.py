@@ -52,6 +52,7 @@ from dedup.layout import (
     unpack_segment_header,
 )
 from dedup.storage import Storage
+from dedup.sync_log import Unsynced
 from dedup.types import Seq, TimeNs
 from dedup.write_run import WriteRun
 
@@ -84,11 +85,18 @@ class JournalWriter:
     """
 
     def __init__(
-        self, storage: Storage, directory: Path, fd: int, header: SegmentHeader, position: JournalPosition
+        self,
+        storage: Storage,
+        directory: Path,
+        fd: int,
+        header: SegmentHeader,
+        position: JournalPosition,
+        unsynced: Unsynced,
     ) -> None:
         """Use `open`."""
         self._storage = storage
         self._directory = directory
+        self._unsynced = unsynced
         self._fd = fd
         self._seed = header.seed
         self._position = position
@@ -100,16 +108,20 @@ class JournalWriter:
         self._append_lock = threading.Lock()
 
     @classmethod
-    def open(cls, storage: Storage, directory: Path, position: JournalPosition | None) -> JournalWriter:
+    def open(
+        cls, storage: Storage, directory: Path, position: JournalPosition | None, unsynced: Unsynced | None = None
+    ) -> JournalWriter:
         """Continues at `position`, of a raw segment; what lies behind it is cut off, durably, before this returns.
+        What is appended is noted in `unsynced`.
 
         None starts the journal of a new group (the directory is there): Damaged if one with entries is there already.
         Damaged, UnknownFormat, StoreFull, StoreFailed.
         """
+        unsynced = unsynced or Unsynced()
         if position is None or (position == FIRST_POSITION and _is_unborn(storage, directory)):
             cls._remove_unborn(storage, directory)
             fd, header = _make_segment(storage, directory, Seq(1))
-            return cls(storage, directory, fd, header, FIRST_POSITION)
+            return cls(storage, directory, fd, header, FIRST_POSITION, unsynced)
         path = segment_path(directory, position.segment)
         try:
             fd = storage.open(path, os.O_RDWR)
@@ -119,7 +131,7 @@ class JournalWriter:
             header = unpack_segment_header(storage.pread(fd, SEGMENT_HEADER_BYTES, 0), path)
             if header.first_seq != position.segment:
                 raise Damaged(f"{path}: offset 0: the segment is that of seq {header.first_seq}")
-            writer = cls(storage, directory, fd, header, position)
+            writer = cls(storage, directory, fd, header, position, unsynced)
             writer._cut(position)
         except BaseException:
             storage.close(fd)
@@ -184,7 +196,9 @@ class JournalWriter:
         except StoreError as error:
             self._take_back(error)
             raise
-        self._position = JournalPosition(self._position.segment, self._position.offset + sum(map(len, encoded)))
+        segment, offset = self._position.segment, self._position.offset
+        self._unsynced.note(segment_path(self._directory, segment), offset, encoded)
+        self._position = JournalPosition(segment, offset + sum(map(len, encoded)))
 
     def _take_back(self, cause: StoreError) -> None:
         """After a failed write: cuts off what it left. Synced, so that it cannot return under what is written next."""

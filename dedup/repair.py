@@ -3,7 +3,7 @@
 A store in which a file is of a version that is not known here is refused before anything else: such a file is no
 damage, and nobody here could tell what it needs. Then, in this order, each step complete and durable before the next:
 
-1. the marker, directories that are missing, NAME.tmp files;
+1. what the sync log has; the marker, directories that are missing, NAME.tmp files;
 2. the manifest of a journal, from the consolidated segments themselves;
 3. containers: each that does not open, or has a damaged slot of which the block is found elsewhere, is written anew
    (`salvage`); what is damaged is kept in `quarantine/`; a container without a block that nothing names goes;
@@ -37,6 +37,7 @@ from dedup.marker import DIRECTORIES, read_marker, refuse_network, write_marker
 from dedup.quarantine import Quarantine
 from dedup.storage import Storage
 from dedup.store import Store
+from dedup.sync_log import restore
 from dedup.verify import Inspection, NoProgress, Progress, inspect
 
 
@@ -100,6 +101,7 @@ class _Repairer:
 
     def run(self) -> None:
         refuse_unknown(self._storage, self._path)
+        restore(self._storage, self._path)
         self._restore_marker()
         self._restore_directories()
         self._drop_temporaries()

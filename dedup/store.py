@@ -3,12 +3,14 @@
 Invariants:
 - log first: an entry's blocks are in their containers before the entry is in the journal, and nothing else is on the
   hot path;
-- durable = the containers of all data journals synced, then the journal; a checkpoint = durable, then one synced index
-  commit that carries the seq and the journal position it holds: the index never leads the journal;
+- durable = in an entry of the sync log, or the containers of all data journals synced, then the journal; a checkpoint =
+  the files synced, then one synced index commit that carries the seq and the journal position it holds: the index never
+  leads the journal;
 - opening replays the journal from the last checkpoint; a torn end is cut off; a slot is never used twice, since each
   opening starts new containers;
 - one writer: the lock is held from `open` to `close` (`one-writer`);
-- after a failed sync the writer stops (StoreFailed): what was not durable is cut off, so that nobody takes it for kept.
+- after a failed sync the writer stops (StoreFailed): what was not durable is cut off, so that nobody takes it for kept;
+- outside the time from an entry of the sync log to the next sync of the files that log is empty.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -39,6 +41,7 @@ from dedup.own_blocks import OwnBlocks
 from dedup.reindex import ANCHOR_POINTERS, ANCHOR_RECORDS
 from dedup.settling import settle
 from dedup.storage import Storage
+from dedup.sync_log import SyncLog, restore
 from dedup.types import BASE_JOURNAL, FINE_JOURNAL, ContainerId, JournalId, Record
 from dedup.usage import StoreUsage, measure
 from dedup.watermark import Watermark
@@ -84,10 +87,11 @@ class Store:
         except BaseException:
             self.index.close()
             raise
+        self.sync_log = SyncLog(storage, path)
         self.pool = ContainerPool(storage, containers)
         self._next_container = max(found + 1, self.watermark.next_container)
-        self.base_journal = DataJournal(storage, containers, BASE_JOURNAL, "base", self._allocate)
-        self.fine_journal = DataJournal(storage, containers, FINE_JOURNAL, "fine", self._allocate)
+        self.base_journal = self._new_journal(BASE_JOURNAL, "base")
+        self.fine_journal = self._new_journal(FINE_JOURNAL, "fine")
         self.healer = Healer(storage, path, containers, self.pool)
         self._data_journals = {BASE_JOURNAL: self.base_journal, FINE_JOURNAL: self.fine_journal}
         """Those that have received since the store was opened; each stays able to."""
@@ -111,6 +115,7 @@ class Store:
         try:
             if not storage.lock(lock_fd):
                 raise StoreBusy(f"{path} is being written by another process; one store has one writer at a time")
+            restore(storage, path)
             store = cls(path, storage, lock_fd, marker.uuid)
         except BaseException:
             storage.close(lock_fd)
@@ -162,10 +167,12 @@ class Store:
         """The data journal of that number, ready to receive."""
         opened = self._data_journals.get(journal)
         if opened is None:
-            containers = self.path / layout.CONTAINERS_NAME
-            opened = DataJournal(self.storage, containers, journal, f"number {journal}", self._allocate)
-            self._data_journals[journal] = opened
+            opened = self._data_journals[journal] = self._new_journal(journal, f"number {journal}")
         return opened
+
+    def _new_journal(self, journal: JournalId, name: str) -> DataJournal:
+        containers = self.path / layout.CONTAINERS_NAME
+        return DataJournal(self.storage, containers, journal, name, self._allocate, self.sync_log.unsynced)
 
     def free_journal(self) -> JournalId:
         """A number that no data journal of any group has. NameRefused when there is none left."""
@@ -200,20 +207,39 @@ class Store:
         May run in a worker thread while another thread ingests. On failure the journals are cut back to what is
         durable, as far as the disk allows, and StoreFailed is raised now and ever after.
         """
+        self._sync(self._keep_or_sync)
+
+    def sync_files(self) -> None:
+        """`sync` of the files themselves, and of all of them: nothing is in the sync log only."""
+        self._sync(self._sync_files)
+
+    def _sync(self, make_durable: Callable[[Sequence[GroupWriter]], None]) -> None:
         with self._sync_lock:
             self.refuse_if_failed()
             marks = [(group, group.held, group.position) for group in list(self._groups.values())]
             try:
-                # Looked at after the marks: what those count has its data journal in here.
-                for journal in list(self._data_journals.values()):
-                    journal.sync()
-                for group, held, position in marks:
-                    group.sync(held, position)
+                make_durable([group for group, _, _ in marks])
             except StoreError as error:
                 self.fail(f"{error}; what was not durable is discarded and will be sent again")
                 for group, _, _ in marks:
                     group.discard_after_durable(str(error))
                 raise StoreFailed(str(error)) from error
+            for group, held, position in marks:
+                group.is_durable(held, position)
+
+    def _keep_or_sync(self, groups: Sequence[GroupWriter]) -> None:
+        unsynced = self.sync_log.unsynced.take()
+        if unsynced is None or (unsynced and not self.sync_log.keep(unsynced)):
+            self._sync_files(groups)
+
+    def _sync_files(self, groups: Sequence[GroupWriter]) -> None:
+        self.sync_log.unsynced.take()  # what comes from here on is for the next sync, though this one may cover it
+        # Looked at after the groups' marks: what those count has its data journal in here.
+        for journal in list(self._data_journals.values()):
+            journal.sync()
+        for group in groups:
+            group.journal.sync()
+        self.sync_log.empty()
 
     def checkpoint_due(self) -> bool:
         """Whether `checkpoint` should be called soon."""
@@ -232,7 +258,7 @@ class Store:
 
         StoreFull, and then it may be called again; StoreFailed, now and ever after.
         """
-        self.sync()
+        self.sync_files()
         self.fingerprints.freeze()
         dirty = [group for group in self._groups.values() if group.state.records]
         if dirty or self.fingerprints.pending_count:
@@ -338,6 +364,7 @@ class Store:
         parts: list[_Closable] = [
             *self._groups.values(),
             *self._data_journals.values(),
+            self.sync_log,
             self.pool,
             self.fingerprints,
             self.index,

@@ -142,6 +142,13 @@ class StoreWriter:
     async def checkpoint(self) -> None:
         """Return when all that was received is in a checkpoint, and so durable. Raises StoreFull, StoreFailed."""
         self._checkpoint_due = trio.Event()
+        self._check()
+        try:
+            # Beside ingest: the checkpoint, which has the store to itself, then finds little left to sync.
+            await trio.to_thread.run_sync(self.store.sync_files)
+        except StoreFailed as error:
+            self.fail(error)
+            raise
         await self.run(self.store.checkpoint)
         self._merge_due.set()
         self._tell()
@@ -207,8 +214,6 @@ class StoreWriter:
         while True:
             await self._checkpoint_due.wait()
             try:
-                # Beside ingest: the checkpoint, which has the store to itself, then finds little left to sync.
-                await self.sync()
                 await self.checkpoint()
             except StoreFull as error:
                 log.error("cannot checkpoint, trying again in %d s: %s", CHECKPOINT_RETRY_SECONDS, error)

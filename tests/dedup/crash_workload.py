@@ -38,13 +38,18 @@ SLOTS: Final = 12
 SEGMENT_BYTES: Final = 1500
 UNMERGED: Final = 8
 """Small enough that the workload fills several containers and segments."""
+LOG_BYTES: Final = 40 << 10
+LOG_ENTRY_BYTES: Final = 11 << 10
+"""So that some syncs are entries of the sync log, and others, for too much or a full log, of the files."""
 
 
 def small_files(patch: pytest.MonkeyPatch) -> None:
-    """Containers and segments are full after a few records, and so is what memory takes of fingerprints."""
+    """Containers and segments are full after a few records, and so is what memory takes of fingerprints, and the sync log."""
     patch.setattr("dedup.container.SLOTS_MAX", SLOTS)
     patch.setattr("dedup.metadata_journal.SEGMENT_BYTES_MAX", SEGMENT_BYTES)
     patch.setattr("dedup.fingerprint_index.UNMERGED_MAX", UNMERGED)
+    patch.setattr("dedup.sync_log.SYNC_LOG_BYTES", LOG_BYTES)
+    patch.setattr("dedup.sync_log.SYNC_LOG_ENTRY_BYTES_MAX", LOG_ENTRY_BYTES)
 
 
 @dataclass

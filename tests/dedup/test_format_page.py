@@ -9,14 +9,22 @@ from pathlib import Path
 import pytest
 
 import dedup
-from dedup import fingerprint_filter, fingerprint_index, fingerprint_run, fingerprint_runs, layout, sealed_layout
+from dedup import (
+    fingerprint_filter,
+    fingerprint_index,
+    fingerprint_run,
+    fingerprint_runs,
+    layout,
+    sealed_layout,
+    sync_log,
+)
 from dedup.layout import Fields
 from dedup.metadata_journal import EntryKind
 
 PAGE = (Path(dedup.__file__).parent / "FORMAT.md").read_text()
 STRUCTS = {
     value.name: value
-    for module in (layout, sealed_layout, fingerprint_run)
+    for module in (layout, sealed_layout, fingerprint_run, sync_log)
     for value in vars(module).values()
     if isinstance(value, Fields)
 }
@@ -64,7 +72,7 @@ def test_constants() -> None:
         name: int(value) for _, columns, rows in tables() if columns == ["constant", "value"] for name, value in rows
     }
     assert len(said) > 10
-    assert {name: {**vars(layout), **vars(sealed_layout)}[name] for name in said} == said
+    assert {name: {**vars(layout), **vars(sealed_layout), **vars(sync_log)}[name] for name in said} == said
 
 
 def test_magic_numbers() -> None:
@@ -73,6 +81,7 @@ def test_magic_numbers() -> None:
         ("container header", layout.CONTAINER_MAGIC),
         ("segment header", layout.SEGMENT_MAGIC),
         ("run header", fingerprint_run.RUN_MAGIC),
+        ("sync log entry", sync_log.SYNC_LOG_MAGIC),
     ):
         assert OFFSET_TABLES[name][0][3] == "`" + magic.decode().replace("\n", "\\n") + "`"
 

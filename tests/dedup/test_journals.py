@@ -246,7 +246,7 @@ def test_a_switch_is_one_append_to_the_journal(path: Path, monkeypatch: pytest.M
     group.switch_journal("minutes")
     assert storage.calls == [("write", ".rwj")]
     group.use_journal("fine")
-    assert storage.calls[1:] == [("write", ".rwj"), ("sync", ".rwj")], "containers have nothing new to sync"
+    assert storage.calls[1:] == [("write", ".rwj"), ("write", ""), ("sync", "")], "one entry of the sync log"
     group.ingest([model.write(volume, 0, blocks.next())])
     storage.calls.clear()
     group.use_journal("fine")
@@ -265,13 +265,13 @@ def test_a_sync_and_a_checkpoint_cover_every_open_data_journal(path: Path) -> No
         group.use_journal(name)
         group.ingest([model.write(volume, 4096 * (count + index), blocks.next()) for index in range(count)])
     storage.calls.clear()
-    store.sync()
-    assert storage.calls.count(("sync", ".rwc")) == 1, "the first two were synced by the switches that followed them"
+    store.sync_files()
+    assert storage.calls.count(("sync", ".rwc")) == 3, "the switches that followed the first two are in the sync log"
     for name in ("fine", "minutes", "hours"):
         group.switch_journal(name)
         group.ingest([model.write(volume, 0, blocks.next())])
     storage.calls.clear()
-    store.sync()
+    store.sync_files()
     assert storage.calls.count(("sync", ".rwc")) == 3
     assert group.durable == model.seq
     assert sorted(store.settle().open.values()) == [2, 3, 4]
@@ -288,7 +288,7 @@ def test_a_sync_that_fails_in_any_data_journal_stops_the_store(path: Path) -> No
     group.switch_journal("fine")
     storage.refuse_sync = True
     with pytest.raises(StoreFailed):
-        store.sync()
+        store.sync_files()
     with pytest.raises(StoreFailed):
         group.switch_journal("minutes")
     store.close()

@@ -219,8 +219,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def filled(path: Path) -> tuple[Store, Model, VolumeId]:
-    store, model = Store.open(path), Model()
+def filled(path: Path, storage: Storage | None = None) -> tuple[Store, Model, VolumeId]:
+    store, model = Store.open(path, storage), Model()
     group = store.group("g")
     group.ingest(model.begin())
     create = model.create("disk.img", 1 << 20)

@@ -78,9 +78,9 @@ def test_after_a_failed_sync_nothing_more_is_kept(path: Path, suffix: str) -> No
     group.ingest([model.write(create.volume, 0, b"gone" * 1024)])
     storage.failing = suffix
     with pytest.raises(StoreFailed):
-        store.sync()
+        store.sync_files()
     storage.failing = ""
-    for call in (store.sync, store.checkpoint, lambda: group.ingest([model.write(create.volume, 0, b"late" * 1024)])):
+    for call in (store.sync, store.sync_files, store.checkpoint, lambda: group.ingest([model.write(create.volume, 0, b"late" * 1024)])):
         with pytest.raises(StoreFailed):
             call()
     store.abandon()
