@@ -3,10 +3,10 @@
     python -m tests.benchmarks.least_replication SOURCE MOUNTPOINT LOG [--sync] [--writeback]
 
 What is left of replication when everything that can be left out is: one blocking send of each write to a process of its
-own, which takes xxh3_128 of each block and appends the bytes to LOG, synced each 64 MiB and each second. `--sync` waits
-for its answer before the source has the write, and an fsync for its fdatasync. An fsync of the source is in a thread:
-this one may block its loop with a disk, a mount that people use may not. No order, no lock, no mark, no deduplication,
-no journal, nothing to recover by: not for data that matters.
+own, which takes xxh3_128 of each block and appends the bytes to LOG, synced each 64 MiB and each second; what is little
+is synced by a sync log, as a store has it. `--sync` waits for its answer before the source has the write, and an fsync
+for its sync. An fsync of the source is in a thread: this one may block its loop with a disk, a mount that people use
+may not. No order, no lock, no mark, no deduplication, no journal, nothing to recover by: not for data that matters.
 
 It waits for each answer where it stands, which is the quickest for one write after the other. Of many at a time, each a
 file's own, a mount could overlap the waiting; here it is what the calls cost, one write after the other.

@@ -44,7 +44,7 @@ LOG_ENTRY_BYTES: Final = 11 << 10
 
 
 def small_files(patch: pytest.MonkeyPatch) -> None:
-    """Containers and segments are full after a few records, and so is what memory takes of fingerprints, and the sync log."""
+    """Containers, segments and the sync log are full after a few records, and what memory takes of fingerprints."""
     patch.setattr("dedup.container.SLOTS_MAX", SLOTS)
     patch.setattr("dedup.metadata_journal.SEGMENT_BYTES_MAX", SEGMENT_BYTES)
     patch.setattr("dedup.fingerprint_index.UNMERGED_MAX", UNMERGED)

@@ -80,7 +80,12 @@ def test_after_a_failed_sync_nothing_more_is_kept(path: Path, suffix: str) -> No
     with pytest.raises(StoreFailed):
         store.sync_files()
     storage.failing = ""
-    for call in (store.sync, store.sync_files, store.checkpoint, lambda: group.ingest([model.write(create.volume, 0, b"late" * 1024)])):
+    for call in (
+        store.sync,
+        store.sync_files,
+        store.checkpoint,
+        lambda: group.ingest([model.write(create.volume, 0, b"late" * 1024)]),
+    ):
         with pytest.raises(StoreFailed):
             call()
     store.abandon()
