@@ -1,4 +1,4 @@
-"""One group of the store being written: its head, its journal, its recovery.
+"""One group of the store being written: its head, its journal, its names.
 
 Invariants:
 - `held` names the last entry in the journal, `durable` the last one that is synced; both only grow, except that
@@ -11,33 +11,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dedup import layout
-from dedup.catalog import Catalog, Txn
-from dedup.consolidator import remove_dead
-from dedup.errors import Damaged, NameRefused, StoreError, StoreFailed, UnknownName, Unreadable
+from dedup.catalog import Catalog
+from dedup.errors import NameRefused, StoreError, StoreFailed, UnknownName
 from dedup.granularity import check_granularity
+from dedup.group_recovery import recover
 from dedup.group_state import BASE_NAME, GroupState, owner_entry
 from dedup.held_range import HeldRange, addresses_in
-from dedup.journal_reader import chain_of, segments
-from dedup.layout import SEGMENT_HEADER_BYTES
-from dedup.manifest import Manifest, read_manifest
-from dedup.metadata_journal import FIRST_POSITION, EntryKind, JournalPosition, JournalWriter, Logged, read
-from dedup.moment import check_name, default_name
-from dedup.overlay import Overlay
+from dedup.metadata_journal import FIRST_POSITION, EntryKind, JournalPosition, JournalWriter, Logged
+from dedup.moment import Latest, check_name, default_name, parse_time
 from dedup.pointer_map import SEQ_MAX, Addresses
 from dedup.reader import GroupReader, StoreReader
-from dedup.reindex import ANCHOR_POINTERS, reindex
-from dedup.synthesis import start_of
 from dedup.types import (
     BASE_JOURNAL,
     BLOCK_BYTES,
     HOLE,
-    LOST,
     Address,
     BaseAdvance,
     ClockRun,
@@ -45,6 +37,7 @@ from dedup.types import (
     JournalCreate,
     JournalSpec,
     JournalUse,
+    Moment,
     Owner,
     Record,
     Seq,
@@ -105,8 +98,7 @@ class GroupWriter:
                     # From its first record on, a group without an anchor is one whose index was lost.
                     Catalog(store.index, group_id).put(txn, GroupState(), FIRST_POSITION)
         catalog = Catalog(store.index, group_id)
-        _finish_consolidation(store, catalog, directory)
-        state, position = cls._recover(store, catalog, name)
+        state, position = recover(store, catalog, name)
         journal = JournalWriter.open(store.storage, directory, position, store.sync_log.unsynced)
         try:
             journal.sync()
@@ -114,41 +106,6 @@ class GroupWriter:
             journal.close()
             raise
         return cls(store, name, catalog, state, journal, state.held)
-
-    @classmethod
-    def _recover(cls, store: Store, catalog: Catalog, name: str) -> tuple[GroupState, JournalPosition | None]:
-        directory = store.path / layout.GROUPS_NAME / name / layout.JOURNAL_NAME
-        if not any(layout.segment_named(found) for found in store.storage.listdir(directory)):
-            return GroupState(), None
-        with store.index.read() as txn:
-            anchor = catalog.anchor(txn, SEQ_MAX)
-            state, position = start_of(store.storage, directory, catalog, txn, anchor)
-        # An anchor of records without a watermark is the progress of a rebuild that was cut off.
-        rebuilds = anchor is None or (anchor.held > 0 and not store.index.has_watermark())
-        replayed = 0
-        for logged, after in read(store.storage, directory, position, torn=not rebuilds):
-            # Without an index (a rebuild) nothing tells what was durable, and a block that rotted since is no reason to
-            # cut history off there.
-            if not rebuilds and not _blocks_are_whole(store, logged):
-                log.warning(
-                    "group %s: the journal is cut at seq %d: its blocks did not reach the disk", name, logged.seq
-                )
-                break
-            more = logged.kind is EntryKind.CONSOLIDATED_MORE
-            if rebuilds and not more and state.overlay.count >= _REBUILD_POINTERS:
-                _store_progress(store, catalog, state, position)
-            state.apply(logged)
-            _note_fingerprints(store, logged)
-            position = after
-            replayed += 1
-            if rebuilds and more and state.overlay.count >= _REBUILD_POINTERS:
-                _store_pointers(store, catalog, state)
-        if position.generation != layout.RAW_GENERATION:
-            # All of it is consolidated: the next entry goes to the raw segment behind.
-            position = JournalPosition(Seq(read_manifest(store.storage, directory).last + 1), SEGMENT_HEADER_BYTES)
-        if replayed:
-            log.info("group %s: %d journal entries replayed, up to seq %d", name, replayed, state.held)
-        return state, position
 
     # -- what is held ------------------------------------------------------------------------------------------------
 
@@ -305,17 +262,16 @@ class GroupWriter:
 
         Retention forgets the name `keep_ns` from now; 0: it is kept until it is deleted.
 
-        Journalled and durable when it returns. NameRefused, MomentRefused, BadTime, UnknownName.
+        Journalled and durable when it returns, and a checkpoint is due then: before anything else is held, if who reads
+        the snapshot is to have nothing to replay. NameRefused, MomentRefused, BadTime, UnknownName.
         """
         if name is not None:
             check_name(name)
-        # An anchor right here: whoever reads the snapshot has nothing to replay.
-        self.store.checkpoint()
-        reader = self.reader()
-        moment = reader.resolve(at)
+        is_head = isinstance((spec := parse_time(at)).where, Latest) and not spec.flush
+        moment, volumes = (self._head_point() if is_head else None) or self._point(at)
         chosen = None
         if volume is not None:
-            state = reader.volumes_at(moment.seq).get(volume)
+            state = volumes.get(volume)
             if state is None:
                 raise UnknownName(f"group {self.name} had no volume {volume!r} at seq={moment.seq}")
             chosen = state.volume
@@ -328,6 +284,21 @@ class GroupWriter:
             SnapshotCreate(self.held, self.time, self.run, name, moment.seq, moment.time, chosen, keep_until),
         )
         return Snapshot(name, moment.seq, moment.time, "snapshot", chosen, keep_until)
+
+    def _head_point(self) -> tuple[Moment, dict[str, VolumeState]] | None:
+        """The head and its volumes by path; None if it is no recovery point."""
+        state = self.state
+        if not state.base or state.held < state.base or state.reconciling:
+            return None
+        volumes = {volume.path: volume for volume in state.volumes.values()}
+        return Moment(self.name, state.held, state.time, state.point), volumes
+
+    def _point(self, at: str) -> tuple[Moment, dict[str, VolumeState]]:
+        """The same of what TIME names. MomentRefused, BadTime, UnknownName."""
+        self.store.checkpoint()  # nothing is to be replayed then
+        reader = self.reader()
+        moment = reader.resolve(at)
+        return moment, reader.volumes_at(moment.seq)
 
     def delete_snapshot(self, name: str) -> None:
         """Forgets the name; durable when it returns. The base cannot be deleted. UnknownName, NameRefused."""
@@ -417,81 +388,3 @@ class GroupWriter:
 
     def close(self) -> None:
         self.journal.close()
-
-
-_REBUILD_POINTERS: Final = ANCHOR_POINTERS
-"""Pointers after which a rebuild stores its progress: bounds its memory, and what a moment's synthesis replays."""
-
-
-def _finish_consolidation(store: Store, catalog: Catalog, directory: Path) -> None:
-    """After a writer that was killed between a manifest and its index: indexes what is new; removes what is dead."""
-    manifest = read_manifest(store.storage, directory)
-    with store.index.read() as txn:
-        indexed = catalog.journal_number(txn)
-        lost = catalog.anchor(txn, SEQ_MAX) is None
-    if indexed != manifest.number:
-        with store.index.write() as txn:
-            if lost:
-                catalog.put_journal_number(txn, manifest.number)  # all of it will be replayed
-            else:
-                reindex(store.storage, directory, catalog, txn, manifest, names=True)
-    _refuse_lost_beginning(store, directory, manifest)
-    remove_dead(store.storage, directory, manifest)
-
-
-def _refuse_lost_beginning(store: Store, directory: Path, manifest: Manifest) -> None:
-    """Damaged when consolidated segments are there that a lost manifest named: they must not pass for dead ones."""
-    files = chain_of(manifest, segments(store.storage, directory))
-    begins = bool(files) and files[0].first == 1
-    if not begins and any(map(layout.consolidated_named, store.storage.listdir(directory))):
-        raise Damaged(
-            f"{directory / layout.MANIFEST_NAME}: offset 0: the journal's beginning is missing: a lost manifest? put "
-            "it back, or run `rewindfs verify --repair`"
-        )
-
-
-def _blocks_are_whole(store: Store, logged: Logged) -> bool:
-    """Whether every block of an entry that was not durable at the last checkpoint has reached the disk."""
-    for extent in logged.extents:
-        for address in extent.addresses.tolist():
-            if address == HOLE or store.watermark.covers(Address(address)):
-                continue
-            try:
-                store.pool.read_block(Address(address))
-            except Unreadable as damage:
-                # It may well be there: no reason to cut history off. Whoever reads it is told.
-                log.error("%s", damage)
-            except Damaged as damage:
-                log.warning("%s", damage)
-                return False
-    return True
-
-
-def _note_fingerprints(store: Store, logged: Logged) -> None:
-    width = layout.FINGERPRINT_BYTES
-    for extent in logged.extents:
-        if len(extent.addresses):
-            store.spent(layout.container_of(Address(int(extent.addresses.max()))))
-        for index, address in enumerate(extent.addresses.tolist()):
-            if address not in (HOLE, LOST):
-                store.fingerprints.note(extent.fingerprints[index * width : (index + 1) * width], Address(address))
-
-
-def _store_pointers(store: Store, catalog: Catalog, state: GroupState) -> None:
-    """The pointers of one large entry so far, in the middle of a rebuild."""
-    _commit(store, lambda txn: catalog.put_pointers(txn, state.overlay, state.held))
-    state.overlay = Overlay()
-
-
-def _store_progress(store: Store, catalog: Catalog, state: GroupState, position: JournalPosition) -> None:
-    """One checkpoint in the middle of a rebuild: the journal up to here was durable long ago."""
-    _commit(store, lambda txn: catalog.put(txn, state, position))
-    state.checkpointed()
-
-
-def _commit(store: Store, put: Callable[[Txn], None]) -> None:
-    store.fingerprints.freeze()
-    with store.index.write() as txn:
-        put(txn)
-        store.fingerprints.commit(txn)
-    store.fingerprints.committed()

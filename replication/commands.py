@@ -149,7 +149,7 @@ class Commands:
         volume = _text(body, "volume", "") or None
         if name is not None and not await self._writer.run(group.name_exists, name):
             self._check_reservation(group.name, name)
-        snapshot = await self._writer.run(group.create_snapshot, name, at, volume, _count(body, "keep_ns"))
+        snapshot = await self._writer.keep(group.create_snapshot, name, at, volume, _count(body, "keep_ns"))
         return {"group": group.name, **dataclasses.asdict(snapshot)}
 
     async def _snapshot_delete(self, caller: Caller, body: Body) -> Body:

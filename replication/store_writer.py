@@ -3,6 +3,7 @@
 Invariants:
 - order: one lock serialises ingest, checkpoint and commands; a sync runs beside ingest, but never two syncs at once.
 - A sync answers exactly the requests made before it began; all of them share it. One made meanwhile waits for the next.
+- Between a point that `keep` has kept and what is ingested next there is a checkpoint, but on a full disk.
 - Whatever was received becomes durable within about SYNC_SECONDS, or the store has failed.
 - After StoreFailed nothing is given to the store any more; every later call raises it.
 """
@@ -66,6 +67,8 @@ class StoreWriter:
         """Payload ingested so far."""
         self._lock = trio.Lock()
         self._syncs = NearThread("store syncs")
+        self._kept = False
+        """A point was kept, and no checkpoint has been since."""
         self._unsynced_bytes = 0
         self._dirty = trio.Event()
         self._now = trio.Event()
@@ -85,6 +88,8 @@ class StoreWriter:
 
         Cancelled: none, unless they are being ingested in a thread: then it ends first and returns.
         """
+        if self._kept:
+            await self._checkpoint_kept()
         if nbytes >= THREAD_BYTES:
             await self.run(group.ingest, records)
         elif self._lock.locked():
@@ -114,12 +119,31 @@ class StoreWriter:
     async def run(self, function: Callable[[*Args], T], *args: *Args) -> T:
         """Calls in a thread, with the store to itself. Raises what the call raises. Cancelled: it ends first."""
         async with self._lock:
-            self._check()
-            try:
-                return await trio.to_thread.run_sync(function, *args)
-            except StoreFailed as error:
-                self.fail(error)
-                raise
+            return await self._run_alone(function, *args)
+
+    async def _run_alone(self, function: Callable[[*Args], T], *args: *Args) -> T:
+        self._check()
+        try:
+            return await trio.to_thread.run_sync(function, *args)
+        except StoreFailed as error:
+            self.fail(error)
+            raise
+
+    async def keep(self, function: Callable[[*Args], T], *args: *Args) -> T:
+        """`run` of what keeps the head as a point. A checkpoint comes next, so that who reads that point has nothing to
+        replay; it is not waited for here, but by what is ingested after."""
+        async with self._lock:
+            result = await self._run_alone(function, *args)
+            self._kept = True
+        self._checkpoint_due.set()
+        return result
+
+    async def _checkpoint_kept(self) -> None:
+        self._kept = False
+        try:
+            await self.run(self.store.checkpoint)
+        except StoreFull:
+            self._checkpoint_due.set()  # the next one says so; that readers replay more is no reason to stop writers
 
     async def sync(self) -> None:
         """Return when all that was received before the call is DURABLE. Raises StoreFull, StoreFailed."""
@@ -150,6 +174,7 @@ class StoreWriter:
             self.fail(error)
             raise
         await self.run(self.store.checkpoint)
+        self._kept = False
         self._merge_due.set()
         self._tell()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dedup import consolidation, fold, group_writer, reindex
+from dedup import consolidation, fold, group_recovery, reindex
 from dedup.consolidator import consolidate
 from dedup.gc import collect
 from dedup.image import Image
@@ -180,7 +180,7 @@ def walk(tmp_path: Path, seed: int, steps: int) -> None:
         patch.setattr(reindex, "ANCHOR_POINTERS", dice.choice((5, 40, 16_384)))
         patch.setattr(reindex, "ANCHOR_RECORDS", dice.choice((2, 8192)))
         patch.setattr(reindex, "_FLUSH_POINTERS", dice.choice((1, 10, 1 << 18)))
-        patch.setattr(group_writer, "_REBUILD_POINTERS", dice.choice((5, 16_384)))
+        patch.setattr(group_recovery, "_REBUILD_POINTERS", dice.choice((5, 16_384)))
         Walk(tmp_path / f"store-{seed}", seed).run(steps)
     shutil.rmtree(tmp_path / f"store-{seed}")
 

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from dedup import group_writer
+from dedup import group_recovery
 from dedup.consolidation import Folded, fold_next
 from dedup.consolidator import commit_piece, discard_pieces, history_of
 from dedup.errors import Damaged, StoreFailed
@@ -157,12 +157,12 @@ def test_a_rebuild_that_is_killed_cuts_nothing_off(world: World, monkeypatch: py
         if progress == 2:
             raise Killed
 
-    real = group_writer._store_progress
-    monkeypatch.setattr(group_writer, "_REBUILD_POINTERS", 10)
+    real = group_recovery._store_progress
+    monkeypatch.setattr(group_recovery, "_REBUILD_POINTERS", 10)
     shutil.rmtree(world.path / "index")
     (world.path / "index").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(group_writer, "_store_progress", stored)
+        patch.setattr(group_recovery, "_store_progress", stored)
         with pytest.raises(Killed):
             Store.open(world.path)
     storage, directory = Storage(), world.path / "groups" / "g" / "journal"

@@ -29,8 +29,10 @@ def test_only_leaves_that_name_the_damage_are_decoded(tmp_path: Path, monkeypatc
     model = Model()
     group.ingest([*model.begin(), model.create("a")])
     group.create_snapshot("before")
+    store.checkpoint()
     group.ingest([model.write(A, leaf * LEAF_BLOCKS * BLOCK_BYTES, block(leaf)) for leaf in range(LEAVES)])
     group.create_snapshot("with it")
+    store.checkpoint()
     bad = group.head_address(A, 2 * LEAF_BLOCKS)
     group.ingest([model.write(A, (2 * LEAF_BLOCKS + 1) * BLOCK_BYTES, block(2)), model.write(A, 0, block(9))])
     between = group.held
