@@ -100,6 +100,7 @@ class JournalWriter:
         self._fd = fd
         self._seed = header.seed
         self._position = position
+        self._path = segment_path(directory, position.segment)
         self._last: Seq | None = Seq(header.first_seq - 1) if position.offset == SEGMENT_HEADER_BYTES else None
         self._failed: str | None = None
         # Held while a descriptor is synced or closed: a sync must not meet a number that was given out anew.
@@ -196,9 +197,8 @@ class JournalWriter:
         except StoreError as error:
             self._take_back(error)
             raise
-        segment, offset = self._position.segment, self._position.offset
-        self._unsynced.note(segment_path(self._directory, segment), offset, encoded)
-        self._position = JournalPosition(segment, offset + sum(map(len, encoded)))
+        self._unsynced.note(self._path, self._position.offset, encoded)
+        self._position = JournalPosition(self._position.segment, self._position.offset + sum(map(len, encoded)))
 
     def _take_back(self, cause: StoreError) -> None:
         """After a failed write: cuts off what it left. Synced, so that it cannot return under what is written next."""
@@ -237,6 +237,7 @@ class JournalWriter:
         old, self._fd = self._fd, fd
         self._seed = header.seed
         self._position = JournalPosition(first, SEGMENT_HEADER_BYTES)
+        self._path = segment_path(self._directory, first)
         with self._sync_lock:
             self._storage.close(old)
 
@@ -277,6 +278,7 @@ class JournalWriter:
                 self._storage.close(old)
             self._seed = header.seed
         self._position = position
+        self._path = segment_path(self._directory, position.segment)
         self._last = Seq(position.segment - 1) if position.offset == SEGMENT_HEADER_BYTES else None
         self._cut(position)
 

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -200,13 +201,18 @@ def _packed(parts: Sequence[Part], store: Path, series: int, number: int) -> byt
     """An entry, with zeros up to where the next one begins."""
     packed: list[bytes] = []
     for part in parts:
-        name = str(part.path.relative_to(store)).encode()
+        name = _name(part.path, store)
         packed += (SYNC_LOG_PART.struct.pack(part.offset, len(part.content), len(name)), name, part.content)
     body = b"".join(packed)
     head = SYNC_LOG_ENTRY.struct.pack(SYNC_LOG_MAGIC, FORMAT_VERSION, b"", len(parts), series, number, len(body), 0)
     head = head[:-CHECKSUM_BYTES]
     entry = b"".join((head, checksum(head + body).to_bytes(CHECKSUM_BYTES, "little"), body))
     return entry + bytes(-len(entry) % SYNC_LOG_ALIGNMENT)
+
+
+@lru_cache(maxsize=64)
+def _name(path: Path, store: Path) -> bytes:
+    return str(path.relative_to(store)).encode()
 
 
 def _kept(content: bytes, path: Path) -> Iterator[Part]:
