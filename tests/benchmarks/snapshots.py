@@ -3,23 +3,30 @@
     python -m tests.benchmarks.snapshots [--quick]
 
 Two volumes: one of 2 GiB full of random bytes, and one of 64 GiB, sparse, that holds 2 GiB of them in stretches of
-8 MiB. In each round 1 % of the data changes: 5,242 blocks of 4 KiB at random places, written through a sync mount and
-into a file of a btrfs (a loop image on the same disk) that holds the same, both made durable with fsync; new random
-bytes each time. Then everyone takes a snapshot of that state, one after the other:
+8 MiB. Each is there twice, mounted through a sync mount and as a file of a btrfs (a loop image on the same disk). In
+each round 1 % of the data changes: 5,242 blocks of 4 KiB at random places. Whatever is timed has that change of its own
+just before it, with new random bytes at the same places, and made durable with fsync; who comes first is another one in
+each round, and what earlier ones left to be written is on the disk before a round begins:
 
 - `rewindfs snapshot create STORE`, as a user types it: start of Python and the command's imports included;
 - the same asked of the second appliance's control socket, over a connection that is made for it: what the operation
-  itself takes, in a program that runs already. For this one the same blocks change once more before, so that it has as
-  much to make durable, and so that for borg and restic still 1 % differs from what they saw last;
-- `btrfs subvolume snapshot`, which commits a transaction;
-- `borg create` and `restic backup` of the source file, with a first backup of it behind them, which is not counted;
-  both store a gigabyte for each 1 % of 2 GiB: it all takes 25 GB of disk.
+  itself takes, in a program that runs already;
+- what stops a command in Python, which is timed at the same place, after a change through the mount: a Python that
+  imports what the command cannot do without, a parser of command lines (click), the encoding of the protocol (msgspec),
+  and sockets; and an empty Python;
+- `btrfs subvolume snapshot`, after a change of the file there: it commits a transaction with that change;
+- `borg create` and `restic backup` of the source file at the end of the round, when 1 % of it differs from what they
+  saw last, with a first backup of it behind them, which is not counted; both store a gigabyte for each 1 % of 2 GiB: it
+  all takes 25 GB of disk.
+
+A change is in nobody's time, but its wake is in everyone's: a snapshot makes durable what is not yet, and the kernel
+may still be writing back, so that the command takes some 10 to 20 ms more than at rest. Memory is not short: Python's
+modules are in the page cache, as they are for a user who has given any command before. The environment is that of the
+tests, whose imports cost what a user's do, and 2 ms more: msgspec imports typing_extensions where it is installed.
 
 What differs in kind: borg and restic have to look for what changed, and move it now; rewindfs moved it when it was
 written, which `write_rates` measures; btrfs moved nothing to anywhere. Of 64 GiB borg reads the holes, too, which takes
-minutes: it is run once, into the repository that has nearly all of that data already; restic is not run. What stops a
-command in Python is timed as well: an empty Python, and one that imports what the command cannot do without, a parser
-of command lines (click), the encoding of the protocol (msgspec), and sockets.
+minutes: it is run once, into the repository that has nearly all of that data already; restic is not run.
 
 Growth: the blocks on disk of all files of the store (metadata, index, containers and all) after the snapshot, less
 those before the change, of the bytes that changed; the same of the two repositories, without their caches.
@@ -59,7 +66,7 @@ BORG: Final = "borg create"
 RESTIC: Final = "restic backup"
 BTRFS: Final = "btrfs subvolume snapshot"
 FLOOR: Final = "an empty Python"
-LIBRARIES: Final = "the same, libraries imported"
+LIBRARIES: Final = "a Python with the command's libraries"
 IMPORTS: Final = "import gc; gc.disable(); import click, msgspec, socket; gc.freeze()"
 """As the command does it: the collector walks through none of it."""
 MIB: Final = 1 << 20
@@ -190,6 +197,30 @@ def bare_python(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, cwd=ROOT)
 
 
+def snapshots_in_turns(
+    runs: Runs, number: int, places: Sequence[int], store: Path, mountpoint: Path, subvolumes: Path
+) -> None:
+    """Round `number` of all but the backups: each after a change of its own."""
+    btrfs_snapshot = partial(_btrfs, "subvolume", "snapshot", subvolumes / "now", subvolumes / f"{number}")
+    timed: list[tuple[str, Path, Callable[[], object]]] = [
+        (OPERATION, mountpoint, partial(by_socket, store)),
+        (COMMAND, mountpoint, partial(by_command, store)),
+        (LIBRARIES, mountpoint, partial(bare_python, IMPORTS)),
+        (BTRFS, subvolumes / "now", btrfs_snapshot),
+    ]
+    os.sync()
+    for turn in range(len(timed)):
+        name, place, call = timed[(number + turn) % len(timed)]
+        blocks = memoryview(os.urandom(len(places) * BLOCK_BYTES))
+        before = stored_bytes(store)
+        change(place / "data", places, blocks)
+        runs.taken(name, call)
+        if name in (OPERATION, COMMAND):
+            runs.grown("rewindfs", store, before, len(blocks))
+        elif name == LIBRARIES:
+            runs.taken(FLOOR, partial(bare_python, ""))
+
+
 def measured(directory: Path, shape: Shape, rounds: int, peers: Peers) -> Runs:
     """`rounds` changes, with everyone's snapshots behind each."""
     runs, chosen = Runs(), random.Random(2)
@@ -207,26 +238,16 @@ def measured(directory: Path, shape: Shape, rounds: int, peers: Peers) -> Runs:
         try:
             for number in range(rounds):
                 places = shape.places(chosen)
-                for name, call in ((OPERATION, by_socket), (COMMAND, by_command)):
-                    blocks = memoryview(os.urandom(len(places) * BLOCK_BYTES))
-                    before = stored_bytes(store)
-                    change(mountpoint / "data", places, blocks)
-                    change(subvolumes / "now" / "data", places, blocks)
-                    runs.taken(name, partial(call, store))
-                    runs.grown("rewindfs", store, before, len(blocks))
-                runs.taken(
-                    BTRFS, partial(_btrfs, "subvolume", "snapshot", subvolumes / "now", subvolumes / f"{number}")
-                )
-                runs.taken(FLOOR, partial(bare_python, ""))
-                runs.taken(LIBRARIES, partial(bare_python, IMPORTS))
+                snapshots_in_turns(runs, number, places, store, mountpoint, subvolumes)
+                changed = len(places) * BLOCK_BYTES
                 if number < peers.borg_runs:
                     before = stored_bytes(peers.borg.path)
                     runs.taken(BORG, partial(peers.borg.backup, f"{shape.text} {number}".replace(" ", "-"), volume))
-                    runs.grown("borg", peers.borg.path, before, len(blocks))
+                    runs.grown("borg", peers.borg.path, before, changed)
                 if number < peers.restic_runs:
                     before = stored_bytes(peers.restic.path)
                     runs.taken(RESTIC, partial(peers.restic.backup, volume))
-                    runs.grown("restic", peers.restic.path, before, len(blocks))
+                    runs.grown("restic", peers.restic.path, before, changed)
         finally:
             rewindfs("unmount", mountpoint)
     shutil.rmtree(directory)
