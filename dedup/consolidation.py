@@ -20,12 +20,13 @@ from typing import Final
 
 from dedup.catalog import Catalog, Txn
 from dedup.fold import Fold, KeptPoint, Label, Stretch, write_rows
+from dedup.granularity import FOREVER
 from dedup.group_state import BASE_NAME, GroupState
 from dedup.journal_reader import JournalPosition, SegmentFile, chain, scan
 from dedup.layout import RAW_GENERATION
 from dedup.manifest import Manifest, SegmentRow, read_manifest
 from dedup.metadata_journal import EntryKind, Scanned, decode
-from dedup.retention import FOREVER, Point, Policy, kept, segment_window
+from dedup.retention import Point, Policy, kept, segment_window
 from dedup.storage import Storage
 from dedup.synthesis import state_before
 from dedup.types import (

@@ -6,16 +6,20 @@ has closed: by its time, by a bookmark or snapshot, or because another data jour
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from dedup.errors import BadGranularity
 from dedup.moment import duration_ns, duration_text
-from dedup.retention import FOREVER
-from dedup.types import JournalId, JournalSpec
+
+if TYPE_CHECKING:
+    from dedup.ids import JournalId
+    from dedup.types import JournalSpec
 
 EVERY_WRITE: Final = "every-write"
 SNAPSHOTS: Final = "snapshots"
 """Of history older than all tiers of the retention policy: only what has a name is kept there."""
+FOREVER: Final = (1 << 63) - 1
+"""The width of the window of that history, whose last point is kept as well, as the new base."""
 _SECOND: Final = 1_000_000_000
 WINDOW_NS_MAX: Final = 86_400 * _SECOND
 """The widest window of a data journal: a day."""
@@ -40,7 +44,7 @@ def check_granularity(width_ns: int) -> None:
 
 
 def granularity_text(width_ns: int) -> str:
-    """The text of a width; `snapshots` of the retention policy's FOREVER."""
+    """The text of a width; `snapshots` of FOREVER."""
     if width_ns == FOREVER:
         return SNAPSHOTS
     return duration_text(width_ns) if width_ns else EVERY_WRITE

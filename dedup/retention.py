@@ -24,6 +24,7 @@ import msgspec
 
 from dedup import layout
 from dedup.errors import BadPolicy, Damaged, UnknownFormat
+from dedup.granularity import FOREVER
 from dedup.moment import duration_ns, duration_text
 from dedup.storage import Storage
 from dedup.types import ClockRun, Seq, TimeNs
@@ -32,8 +33,6 @@ _SECOND: Final = 1_000_000_000
 MINUTE_NS: Final = 60 * _SECOND
 HOUR_NS: Final = 3_600 * _SECOND
 DAY_NS: Final = 86_400 * _SECOND
-FOREVER: Final = (1 << 63) - 1
-"""The window of what is older than all tiers: only named points are kept there, and the last one as the new base."""
 REACH_MAX_NS: Final = 36_500 * DAY_NS
 """No tier reaches further back than a hundred years."""
 LIMIT_BYTES_MIN: Final = 64 << 20

@@ -5,22 +5,22 @@ What changes the store goes through its second appliance where one runs, and tak
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import trio
 
 from dedup.granularity import EVERY_WRITE, granularity_ns, journal_fields
-from dedup.group_writer import GroupWriter
-from dedup.reader import StoreReader
 from dedup.terminal import group_option, json_option, print_json, print_table, shown
-from dedup.types import JournalSpec
 from replication.address import store_path
+from replication.control_messages import Role
 from replication.errors import ProtocolError
-from replication.messages import Role
 from replication.route import Route, route_options
 from replication.store_command import ask, on_group
+
+if TYPE_CHECKING:
+    from dedup.group_writer import GroupWriter
+    from dedup.types import JournalSpec
 
 
 @click.group()
@@ -87,6 +87,8 @@ def list_(store: str, group: str | None, as_json: bool, route: Route) -> None:
 
 
 def _listed(store: Path, group: str | None) -> list[dict[str, object]]:
+    from dedup.reader import StoreReader
+
     reader = StoreReader.open(store)
     try:
         names = reader.groups() if group is None else [group]
@@ -97,7 +99,7 @@ def _listed(store: Path, group: str | None) -> list[dict[str, object]]:
 
 
 def _listed_by_appliance(address: str, group: str | None, route: Route) -> list[dict[str, object]]:
-    reply = trio.run(partial(ask, address, group, "journal.list", {}, route, role=Role.READER))
+    reply = ask(address, group, "journal.list", {}, route, role=Role.READER)
     listed = reply.get("journals")
     if not isinstance(listed, list) or not all(isinstance(row, dict) for row in listed):
         raise ProtocolError(f"the appliance's reply to journal.list has no journals: {reply}")

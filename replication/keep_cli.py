@@ -5,15 +5,16 @@ Goes through the store's second appliance where one runs, and takes the store's 
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
-from dedup.consolidation_report import consolidate_here, foresee_here
-from dedup.gc import collect, collected_fields
 from dedup.terminal import json_option, print_json, shown, size_text
 from replication.route import Route, route_options
 from replication.store_command import on_store
+
+if TYPE_CHECKING:
+    from dedup.store import Store
 
 LONG_SECONDS: Final = 7 * 24 * 3600.0
 """How long the appliance may take: as long as the history of a large store."""
@@ -33,7 +34,7 @@ def consolidate(store: str, dry_run: bool, as_json: bool, route: Route) -> None:
         store,
         "consolidate",
         {"dry_run": dry_run},
-        foresee_here if dry_run else consolidate_here,
+        lambda opened: _consolidate(opened, dry_run),
         timeout=LONG_SECONDS,
         route=route,
     )
@@ -52,6 +53,13 @@ def consolidate(store: str, dry_run: bool, as_json: bool, route: Route) -> None:
         click.echo(f"{document['postponed']} pieces are left for later: a reader needs a moment in each")
 
 
+def _consolidate(store: Store, dry_run: bool) -> dict[str, object]:
+    # Here, and below: an appliance that is asked has it imported already.
+    from dedup.consolidation_report import consolidate_here, foresee_here
+
+    return foresee_here(store) if dry_run else consolidate_here(store)
+
+
 @click.command()
 @click.argument("store", metavar="STORE")
 @click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
@@ -63,7 +71,7 @@ def gc(store: str, dry_run: bool, as_json: bool, route: Route) -> None:
         store,
         "gc",
         {"dry_run": dry_run},
-        lambda opened: collected_fields(collect(opened, dry_run=dry_run), dry_run=dry_run),
+        lambda opened: _collect(opened, dry_run),
         timeout=LONG_SECONDS,
         route=route,
     )
@@ -81,3 +89,9 @@ def gc(store: str, dry_run: bool, as_json: bool, route: Route) -> None:
     if document["postponed"]:
         readers = ", ".join(holder.partition("-")[0] for holder in document["postponed"])
         click.echo(f"not done to the end, for a command reads the store (process {shown(readers)}); run it again after")
+
+
+def _collect(store: Store, dry_run: bool) -> dict[str, object]:
+    from dedup.gc import collect, collected_fields
+
+    return collected_fields(collect(store, dry_run=dry_run), dry_run=dry_run)

@@ -114,10 +114,7 @@ def open_report(address: str, subject: Subject, route: Route = Route()) -> Itera
 
 
 def _page_from(address: str, subject: Subject, route: Route, start: int) -> dict[str, Any]:
-    body = {**asdict(subject), "start": start}
-    import trio  # here: a store at a path is read without
-
-    return trio.run(partial(ask, address, subject.group, "report", body, route, role=Role.READER))
+    return ask(address, subject.group, "report", {**asdict(subject), "start": start}, route, role=Role.READER)
 
 
 def paged(page: Callable[[int], dict[str, Any]]) -> Report:

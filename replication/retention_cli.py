@@ -10,12 +10,10 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import click
-import trio
 
 from dedup import layout
 from dedup.errors import Damaged, StoreBusy
@@ -25,8 +23,8 @@ from dedup.retention import AtLimit, Policy, changed_policy, load_policy, policy
 from dedup.storage import Storage
 from dedup.terminal import json_option, print_json, size_text
 from replication.address import store_path
-from replication.control import NoAppliance
-from replication.messages import Role
+from replication.control_messages import Role
+from replication.exchange import NoAppliance
 from replication.route import Route, route_options
 from replication.store_command import ask
 
@@ -85,7 +83,7 @@ def show(store: str, as_json: bool, route: Route) -> None:
     """Show the policy of STORE."""
     path = store_path(store)
     if path is None:
-        shown = trio.run(partial(ask, store, None, "retention.show", {}, route, role=Role.READER))
+        shown = ask(store, None, "retention.show", {}, route, role=Role.READER)
         policy = changed_policy(Policy(), shown)
     else:
         storage = Storage()
@@ -121,7 +119,7 @@ def set_(store: str, as_json: bool, route: Route, **options: Any) -> None:
 def _set(address: str, changes: dict[str, object], route: Route) -> Policy:
     """Asks the appliance; with none running, writes the file under the store's lock."""
     try:
-        return changed_policy(Policy(), trio.run(partial(ask, address, None, "retention.set", changes, route)))
+        return changed_policy(Policy(), ask(address, None, "retention.set", changes, route))
     except NoAppliance:
         path = store_path(address)
         if path is None:

@@ -1,4 +1,4 @@
-"""A command that changes a store: asked of its second appliance, or done here where none runs.
+"""A command about a store: asked of its second appliance, or done here where none runs.
 
 What the second way needs, and the way over a network, is imported when it is taken: it would double a user's wait.
 """
@@ -35,13 +35,8 @@ def on_store(
 
     StoreBusy when an appliance just starts or leaves; else what the command raises.
     """
-    place = parse_address(address)
     try:
-        if isinstance(place, UnixAddress):
-            return ask_here(place, group, command, body, timeout=timeout)
-        import trio
-
-        return trio.run(partial(ask, address, group, command, body, route, timeout=timeout))
+        return ask(address, group, command, body, route, timeout=timeout)
     except NoAppliance:
         path = store_path(address)
         if path is None:
@@ -73,7 +68,7 @@ def on_group(
     return on_store(address, command, body, lambda store: here(_group_of(store, group)), group=group, route=route)
 
 
-async def ask(
+def ask(
     address: str,
     group: str | None,
     command: str,
@@ -83,19 +78,16 @@ async def ask(
     role: Role = Role.ADMIN,
     timeout: float = REPLY_SECONDS,
 ) -> dict[str, Any]:
-    """`control.request` by that route."""
+    """`control.request` by that route; blocks."""
+    place = parse_address(address)
+    if isinstance(place, UnixAddress):
+        return ask_here(place, group, command, body, role=role, timeout=timeout)
+    import trio
+
     from replication.control import request
 
-    return await request(
-        address,
-        group,
-        command,
-        body,
-        role=role,
-        timeout=timeout,
-        identity=route.identity,
-        insecure_tcp=route.insecure_tcp,
-    )
+    there = partial(request, identity=route.identity, insecure_tcp=route.insecure_tcp, role=role, timeout=timeout)
+    return trio.run(there, address, group, command, body)
 
 
 def local_store(address: str) -> Path:

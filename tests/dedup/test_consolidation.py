@@ -13,13 +13,14 @@ from dedup import consolidator, fold, manifest
 from dedup.consolidation import GroupHistory, plan
 from dedup.consolidator import Outcome, consolidate
 from dedup.errors import Damaged, MomentRefused, StoreFull
+from dedup.granularity import FOREVER
 from dedup.group_writer import GroupWriter
 from dedup.journal_reader import chain
 from dedup.layout import MANIFEST_NAME, RAW_GENERATION
 from dedup.manifest import read_manifest
 from dedup.metadata_journal import read
 from dedup.pins import ReaderPins
-from dedup.retention import DAY_NS, FOREVER, HOUR_NS, MINUTE_NS, Policy
+from dedup.retention import DAY_NS, HOUR_NS, MINUTE_NS, Policy
 from dedup.storage import Storage
 from dedup.store import Store
 from dedup.types import Seq, TimeNs, VolumeId

@@ -18,13 +18,13 @@ from hypothesis.stateful import initialize, precondition, rule, run_state_machin
 from dedup.consolidator import consolidate
 from dedup.container import ContainerReader
 from dedup.errors import BadGranularity, NameRefused, StoreFailed, UnknownName
-from dedup.granularity import EVERY_WRITE, granularity_ns, granularity_text
+from dedup.granularity import EVERY_WRITE, FOREVER, granularity_ns, granularity_text
 from dedup.group_state import FINE
 from dedup.manifest import Manifest, SegmentRow
 from dedup.points import routes_needed_since, stretches
 from dedup.points_report import points_json
 from dedup.reader import GroupReader, StoreReader
-from dedup.retention import FOREVER, Policy
+from dedup.retention import Policy
 from dedup.snapshot_map import MapRange, snapshot_map
 from dedup.storage import Buffer, Storage
 from dedup.store import Store

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from dedup import layout
 from dedup.errors import BadPolicy, Damaged, StoreFailed, StoreFull, UnknownFormat
+from dedup.granularity import FOREVER
 from dedup.moment import duration_ns, duration_text
 from dedup.retention import (
     DAY_NS,
-    FOREVER,
     HOUR_NS,
     LIMIT_BYTES_MIN,
     MINUTE_NS,
