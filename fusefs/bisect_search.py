@@ -22,8 +22,9 @@ from dedup.pins import Pinning
 from dedup.types import Moment, Seq
 from fusefs.bisection import Bisection, Verdict
 from fusefs.clone_mount import CloneMount
-from fusefs.daemon import leave_when_free, serve
-from fusefs.mountpoint import MountBusy, mount_options
+from fusefs.daemon import serve
+from fusefs.mounting import mount_options
+from fusefs.mountpoint import MountBusy, leave_when_free
 from fusefs.opened_history import opened_history
 from fusefs.overlay_directory import OverlayDirectory, clear_dead, make_directory
 from fusefs.overlay_room import OverlayRoom
@@ -146,7 +147,8 @@ async def _mounted(settings: BisectSettings, trial: Trial, search: Callable[[], 
                 with trio.CancelScope(shield=True):
                     leaving.set()
                     try:
-                        await leave_when_free(trial.mountpoint)
+                        # In a thread, like all that looks at a mountpoint: it is this process that answers.
+                        await trio.to_thread.run_sync(leave_when_free, trial.mountpoint)
                     except MountBusy:
                         stop.set()  # What the command left behind must not cost the result: it gets errors from now on.
     if result is None:

@@ -15,7 +15,8 @@ from dedup.pins import Pinning
 from fusefs.daemon import TASKS_MAX, serve
 from fusefs.inside.image_process import check_libraries
 from fusefs.inside_files import WAITING_MAX
-from fusefs.mountpoint import absolute, check_mountpoint, mount_options, raise_read_ahead
+from fusefs.mounting import check_mountpoint, mount_options, raise_read_ahead
+from fusefs.mountpoint import absolute
 from fusefs.opened_history import close_idle, opened_history
 from fusefs.snapshot_mount import SnapshotMount
 from replication.address import absolute_address, store_path

@@ -19,7 +19,8 @@ from dedup.terminal import group_option
 from fusefs.clone_mount import CloneMount
 from fusefs.clone_tree import chosen, lay_out, normal
 from fusefs.daemon import serve
-from fusefs.mountpoint import absolute, check_mountpoint, mount_options, raise_read_ahead
+from fusefs.mounting import check_mountpoint, mount_options, raise_read_ahead
+from fusefs.mountpoint import absolute
 from fusefs.opened_history import close_idle, opened_history
 from fusefs.overlay_directory import OverlayDirectory, check_place, clear_dead, default_place
 from fusefs.overlay_room import OverlayRoom

@@ -13,7 +13,7 @@ import click
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "mount": ("fusefs.mount_cli:mount", "Mount SOURCE at MOUNTPOINT and protect it."),
-    "unmount": ("fusefs.mount_cli:unmount", "Drain to durable, then unmount."),
+    "unmount": ("fusefs.unmount_cli:unmount", "Drain to durable, then unmount."),
     "mode": ("fusefs.mode_cli:mode", "Change the mode of a running mount."),
     "bookmark": ("fusefs.bookmark_cli:bookmark", "Name this moment, across all volumes, after a flush."),
     "reconcile": ("fusefs.reconcile_cli:reconcile", "Compare the source with the store, and send what differs."),

@@ -21,7 +21,7 @@ import pyfuse3
 import trio
 
 from dedup.errors import RewindError
-from fusefs.mountpoint import MountBusy, mount_at, unmount
+from fusefs.mountpoint import MountBusy, unmount
 from fusefs.request_wait import lingering_for_requests
 
 log = logging.getLogger("rewindfs.daemon")
@@ -30,8 +30,6 @@ TASKS_MAX: Final = 64
 """Requests served at a time, unless the caller knows better."""
 IDLE_TASKS: Final = 16
 """Tasks that are kept though idle, each with a buffer of 1 MiB; to make another costs as much as a request."""
-BUSY_SECONDS: Final = 5.0
-"""How long a mount that is to be left may stay busy."""
 
 
 class MountFailed(RewindError):
@@ -100,22 +98,6 @@ async def serve(
     finally:
         pyfuse3.close(unmount=not unmounted)
     log.info("%s: left", mountpoint)
-
-
-async def leave_when_free(mountpoint: Path) -> None:
-    """Unmounts as soon as nothing uses the mount any more: a loop device lets go of its file a moment after umount.
-
-    Where that takes longer than BUSY_SECONDS: MountBusy, or whatever the reason is. Returns when nothing is mounted.
-    """
-    end = trio.current_time() + BUSY_SECONDS
-    # In threads, like all that looks at a mountpoint: it may be this process that answers.
-    while await trio.to_thread.run_sync(mount_at, mountpoint) is not None:
-        try:
-            await trio.to_thread.run_sync(unmount, mountpoint)
-        except RewindError:
-            if trio.current_time() >= end:
-                raise
-            await trio.sleep(0.1)
 
 
 def _leave(mountpoint: Path) -> None:

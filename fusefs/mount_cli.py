@@ -1,4 +1,4 @@
-"""The commands about a source mount: mount, unmount, mode."""
+"""`rewindfs mount`: mounts a source, and records every change made there."""
 
 from __future__ import annotations
 
@@ -7,22 +7,12 @@ import re
 from pathlib import Path
 
 import click
-import trio
 
 from dedup.errors import RewindError
-from fusefs.agent_control import ask
 from fusefs.command_values import DIRECTORY, Duration
-from fusefs.daemon import BUSY_SECONDS, leave_when_free
-from fusefs.mount_process import DRAIN_SECONDS, MountSettings, run_mount
-from fusefs.mountpoint import (
-    NotMounted,
-    absolute,
-    check_mountpoint,
-    clone_document,
-    control_socket,
-    is_dead,
-    mount_at,
-)
+from fusefs.mount_process import MountSettings, run_mount
+from fusefs.mounting import check_mountpoint
+from fusefs.mountpoint import absolute, mount_at
 from replication.address import store_path
 from replication.background import Ready, run
 from replication.forwarding import Forwarding
@@ -157,58 +147,3 @@ def warn_about_places(source: Path, store: Path) -> None:
 def default_group(source: Path) -> str:
     """The source directory's name, with what a group's name may not hold replaced."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", source.name).lstrip(".")[:64] or "default"
-
-
-@click.command()
-@click.argument("mountpoint", type=DIRECTORY)
-@click.option("--drain-timeout", type=Duration(), default=f"{DRAIN_SECONDS:g}s", show_default=True)
-def unmount(mountpoint: Path, drain_timeout: float) -> None:
-    """Drain to durable, then unmount. Returns when the mount's processes have ended.
-
-    Snapshot mounts and clones are unmounted as well; a clone's overlay is removed.
-    """
-    mountpoint = absolute(mountpoint)
-    try:
-        socket = control_socket(mountpoint)
-    except NotMounted:
-        found = mount_at(mountpoint)
-        if found is None or found.fstype != "fuse.rewindfs" or is_dead(mountpoint):
-            raise
-        clone = clone_document(mountpoint)
-        trio.run(_leave_and_wait, mountpoint, None if clone is None else clone["pid"], drain_timeout)
-        return
-    trio.run(_drain_and_leave, mountpoint, socket, drain_timeout)
-
-
-async def _drain_and_leave(mountpoint: Path, socket: Path, drain_timeout: float) -> None:
-    answer = await ask(socket, "unmount", {"drain_timeout": drain_timeout})
-    with trio.move_on_after(drain_timeout) as patience:
-        await ask(socket, "durable", {})
-    if patience.cancelled_caught:
-        raise RewindError(
-            f"{mountpoint}: not durable at the store within {drain_timeout:g} s and still mounted; "
-            "see `rewindfs status`, then try again with a longer --drain-timeout, or fusermount3 -u it"
-        )
-    await _leave_and_wait(mountpoint, answer["pid"], drain_timeout)
-
-
-async def _leave_and_wait(mountpoint: Path, pid: object, drain_timeout: float) -> None:
-    """Unmounts as soon as it is not busy any more, and waits for the end of the process behind it, if that is known."""
-    await leave_when_free(mountpoint)
-    if isinstance(pid, int):
-        await _wait_for_end(pid, drain_timeout + BUSY_SECONDS)
-
-
-async def _wait_for_end(pid: int, seconds: float) -> None:
-    """Until the process has ended; it is not our child, so its pidfd is what tells."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        with trio.move_on_after(seconds) as patience:
-            await trio.lowlevel.wait_readable(fd)
-    finally:
-        os.close(fd)
-    if patience.cancelled_caught:
-        raise RewindError(f"unmounted, but process {pid} is still draining; its log says why")

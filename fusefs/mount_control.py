@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dedup.errors import RewindError
 from fusefs.mountpoint import absolute, control_socket
@@ -12,6 +12,13 @@ from replication.control_messages import Reply, Request
 from replication.errors import LinkDown, ProtocolError
 from replication.exchange import REPLY_SECONDS, connected, converse
 from replication.frame_head import Buffer
+
+DRAIN_SECONDS: Final = 60.0
+"""How long an unmount waits until all is durable at the store, unless it is told otherwise."""
+
+
+class Unanswered(RewindError):
+    """The reply did not come in time."""
 
 
 class Question:
@@ -42,14 +49,14 @@ class Question:
     def broken(self, reason: str) -> LinkDown:
         return LinkDown(reason)
 
-    def unanswered(self, timeout: float) -> RewindError:
+    def unanswered(self, timeout: float) -> Unanswered:
         """What to raise when the reply did not come in time."""
-        return RewindError(f"{self._request.command}: no answer from the mount's process within {timeout:g} s")
+        return Unanswered(f"{self._request.command}: no answer from the mount's process within {timeout:g} s")
 
 
 def tell(mountpoint: Path, command: str, body: dict[str, object], *, timeout: float = REPLY_SECONDS) -> dict[str, Any]:
     """The reply of the process behind a source mount to one command. RewindError with its own line, or when nobody
-    answers; NotMounted."""
+    answers; Unanswered; NotMounted."""
     return ask_mount(control_socket(absolute(mountpoint)), command, body, timeout=timeout)
 
 

@@ -26,9 +26,10 @@ from fusefs.agent_control import Body, serve_control
 from fusefs.agent_heal import heal
 from fusefs.agent_start import begin, make_equal, open_intent, plan, resync_after_outages
 from fusefs.daemon import serve
+from fusefs.mount_control import DRAIN_SECONDS
 from fusefs.mount_reconcile import OnlineReconcile
 from fusefs.mount_restore import MountRestore
-from fusefs.mountpoint import mount_options
+from fusefs.mounting import mount_options
 from fusefs.source_mount import SourceMount
 from fusefs.state_directory import StateDirectory
 from fusefs.unfinished_restores import UnfinishedRestores
@@ -54,7 +55,6 @@ log = logging.getLogger("rewindfs.mount")
 TASKS_MAX: Final = 256
 """Requests that pyfuse3 serves at a time. A waiting writer holds one; if more threads than this write at once during a
 long wait, the rest waits in the kernel."""
-DRAIN_SECONDS: Final = 60.0
 KEEP_SECONDS: Final = 30.0
 """How long an end in an outage may take to write the queue to the spool."""
 ASK_SECONDS: Final = 5.0

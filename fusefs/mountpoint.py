@@ -1,19 +1,20 @@
-"""Mountpoints as the kernel sees them: what is mounted where, whether one may be used, how one is left."""
+"""Mountpoints as the kernel sees them: what is mounted where, who serves it, how one is left.
+
+Short commands about a mount need this much; what it takes to mount is in mounting.py.
+"""
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Any, Final
 
-from dedup.errors import RewindError
+from msgspec import Struct
 
-log = logging.getLogger("rewindfs.mountpoint")
+from dedup.errors import RewindError
 
 SUBTYPE: Final = "rewindfs"
 FSTYPE: Final = f"fuse.{SUBTYPE}"
@@ -22,12 +23,8 @@ CONTROL_XATTR: Final = "user.rewindfs.control"
 CLONE_XATTR: Final = "user.rewindfs.clone"
 """Extended attribute of a clone mount's root: a JSON document about it."""
 MOUNTINFO: Final = Path("/proc/self/mountinfo")
-READ_AHEAD_KIB: Final = 2048
-"""What the kernel may read ahead of a sequential reader: two of its largest requests, instead of an eighth of one."""
-
-
-class MountpointRefused(RewindError):
-    """The path cannot be mounted on. The message says why and what to do."""
+BUSY_SECONDS: Final = 5.0
+"""How long a mount that is to be left may stay busy."""
 
 
 class NotMounted(RewindError):
@@ -38,8 +35,7 @@ class MountBusy(RewindError):
     """The mount has open files, or something is mounted inside it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(Struct, frozen=True):
     """One line of the kernel's mount table."""
 
     path: Path
@@ -92,82 +88,6 @@ def is_dead(path: Path) -> bool:
     return False
 
 
-def check_mountpoint(path: Path) -> None:
-    """Returns when `path` is an empty directory and nothing is mounted there; MountpointRefused otherwise.
-
-    A rewindfs mount whose process has died is unmounted first, with a warning that says so.
-    """
-    path = absolute(path)
-    while mount := mount_at(path):
-        if is_dead(path):
-            if mount.fstype != FSTYPE:
-                raise MountpointRefused(
-                    f"{path}: a dead {mount.fstype} mount is there: its process has died. Remove it with "
-                    f"fusermount3 -u -z {path}, then try again"
-                )
-            unmount(path, lazy=True)
-            log.warning(
-                "%s: cleaned a stale mount of %s: the rewindfs process that served it had died", path, mount.source
-            )
-        else:
-            what = "rewindfs" if mount.fstype == FSTYPE else mount.fstype
-            command = "rewindfs unmount" if mount.fstype == FSTYPE else "umount"
-            raise MountpointRefused(
-                f"{path}: {what} of {mount.source} is already mounted there; use another directory, or {command} it"
-            )
-    try:
-        with os.scandir(path) as entries:
-            entry = next(entries, None)
-    except FileNotFoundError:
-        raise MountpointRefused(f"{path}: the mountpoint does not exist; make an empty directory there") from None
-    except NotADirectoryError:
-        raise MountpointRefused(f"{path}: the mountpoint is not a directory") from None
-    except PermissionError:
-        raise MountpointRefused(f"{path}: the mountpoint cannot be read by this user") from None
-    if entry is not None:
-        raise MountpointRefused(
-            f"{path}: the mountpoint is not empty (it holds {entry.name!r}); use an empty directory"
-        )
-
-
-def mount_options(
-    source: str,
-    *,
-    allow_other: bool = False,
-    read_only: bool = False,
-    check_modes: bool = True,
-    max_read_bytes: int | None = None,
-    extra: Iterable[str] = (),
-) -> set[str]:
-    """Options for `pyfuse3.init`. `source` is what the mount table shows; `extra` are the user's `-o`, as given.
-
-    `allow_other` lets other users in (without it FUSE refuses everyone but who mounted, root too). A loop device of
-    who mounted needs it not: it holds the open file. `check_modes` has the kernel hold everyone to owner and mode;
-    without it whoever is let in may read everything.
-    """
-    options = {f"fsname={_escape(source)}", f"subtype={SUBTYPE}"}
-    if check_modes:
-        options.add("default_permissions")
-    if allow_other:
-        options.add("allow_other")
-    if read_only:
-        options.add("ro")
-    if max_read_bytes is not None:
-        options.add(f"max_read={max_read_bytes}")
-    for option in extra:
-        if not option.isascii():
-            raise MountpointRefused(f"-o {option}: FUSE options are plain ASCII")
-        options.add(option)
-    return options
-
-
-def _escape(text: str) -> str:
-    """`text` as the value of a libfuse option: a comma would end it, and pyfuse3 takes ASCII only."""
-    return "".join(
-        chr(byte) if 0x20 < byte < 0x7F and byte not in b",\\" else f"\\{byte:03o}" for byte in os.fsencode(text)
-    )
-
-
 def unmount(path: Path, *, lazy: bool = False) -> None:
     """Unmounts the FUSE file system at `path`; `lazy` detaches it also where files are open.
 
@@ -195,18 +115,20 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
     raise RewindError(f"{path}: could not be unmounted: {said}")
 
 
-def raise_read_ahead(mountpoint: Path) -> None:
-    """Lets the kernel ask for more at once; without the right to it (not root), sequential reads are slower.
+def leave_when_free(path: Path) -> None:
+    """Unmounts as soon as nothing uses the mount any more: a loop device lets go of its file a moment after umount.
 
-    Looks at the mount, so call it in a thread if this process serves it.
+    Where that takes longer than BUSY_SECONDS: MountBusy, or whatever the reason is. Returns when nothing is mounted.
+    Blocks, as `unmount`.
     """
-    mount = mount_at(mountpoint)
-    if mount is None:
-        return  # unmounted already
-    try:
-        Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
-    except OSError as error:
-        log.info("%s: the read-ahead stays at the kernel's default: %s", mountpoint, error)
+    end = time.monotonic() + BUSY_SECONDS
+    while mount_at(path) is not None:
+        try:
+            unmount(path)
+        except RewindError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.1)
 
 
 def control_socket(mountpoint: Path) -> Path:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import trio
 
 from dedup.errors import RewindError
 from dedup.terminal import json_option, print_json, print_table, size_text, terminal_progress
-from fusefs.agent_control import Body, ask
+from fusefs.mount_control import ask_mount
 from fusefs.mountpoint import absolute, control_socket
 
 
@@ -26,12 +25,11 @@ def reconcile(context: click.Context, mountpoint: Path, verify_only: bool, as_js
     repair that has begun.
     """
     socket = control_socket(absolute(mountpoint))
-    asked: Body = {"verify_only": verify_only}
-    number = trio.run(ask, socket, "reconcile.start", asked)["id"]
+    number = ask_mount(socket, "reconcile.start", {"verify_only": verify_only})["id"]
     try:
         report = _wait(socket, number)
     except KeyboardInterrupt:
-        trio.run(ask, socket, "reconcile.cancel", {"id": number})
+        ask_mount(socket, "reconcile.cancel", {"id": number})
         raise
     print_json(report) if as_json else _describe(report, verify_only)
     if verify_only and report["differing_bytes"]:
@@ -43,7 +41,7 @@ def _wait(socket: Path, number: object) -> dict[str, Any]:
     done = 0
     with terminal_progress() as progress:
         while True:
-            news: dict[str, Any] = trio.run(ask, socket, "reconcile.poll", {"id": number})
+            news: dict[str, Any] = ask_mount(socket, "reconcile.poll", {"id": number})
             if news["finished"]:
                 report = news["report"]
                 if not isinstance(report, dict):

@@ -19,7 +19,7 @@ import trio
 
 from dedup.errors import RewindError
 from fusefs.daemon import serve
-from fusefs.mountpoint import check_mountpoint, mount_options
+from fusefs.mounting import check_mountpoint, mount_options
 from replication.background import Ready, run
 
 FILE = pyfuse3.InodeT(2)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fusefs.mountpoint import FSTYPE, MountpointRefused, check_mountpoint, control_socket, mount_at, unmount
+from fusefs.mounting import MountpointRefused, check_mountpoint
+from fusefs.mountpoint import FSTYPE, control_socket, mount_at, unmount
 
 SCRIPT = Path(__file__).with_name("one_file_mount.py")
 ROOT = SCRIPT.parent.parent.parent
