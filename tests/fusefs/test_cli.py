@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from dedup.store import Store
 from fusefs.agent_control import Body, serve_control
 from fusefs.command_group import COMMANDS
 from fusefs.mountpoint import CONTROL_XATTR
@@ -92,6 +93,25 @@ async def test_who_asks_an_appliance_waits_for_no_heavy_import(tmp_path: Path) -
             assert out.startswith(said)
             assert not modules & HEAVY
         appliance.stop()
+
+
+async def test_who_has_an_appliance_do_it_waits_for_no_heavy_import(tmp_path: Path) -> None:
+    """What the work itself needs, that one has imported."""
+    path = tmp_path / "store"
+    Store.create(path)
+    store = Store.open(path)
+    store.group("g")
+    appliance = SecondAppliance(store)
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(appliance.serve, [listen_unix(path / "socket")])
+            for words in ("gc STORE", "consolidate STORE --dry-run", "journal create STORE j", "journal use STORE j"):
+                args = [str(path) if word == "STORE" else word for word in words.split()]
+                _, modules = await trio.to_thread.run_sync(partial(imported_by, *args))
+                assert not modules & HEAVY, words
+            appliance.stop()
+    finally:
+        store.close()
 
 
 @pytest.mark.parametrize(
