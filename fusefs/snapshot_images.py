@@ -39,6 +39,14 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
+class Coming:
+    """Bytes that are not here yet, but on their way."""
+
+    work: Future[Any] | None = None
+    """Of the thread that is at it; None: the disk was asked."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Kept:
     image: PastImage
     turn: trio.Lock = field(default_factory=trio.Lock)
@@ -60,64 +68,57 @@ class SnapshotImages:
         """Sees to it that there is an image. MomentGone."""
         await self._image(node)
 
-    def read_now(self, node: SnapshotFile, off: int, size: int) -> memoryview | None:
-        """The bytes, in the one buffer of all such reads: no await before they are given away. None: `read` them.
-
-        OnItsWay: `read` them, and say that they are coming.
-        """
+    def read_now(self, node: SnapshotFile, off: int, size: int) -> memoryview | Coming | None:
+        """The bytes, in the one buffer of all such reads: no await before they are given away. Else `read` them, and
+        say whether they are coming."""
         kept = self._images.get(node.key)
         if kept is None or size > READ_BYTES_MAX:
             return None
         self._images.move_to_end(node.key)
         if size > SOON_BYTES_MAX and kept.turn.locked():
-            raise OnItsWay
+            return Coming()
         return self._now(kept.image, off, size)
 
-    def _now(self, image: PastImage, off: int, size: int) -> memoryview | None:
+    def _now(self, image: PastImage, off: int, size: int) -> memoryview | Coming | None:
         try:
             return image.read_into(off, size, self._buffer, wait=False)
-        except OnItsWay:
-            raise
+        except OnItsWay as on_its_way:
+            # Not the exception itself: it would keep what the work gives until garbage is collected.
+            return Coming(on_its_way.work)
         except (WouldBlock, MomentGone, Damaged):
             return None
 
-    async def read(
-        self, node: SnapshotFile, off: int, size: int, *, coming: bool = False, work: Future[Any] | None = None
-    ) -> bytes | memoryview:
+    async def read(self, node: SnapshotFile, off: int, size: int, coming: Coming | None = None) -> bytes | memoryview:
         """The bytes, fewer past the end; may wait. No await before they are given away. Damaged, MomentGone.
 
         What is `coming` from the disk is looked at again and again, and others have their turn in between: a disk is
-        often quicker than a thread would be to begin waiting for it. What a thread is at, `work`, is waited for here.
+        often quicker than a thread would be to begin waiting for it. What a thread is at is waited for here.
         Large reads of one image wait for each other: side by side they would look like jumps to the kernel, which reads
         ahead of who reads on.
         """
-        kept = self._images.get(node.key) if coming else None
-        if kept is None:
+        kept = self._images.get(node.key)
+        if kept is None or coming is None:
             return await self._read_waiting(node, off, size)
         if size <= SOON_BYTES_MAX:
-            return await self._read_coming(kept, node, off, size, work)
+            return await self._read_coming(kept, node, off, size, coming)
         async with kept.turn:
-            return await self._read_coming(kept, node, off, size, work)
+            return await self._read_coming(kept, node, off, size, coming)
 
     async def _read_coming(
-        self, kept: _Kept, node: SnapshotFile, off: int, size: int, work: Future[Any] | None
+        self, kept: _Kept, node: SnapshotFile, off: int, size: int, coming: Coming
     ) -> bytes | memoryview:
         end = time.perf_counter() + SOON_SECONDS
         while True:
-            if work is not None:
-                await _ended(work)
+            if coming.work is not None:
+                await _ended(coming.work)
             elif size <= SOON_BYTES_MAX:
                 await let_others()
-            try:
-                part = self._now(kept.image, off, size)
-            except OnItsWay as on_its_way:
-                # Not the exception itself: it would keep what the work gives until garbage is collected.
-                work, part = on_its_way.work, None
-                if work is not None or (size <= SOON_BYTES_MAX and time.perf_counter() < end):
-                    continue
-            if part is None:
+            part = self._now(kept.image, off, size)
+            if isinstance(part, memoryview):
+                return part
+            if part is None or (part.work is None and (size > SOON_BYTES_MAX or time.perf_counter() >= end)):
                 return await self._read_waiting(node, off, size)
-            return part
+            coming = part
 
     async def _read_waiting(self, node: SnapshotFile, off: int, size: int) -> bytes | memoryview:
         return await self._with_image(node, lambda image: self._read_image(image, off, size))

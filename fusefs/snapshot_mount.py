@@ -21,17 +21,16 @@ import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
-from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, OnItsWay, UnknownName
+from dedup.errors import BadTime, Damaged, MomentGone, MomentRefused, UnknownName
 from dedup.history import History, PastImage
 from dedup.types import BLOCK_BYTES, NAME_BYTES_MAX, Seq
 from fusefs.errors import fuse_error, handler
@@ -40,7 +39,7 @@ from fusefs.inside_files import InsideFiles, fill
 from fusefs.known_names import KnownNames
 from fusefs.moment_xattrs import XATTR_PREFIX, moment_xattrs
 from fusefs.read_only_operations import ReadOnlyOperations, refuse_change
-from fusefs.snapshot_images import SnapshotImages
+from fusefs.snapshot_images import Coming, SnapshotImages
 from fusefs.snapshot_inodes import SnapshotInodes
 from fusefs.snapshot_tree import (
     ALWAYS_SECONDS,
@@ -132,23 +131,16 @@ class SnapshotMount(ReadOnlyOperations):
             node = self._open_files[fh]
             if isinstance(node, InsideNode):
                 return await self.inside.read(node, off, size)
-            coming, work = False, None
-            part: bytes | memoryview | None = None
-            try:
-                part = self._images.read_now(node, off, size)
-            except OnItsWay as on_its_way:
-                coming, work = True, on_its_way.work
-            if part is None:
-                part = await self._read_waiting(node, off, size, coming, work)
-            return part  # type: ignore[return-value]  # pyfuse3 takes any buffer
+            part = self._images.read_now(node, off, size)
+            if isinstance(part, memoryview):
+                return part  # type: ignore[return-value]  # pyfuse3 takes any buffer
+            return await self._read_waiting(node, off, size, part)  # type: ignore[return-value]
         except Exception as error:  # noqa: BLE001 - must become an errno
             raise fuse_error("read", error) from None
 
-    async def _read_waiting(
-        self, node: SnapshotFile, off: int, size: int, coming: bool, work: Future[Any] | None
-    ) -> bytes | memoryview:
+    async def _read_waiting(self, node: SnapshotFile, off: int, size: int, coming: Coming | None) -> bytes | memoryview:
         try:
-            return await self._images.read(node, off, size, coming=coming, work=work)
+            return await self._images.read(node, off, size, coming)
         except Damaged as damage:
             names = await self._names_of(node.moment.seq)
             raise Damaged(f"snapshot {names}: {damage}" if names else str(damage)) from damage

@@ -64,12 +64,8 @@ async def images_of(image: DiskImage) -> SnapshotImages:
 
 async def read(images: SnapshotImages, off: int, size: int) -> bytes:
     """As the handler does it."""
-    coming, work, part = False, None, None
-    try:
-        part = images.read_now(NODE, off, size)
-    except OnItsWay as on_its_way:
-        coming, work = True, on_its_way.work
-    return bytes(part if part is not None else await images.read(NODE, off, size, coming=coming, work=work))
+    part = images.read_now(NODE, off, size)
+    return bytes(part if isinstance(part, memoryview) else await images.read(NODE, off, size, part))
 
 
 @pytest.mark.parametrize(
