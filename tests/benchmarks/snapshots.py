@@ -14,9 +14,9 @@ each round, and what earlier ones left to be written is on the disk before a rou
 - what stops a command in Python, which is timed at the same place, after a change through the mount: a Python that
   imports what the command cannot do without, a parser of command lines (click), the encoding of the protocol (msgspec),
   and sockets; and an empty Python;
-- `btrfs subvolume snapshot`, after a change of the file there. It commits the transaction that holds the change, as the
-  store's checkpoint does, and takes longer the more snapshots there are; where btrfs has just committed by itself,
-  which it does every 30 s, it takes less, which a second one beside it shows. It is the first one that counts;
+- `btrfs subvolume snapshot`, after a change of the file there. It commits the transaction that holds the change, and
+  takes longer the more snapshots there are; where btrfs has just committed by itself, which it does every 30 s, it
+  takes less, which a second one beside it shows. It is the first one that counts;
 - `borg create` and `restic backup` of the source file at the end of the round, when 1 % of it differs from what they
   saw last, with a first backup of it behind them, which is not counted; both store a gigabyte for each 1 % of 2 GiB: it
   all takes 25 GB of disk.
