@@ -22,7 +22,7 @@ each round, and what earlier ones left to be written is on the disk before a rou
   all takes 25 GB of disk.
 
 A change is in nobody's time, but its wake is in everyone's: a snapshot makes durable what is not yet, and the kernel
-may still be writing back, so that the command takes some 10 to 20 ms more than at rest. Memory is not short: Python's
+may still be writing back, so that the command takes some 5 to 10 ms more than at rest. Memory is not short: Python's
 modules are in the page cache, as they are for a user who has given any command before. The environment is that of the
 tests, whose imports cost what a user's do, and 2 ms more: msgspec imports typing_extensions where it is installed.
 
