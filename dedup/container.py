@@ -131,9 +131,10 @@ class RawContainerWriter:
         self._storage.pwritev(self._fd, blocks, offset)
         table_offset = RAW_TABLE_OFFSET + first * FINGERPRINT_BYTES
         self._storage.pwritev(self._fd, [table := b"".join(fingerprints)], table_offset)
+        # Counted first: a sync of the files between the two looks at it, and drops what was noted before.
+        self._appended += 1
         self._unsynced.note(self._path, offset, blocks)
         self._unsynced.note(self._path, table_offset, [table])
-        self._appended += 1
         if length >= STREAM_BYTES:
             if offset != self._passing.stop or len(self._passing) >= PASSING_BYTES:
                 self.let_pass()

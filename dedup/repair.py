@@ -37,7 +37,7 @@ from dedup.marker import DIRECTORIES, read_marker, refuse_network, write_marker
 from dedup.quarantine import Quarantine
 from dedup.storage import Storage
 from dedup.store import Store
-from dedup.sync_log import restore
+from dedup.sync_log import SYNC_LOG_NAME, restore
 from dedup.verify import Inspection, NoProgress, Progress, inspect
 
 
@@ -101,7 +101,7 @@ class _Repairer:
 
     def run(self) -> None:
         refuse_unknown(self._storage, self._path)
-        restore(self._storage, self._path)
+        self._restore_log()
         self._restore_marker()
         self._restore_directories()
         self._drop_temporaries()
@@ -121,6 +121,17 @@ class _Repairer:
         if (rebuild or any(cut) or not found.checks[INDEX].ok) and all(cut):
             self._give_up_index()
         self._ends = {group.name: group.last for group in found.groups}
+
+    def _restore_log(self) -> None:
+        path = self._path / SYNC_LOG_NAME
+        try:
+            left = restore(self._storage, self._path)
+        except Damaged as error:
+            kept = self._quarantine.move(path, str(error))
+            self._note("the sync log is damaged: what was in it alone is lost; the log is there", kept)
+            return
+        for file in left:
+            self._note("it is missing or damaged, and the sync log had a part of it, which is lost", file)
 
     # -- marker, directories, leftovers ------------------------------------------------------------------------------
 

@@ -213,31 +213,34 @@ class Store:
         """`sync` of the files themselves, and of all of them: nothing is in the sync log only."""
         self._sync(self._sync_files)
 
-    def _sync(self, make_durable: Callable[[Sequence[GroupWriter]], None]) -> None:
+    def _sync(self, make_durable: Callable[[], None]) -> None:
         with self._sync_lock:
             self.refuse_if_failed()
             marks = [(group, group.held, group.position) for group in list(self._groups.values())]
             try:
-                make_durable([group for group, _, _ in marks])
-            except StoreError as error:
+                make_durable()
+            except BaseException as error:
+                # Whatever it is: what was noted for the sync log is not noted any more.
                 self.fail(f"{error}; what was not durable is discarded and will be sent again")
                 for group, _, _ in marks:
                     group.discard_after_durable(str(error))
-                raise StoreFailed(str(error)) from error
+                if isinstance(error, StoreError):
+                    raise StoreFailed(str(error)) from error
+                raise
             for group, held, position in marks:
                 group.is_durable(held, position)
 
-    def _keep_or_sync(self, groups: Sequence[GroupWriter]) -> None:
+    def _keep_or_sync(self) -> None:
         unsynced = self.sync_log.unsynced.take()
         if unsynced is None or (unsynced and not self.sync_log.keep(unsynced)):
-            self._sync_files(groups)
+            self._sync_files()
 
-    def _sync_files(self, groups: Sequence[GroupWriter]) -> None:
-        self.sync_log.unsynced.take()  # what comes from here on is for the next sync, though this one may cover it
-        # Looked at after the groups' marks: what those count has its data journal in here.
+    def _sync_files(self) -> None:
+        self.sync_log.unsynced.take()
+        # Looked at after that: whatever it had been told of is in these.
         for journal in list(self._data_journals.values()):
             journal.sync()
-        for group in groups:
+        for group in list(self._groups.values()):
             group.journal.sync()
         self.sync_log.empty()
 

@@ -9,9 +9,10 @@ InnoDB's doublewrite buffer, the ZFS intent log and PostgreSQL's recycled WAL se
 Invariants:
 - the entries from the file's beginning on hold, in order, all that was appended since the files were synced, up to
   where the last entry ends: written over the files they give what was there;
-- the log is empty, durably, before anything but an append changes a file that it names: whoever syncs the files empties
-  it, and a container is sealed, a segment replaced or removed only after that;
-- an entry that is not whole, or of another series, ends the log: it was being written, or is left of an earlier one.
+- the log is empty, durably, before a file that it names is replaced: whoever syncs the files empties it, and so does
+  whoever opens the store; a container is sealed, a segment consolidated or removed only after that;
+- an entry that is not whole, or of another series, ends the log: it was being written, or is left of an earlier one;
+- after a failed sync of the log nothing more is kept in it: the store stops.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from dedup import layout
 from dedup.errors import Damaged, StoreFull
 from dedup.layout import CHECKSUM_BYTES, FORMAT_VERSION, Fields, checksum, know_version
 from dedup.storage import Buffer, Storage
+from dedup.types import ContainerForm
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +54,15 @@ SYNC_LOG_PART: Final = Fields("sync log part", ("offset", "Q"), ("bytes", "I"), 
 SYNC_LOG_BYTES: Final = 4 << 20
 """Size of the file. When it is full the files are synced: after some hundred entries, or of the largest, 30."""
 SYNC_LOG_ENTRY_BYTES_MAX: Final = 128 << 10
-"""Of what an entry takes. To write so much twice costs about what a sync less saves."""
+"""Of what an entry takes, with what says where it belongs but the paths. To write so much twice costs about what a sync
+less saves."""
 SYNC_LOG_ALIGNMENT: Final = 4096
 """Entries begin at multiples of it: no entry is on a page that another one is written to."""
+ROOM_RETRY_SECONDS: Final = 60.0
+"""For so long the log is not tried again where the disk had no room for it."""
+
+_OFFSET_MAX: Final = 1 << 62
+_REMEDY: Final = "`rewindfs verify --repair` takes the log away, and with it what was in it alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ class Unsynced:
         with self._lock:
             if self._bytes > SYNC_LOG_ENTRY_BYTES_MAX:
                 return
-            self._bytes += sum(map(len, buffers))
+            self._bytes += SYNC_LOG_PART.size + sum(map(len, buffers))
             if self._bytes > SYNC_LOG_ENTRY_BYTES_MAX:
                 self._parts = []
             else:
@@ -103,6 +112,7 @@ class SyncLog:
         self._store = store
         self._path = store / SYNC_LOG_NAME
         self._fd = -1
+        self._full_until = 0.0
         self._begin()
 
     def _begin(self) -> None:
@@ -113,21 +123,22 @@ class SyncLog:
     def keep(self, parts: Sequence[Part]) -> bool:
         """The parts are DURABLE when it returns. False: there is no room for them. StoreFailed."""
         entry = _packed(parts, self._store, self._series, self._number)
-        if self._end + len(entry) > SYNC_LOG_BYTES:
+        if self._end + len(entry) > SYNC_LOG_BYTES or time.monotonic() < self._full_until:
             return False
         try:
             if self._fd < 0:
                 self._fd = self._opened()
             self._storage.pwritev(self._fd, [entry], self._end)
-        except StoreFull:
-            return False  # there may be a file system that does not write in place
+        except StoreFull:  # when the file is made, or where a file system does not write in place
+            self._full_until = time.monotonic() + ROOM_RETRY_SECONDS
+            return False
         self._storage.datasync(self._fd)
         self._number += 1
         self._end += len(entry)
         return True
 
     def _opened(self) -> int:
-        """The file, all of which was written to once. StoreFull, StoreFailed."""
+        """The file, all of which was written to once. StoreFull leaves none; StoreFailed may."""
         fd = self._storage.open(self._path, os.O_RDWR | os.O_CREAT)
         try:
             if self._storage.size(fd) != SYNC_LOG_BYTES:
@@ -135,15 +146,18 @@ class SyncLog:
                 self._storage.pwritev(fd, [bytes(SYNC_LOG_BYTES)], 0)
                 self._storage.datasync(fd)
             self._storage.sync_directory(self._store)
-        except BaseException:
+        except BaseException as error:
             self._storage.close(fd)
+            if isinstance(error, StoreFull):
+                self._storage.unlink(self._path)  # somebody else may need the room
             raise
         return fd
 
     def empty(self) -> None:
         """To be called when the files are synced. DURABLE when it returns; costs nothing when it is. StoreFailed."""
         if self._number:
-            _empty(self._storage, self._path, self._fd)
+            if not _emptied(self._storage, self._path, self._fd):
+                self.close()
             self._begin()
 
     def close(self) -> None:
@@ -153,48 +167,95 @@ class SyncLog:
             self._storage.close(fd)
 
 
-def restore(storage: Storage, store: Path) -> None:
-    """What the log has is in the store's files and the log is empty, both DURABLE when it returns. Under the store's
-    lock, before anything of it is read; killed, it is called again. Damaged, UnknownFormat, StoreFull, StoreFailed."""
+def restore(storage: Storage, store: Path) -> list[Path]:
+    """What the log has is in the store's files and the log is empty, both DURABLE when it returns; which files it has a
+    part of and could not give it to. Under the store's lock, before what it names is read; killed, it is called again.
+
+    Damaged, UnknownFormat: the log is not to be understood. StoreFull, StoreFailed.
+    """
     path = store / SYNC_LOG_NAME
     try:
         fd = storage.open(path, os.O_RDWR)
     except FileNotFoundError:
-        return
+        return []
     try:
-        parts = list(_kept(storage.pread(fd, SYNC_LOG_BYTES, 0), path))
-        if parts:
-            _write_back(storage, parts)
-            _empty(storage, path, fd)
+        left = _write_back(storage, list(_kept(storage.pread(fd, SYNC_LOG_BYTES, 0), path)))
+        # Also where it looks empty: who emptied it may have been killed, or failed, before the disk had that.
+        _emptied(storage, path, fd)
     finally:
         storage.close(fd)
+    return left
 
 
-def _write_back(storage: Storage, parts: Sequence[Part]) -> None:
+def restore_unwritten(storage: Storage, store: Path) -> None:
+    """`restore` for those who read a store, where nobody has it open for writing, who would have done that. Errors as
+    there."""
+    path = store / SYNC_LOG_NAME
+    try:
+        fd = storage.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        is_empty = storage.pread(fd, len(SYNC_LOG_MAGIC), 0) != SYNC_LOG_MAGIC
+    finally:
+        storage.close(fd)
+    if is_empty:
+        return
+    lock = storage.open(store / layout.LOCK_NAME, os.O_RDWR | os.O_CREAT)
+    try:
+        if storage.lock(lock):
+            restore(storage, store)
+    finally:
+        storage.close(lock)
+
+
+def _write_back(storage: Storage, parts: Sequence[Part]) -> list[Path]:
+    """Durably. Which files are missing, or of another form than what was appended to."""
     opened: dict[Path, int] = {}
+    left: list[Path] = []
     with ExitStack() as stack:
         for path in {part.path: None for part in parts}:
             try:
-                opened[path] = storage.open(path, os.O_RDWR)
+                fd = storage.open(path, os.O_RDWR)
             except FileNotFoundError:
-                log.error("%s is missing, and the sync log has a part of it", path)  # who reads it says what is lost
+                left.append(path)
+                continue
+            stack.callback(storage.close, fd)
+            if _is_raw(storage, path, fd):
+                opened[path] = fd
             else:
-                stack.callback(storage.close, opened[path])
+                left.append(path)
         for part in parts:
             if part.path in opened:
                 storage.pwritev(opened[part.path], [part.content], part.offset)
         for fd in opened.values():
             storage.datasync(fd)
+    for path in left:
+        log.error("%s is missing or damaged, and the sync log has a part of it", path)  # who reads it says what is lost
+    return left
 
 
-def _empty(storage: Storage, path: Path, fd: int) -> None:
-    """Durably. Where a full disk does not let it be written to, the file goes."""
+def _is_raw(storage: Storage, path: Path, fd: int) -> bool:
+    """Whether it is appended to: a container was sealed since, if a build sealed it that does not know the log."""
+    if layout.container_named(path.name) is None:
+        return True
+    try:
+        header = layout.unpack_container_header(storage.pread(fd, layout.CONTAINER_PAGE_BYTES, 0), path)
+    except Damaged:
+        return False
+    return header.form is ContainerForm.RAW
+
+
+def _emptied(storage: Storage, path: Path, fd: int) -> bool:
+    """Durably. False: a full disk does not let it be written to, and the file went."""
     try:
         storage.pwritev(fd, [bytes(SYNC_LOG_ALIGNMENT)], 0)
         storage.datasync(fd)
     except StoreFull:
         storage.unlink(path)
         storage.sync_directory(path.parent)
+        return False
+    return True
 
 
 def _packed(parts: Sequence[Part], store: Path, series: int, number: int) -> bytes:
@@ -224,12 +285,12 @@ def _kept(content: bytes, path: Path) -> Iterator[Part]:
             return
         magic, version, _, count, series, number, length, stored = header.struct.unpack(head)
         body = content[at + header.size : at + header.size + length]
+        first = series if first is None else first
         if magic != SYNC_LOG_MAGIC or checksum(head[:-CHECKSUM_BYTES] + body) != stored:
             return
-        know_version(version, path)
-        first = series if first is None else first
         if (series, number) != (first, expected):
             return
+        know_version(version, path)
         yield from _parts(body, count, path)
         at += -(-(header.size + length) // SYNC_LOG_ALIGNMENT) * SYNC_LOG_ALIGNMENT
 
@@ -237,20 +298,26 @@ def _kept(content: bytes, path: Path) -> Iterator[Part]:
 def _parts(body: bytes, count: int, path: Path) -> Iterator[Part]:
     at = 0
     for _ in range(count):
+        start = at + SYNC_LOG_PART.size
+        if start > len(body):
+            raise Damaged(f"{path}: an entry ends within its parts; {_REMEDY}")
         offset, length, name_length = SYNC_LOG_PART.struct.unpack_from(body, at)
-        at += SYNC_LOG_PART.size
-        name, content = body[at : at + name_length].decode(), body[at + name_length : at + name_length + length]
-        at += name_length + length
-        if not _is_appended_to(name):
-            raise Damaged(f"{path}: names {name!r}, to which nothing is appended; `rewindfs verify`")
-        yield Part(path.parent / name, offset, content)
+        at = start + name_length + length
+        file = _file(path.parent, body[start : start + name_length])
+        if file is None or at > len(body) or offset + length > _OFFSET_MAX:
+            raise Damaged(f"{path}: an entry names what nothing is ever appended to; {_REMEDY}")
+        yield Part(file, offset, body[at - length : at])
 
 
-def _is_appended_to(name: str) -> bool:
-    """Whether it may name a file that the writer appends to: a store may come from anybody."""
-    match name.split("/"):
-        case [layout.CONTAINERS_NAME, file]:
-            return layout.container_named(file) is not None
-        case [layout.GROUPS_NAME, group, layout.JOURNAL_NAME, file]:
-            return not group.startswith(".") and layout.segment_named(file) is not None
-    return False
+def _file(store: Path, name: bytes) -> Path | None:
+    """The file of that name, if it is one that the writer appends to: a store may come from anybody."""
+    try:
+        parts = name.decode("ascii").split("/")
+    except UnicodeDecodeError:
+        return None
+    match parts:
+        case [layout.CONTAINERS_NAME, file] if layout.container_named(file) is not None:
+            return store.joinpath(*parts)
+        case [layout.GROUPS_NAME, group, layout.JOURNAL_NAME, file] if layout.segment_named(file) is not None:
+            return store.joinpath(*parts) if group.isprintable() and group.strip(".") else None
+    return None

@@ -88,16 +88,17 @@ class StoreWriter:
 
         Cancelled: none, unless they are being ingested in a thread: then it ends first and returns.
         """
-        if self._kept:
-            await self._checkpoint_kept()
-        if nbytes >= THREAD_BYTES:
-            await self.run(group.ingest, records)
-        elif self._lock.locked():
-            async with self._lock:
-                self._ingest_here(group, records)
-        else:
+        if nbytes < THREAD_BYTES and not self._kept and not self._lock.locked():
             # Nobody holds the lock, and nobody can take it before the next await.
             self._ingest_here(group, records)
+        else:
+            async with self._lock:
+                if self._kept:
+                    await self._checkpoint_kept()
+                if nbytes >= THREAD_BYTES:
+                    await self._run_alone(group.ingest, records)
+                else:
+                    self._ingest_here(group, records)
         self._unsynced_bytes += nbytes
         self.received_bytes += nbytes
         self._dirty.set()
@@ -139,11 +140,11 @@ class StoreWriter:
         return result
 
     async def _checkpoint_kept(self) -> None:
-        self._kept = False
         try:
-            await self.run(self.store.checkpoint)
+            await self._run_alone(self.store.checkpoint)
         except StoreFull:
             self._checkpoint_due.set()  # the next one says so; that readers replay more is no reason to stop writers
+        self._kept = False
 
     async def sync(self) -> None:
         """Return when all that was received before the call is DURABLE. Raises StoreFull, StoreFailed."""

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from dedup.layout import container_named
 from dedup.storage import Storage
-from tests.dedup.crash_checks import GroupModel, Promise, check_after_crash
+from tests.dedup.crash_checks import GroupModel, Promise, check_after_crash, opened
 from tests.dedup.crash_disk import ALL, CORNERS, Disk, Image, some
 from tests.dedup.crash_storage import Event, Recorder, recording, unsynced
 from tests.dedup.crash_workload import SCENES, Run, Scene, small_files
@@ -170,9 +171,7 @@ def crash_recovery(recording_: Recording, tried: Tried, chosen: set[int], direct
         recorder = Recorder(root, deepcopy(disk))
         marks: list[tuple[int, Promise, dict[str, GroupModel]]] = []
 
-        owed = dict(point.promise.groups)
-        again = Run(root / "store", models=dict(recording_.models), owed=owed, created=True, seed=1_000_000)
-        again.damaged = point.promise.damaged
+        again = next_writer(root, point, recording_)
         again.mark = lambda promise: marks.append((len(recorder.events), promise, dict(again.models)))  # noqa: B023
         with recording(recorder):
             again.recover()
@@ -190,6 +189,41 @@ def crash_recovery(recording_: Recording, tried: Tried, chosen: set[int], direct
             for survival in (CORNERS[0], some(point.events * 1000 + number)):
                 where = f"{what(point, recording_)}; killed; power cut in recovery after: {event}: {survival}"
                 tried.check(replay.after(survival), at[0], where, killed=False, models=at[1])
+
+
+def next_writer(root: Path, point: Point, recording_: Recording) -> Run:
+    """Who goes on with what is at `root`."""
+    owed = dict(point.promise.groups)
+    again = Run(root / "store", models=dict(recording_.models), owed=owed, created=True, seed=1_000_000)
+    again.damaged = point.promise.damaged
+    return again
+
+
+def crash_sealed(recording_: Recording, tried: Tried, chosen: set[int], directory: Path) -> None:
+    """Kills at the chosen points; the next writer seals all that may be sealed, and ends; then the power fails. What
+    the first left to be written must not come over that."""
+    for point, disk, _ in recording_.disks():
+        if point.events not in chosen or not point.promise.created:
+            continue
+        tried.points += 1
+        root = directory / "again"
+        root.mkdir()
+        disk.after(ALL).write(root)
+        recorder = Recorder(root, deepcopy(disk))
+        again = next_writer(root, point, recording_)
+        with recording(recorder):
+            store = again.opened = opened(again.path, point.promise)
+            store.complete_containers()
+            covered = store.settle()
+            for name in store.storage.listdir(again.path / "containers"):
+                container = container_named(name)
+                if container is not None and covered.covers_whole(container):
+                    again.seal(container)
+            again.kill()
+        shutil.rmtree(root)
+        for survival in (*CORNERS, some(point.events)):
+            where = f"{what(point, recording_)}; killed; sealed; power cut: {survival}"
+            tried.check(recorder.disk.after(survival), point.promise, where, killed=False)
 
 
 def said(tried: Tried, recording: Recording, record_property: Callable[[str, object], None]) -> None:
@@ -215,6 +249,16 @@ def test_power_cut_while_recovering_at_some(
     chosen = set(random.Random(4).sample(range(len(recorded.points)), 4))
     with unsynced():
         crash_recovery(recorded, tried, chosen, tmp_path, every=16)
+    said(tried, recorded, record_property)
+
+
+def test_an_old_sync_log_does_not_come_over_what_was_sealed_since(
+    recorded: Recording, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    tried = Tried(tmp_path, recorded.models, moments=4)
+    emptied = [number for number, event in enumerate(recorded.events, 1) if event.what == "write store/synclog at 0"]
+    with unsynced():
+        crash_sealed(recorded, tried, set(random.Random(5).sample(emptied, 8)), tmp_path)
     said(tried, recorded, record_property)
 
 
@@ -245,6 +289,7 @@ def test_crashed_at_every_file_operation(
         ("datasync", ".rwc"),
         ("datasync", ".rwj"),
         ("datasync", "STORE.tmp"),
+        ("datasync", "synclog"),
         ("sync_directory", "store"),
         ("sync_directory", "index"),
         ("sync_directory", "containers"),

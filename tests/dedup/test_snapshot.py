@@ -9,7 +9,7 @@ import pytest
 
 from dedup.errors import MomentRefused, UnknownName
 from dedup.store import Store
-from dedup.types import Record
+from dedup.types import Epoch, EpochStart, Record
 from tests.dedup.crash_checks import GroupModel
 
 
@@ -48,4 +48,16 @@ def test_a_snapshot_of_now_waits_for_no_checkpoint(tmp_path: Path, monkeypatch: 
         assert group.durable == group.held and store.checkpoint_due()
         assert made in group.reader().snapshots()
         store.checkpoint()
+    store.close()
+
+
+def test_before_the_base_there_is_nothing_to_keep(tmp_path: Path) -> None:
+    """Also where no gap is open."""
+    Store.create(tmp_path / "store")
+    store, model = Store.open(tmp_path / "store"), GroupModel()
+    group = store.group("g")
+    group.ingest([EpochStart(*model._next(), Epoch(1), clean=True), model.create("disk.img")])
+    assert not group.reconciling
+    with pytest.raises(MomentRefused):
+        group.create_snapshot("early")
     store.close()

@@ -11,8 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dedup.errors import Damaged, StoreFailed, StoreFull, UnknownFormat
-from dedup.layout import CHECKSUM_BYTES, checksum
+from dedup.layout import (
+    CHECKSUM_BYTES,
+    CONTAINER_PAGE_BYTES,
+    ContainerHeader,
+    checksum,
+    container_path,
+    pack_container_header,
+)
+from dedup.reader import StoreReader
 from dedup.repair import repair
+from dedup.sealed import seal
 from dedup.storage import Buffer, Storage
 from dedup.store import Store
 from dedup.sync_log import (
@@ -20,29 +29,44 @@ from dedup.sync_log import (
     SYNC_LOG_BYTES,
     SYNC_LOG_ENTRY,
     SYNC_LOG_ENTRY_BYTES_MAX,
+    SYNC_LOG_MAGIC,
     SYNC_LOG_NAME,
+    SYNC_LOG_PART,
     Part,
     SyncLog,
     Unsynced,
     restore,
+    restore_unwritten,
 )
+from dedup.types import FINE_JOURNAL, ContainerForm, ContainerId, TimeNs
+from dedup.verify import verify
+from tests.dedup.model import Model
 from tests.dedup.test_store import check_moment, filled
 from tests.dedup.test_store_faults import WatchedStorage
 
 CONTAINER = "containers/0000000000000001.rwc"
 SEGMENT = "groups/g/journal/00000000000000000001.rwj"
+RAW = pack_container_header(ContainerHeader(ContainerId(1), FINE_JOURNAL, ContainerForm.RAW, TimeNs(1)))
+BEGINS = {CONTAINER: RAW, SEGMENT: b""}
+"""What was synced when the files were made."""
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """Where a store would be, with the two files that are appended to."""
-    for name in (CONTAINER, SEGMENT):
+    for name, begin in BEGINS.items():
         (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(begin)
     return tmp_path
 
 
-def part(place: Path, offset: int, content: bytes, name: str = CONTAINER) -> Part:
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    Store.create(tmp_path / "store")
+    return tmp_path / "store"
+
+
+def part(place: Path, offset: int, content: bytes, name: str = SEGMENT) -> Part:
     return Part(place / name, offset, content)
 
 
@@ -61,7 +85,7 @@ def test_what_was_kept_comes_back_in_order_and_what_is_torn_does_not(
     place: Path, runs: list[list[tuple[str, bytes]]], lost: int, torn: int
 ) -> None:
     """The model: each file is the bytes that were appended; the files lose any, and the last entry is cut anywhere."""
-    storage, content = Storage(), {CONTAINER: b"", SEGMENT: b""}
+    storage, content = Storage(), dict(BEGINS)
     (place / SYNC_LOG_NAME).unlink(missing_ok=True)
     log, states, ends = SyncLog(storage, place), [dict(content)], [0]
     for run in runs:
@@ -74,7 +98,8 @@ def test_what_was_kept_comes_back_in_order_and_what_is_torn_does_not(
         ends.append(len(log_bytes(place).rstrip(b"\0")))
     log.close()
     for name, data in content.items():
-        (place / name).write_bytes(data[: lost % (len(data) + 1)])
+        begin = len(BEGINS[name])
+        (place / name).write_bytes(data[: begin + lost % (len(data) + 1 - begin)])
     cut = ends[-2] + torn % (ends[-1] - ends[-2] + 1)
     with open(place / SYNC_LOG_NAME, "r+b") as file:
         file.seek(cut)
@@ -88,6 +113,26 @@ def test_what_was_kept_comes_back_in_order_and_what_is_torn_does_not(
     assert {name: (place / name).read_bytes() for name in content} == after
 
 
+class NamingStorage(Storage):
+    """Notes which directories are synced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named: list[Path] = []
+
+    def sync_directory(self, path: Path) -> None:
+        self.named.append(path)
+        super().sync_directory(path)
+
+
+def test_the_name_of_the_log_is_durable_before_anything_is_kept(place: Path) -> None:
+    storage = NamingStorage()
+    log = SyncLog(storage, place)
+    assert log.keep([part(place, 0, b"x")]) and storage.named == [place]
+    assert log.keep([part(place, 1, b"y")]) and storage.named == [place]
+    log.close()
+
+
 def test_nothing_that_was_emptied_comes_back(place: Path) -> None:
     log = SyncLog(Storage(), place)
     for offset in range(3):
@@ -95,7 +140,7 @@ def test_nothing_that_was_emptied_comes_back(place: Path) -> None:
     log.empty()
     log.close()
     restore(Storage(), place)
-    assert (place / CONTAINER).read_bytes() == b""
+    assert (place / SEGMENT).read_bytes() == b""
 
 
 def test_entries_of_an_earlier_series_do_not_follow_a_new_one(place: Path) -> None:
@@ -107,16 +152,20 @@ def test_entries_of_an_earlier_series_do_not_follow_a_new_one(place: Path) -> No
     assert log.keep([part(place, 0, b"new")])
     log.close()
     restore(Storage(), place)
-    assert (place / CONTAINER).read_bytes() == b"new"
+    assert (place / SEGMENT).read_bytes() == b"new"
 
 
 def test_what_is_too_much_for_an_entry_is_said_once(place: Path) -> None:
     unsynced = Unsynced()
-    unsynced.note(place / CONTAINER, 0, [bytes(SYNC_LOG_ENTRY_BYTES_MAX - 1)])
-    unsynced.note(place / CONTAINER, 0, [b"12"])
-    unsynced.note(place / CONTAINER, 0, [b"3"])
+    most = SYNC_LOG_ENTRY_BYTES_MAX - 2 * SYNC_LOG_PART.size
+    unsynced.note(place / SEGMENT, 0, [bytes(most - 1), b"1"])
+    unsynced.note(place / SEGMENT, 0, [b""])
+    assert [len(one.content) for one in unsynced.take() or ()] == [most, 0]
+    unsynced.note(place / SEGMENT, 0, [bytes(most)])
+    unsynced.note(place / SEGMENT, 0, [b"2"])
+    unsynced.note(place / SEGMENT, 0, [b"3"])
     assert unsynced.take() is None
-    unsynced.note(place / CONTAINER, 7, [b"4"])
+    unsynced.note(place / SEGMENT, 7, [b"4"])
     assert unsynced.take() == [part(place, 7, b"4")]
     assert unsynced.take() == []
 
@@ -146,7 +195,7 @@ class FullStorage(Storage):
 
 
 @pytest.mark.parametrize("had", [False, True])
-def test_on_a_full_disk_the_files_are_synced(place: Path, had: bool) -> None:
+def test_on_a_full_disk_the_files_are_synced(place: Path, monkeypatch: pytest.MonkeyPatch, had: bool) -> None:
     """Also where the log cannot even be emptied: it goes then."""
     storage = FullStorage()
     log = SyncLog(storage, place)
@@ -154,20 +203,26 @@ def test_on_a_full_disk_the_files_are_synced(place: Path, had: bool) -> None:
         assert log.keep([part(place, 0, b"before")])
     storage.full = True
     assert not log.keep([part(place, 0, b"more")])
+    assert not log.keep([part(place, 0, b"more")]), "it is not tried again at once"
     log.empty()
+    assert (place / SYNC_LOG_NAME).exists() is False
+    storage.full = False
+    monkeypatch.setattr("dedup.sync_log.ROOM_RETRY_SECONDS", 0)
+    log._full_until = 0
+    assert log.keep([part(place, 0, b"again")])
     log.close()
     restore(storage, place)
-    assert (place / CONTAINER).read_bytes() == b""
+    assert (place / SEGMENT).read_bytes() == b"again"
 
 
 def test_a_file_that_is_missing_is_named_and_the_others_come_back(
     place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = SyncLog(Storage(), place)
-    assert log.keep([part(place, 0, b"blocks"), part(place, 0, b"entries", SEGMENT)])
+    assert log.keep([part(place, 0, b"blocks", CONTAINER), part(place, 0, b"entries")])
     log.close()
     (place / CONTAINER).unlink()
-    restore(Storage(), place)
+    assert restore(Storage(), place) == [place / CONTAINER]
     assert (place / SEGMENT).read_bytes() == b"entries" and not (place / CONTAINER).exists()
     assert CONTAINER in caplog.text
 
@@ -178,36 +233,105 @@ def test_a_file_that_is_missing_is_named_and_the_others_come_back(
 )
 def test_a_log_of_a_stranger_writes_nowhere_else(place: Path, name: str) -> None:
     log = SyncLog(Storage(), place)
-    assert log.keep([Part(place / CONTAINER, 0, b"first"), Part(place / name, 0, b"evil")])
+    assert log.keep([part(place, 0, b"first"), Part(place / name, 0, b"evil")])
     log.close()
     with pytest.raises(Damaged, match="synclog"):
         restore(Storage(), place)
-    assert (place / CONTAINER).read_bytes() == b"" and not (place / name).exists()
+    assert (place / SEGMENT).read_bytes() == b"" and not (place / name).exists()
 
 
 def test_a_log_of_a_newer_version_is_refused(place: Path) -> None:
-    log = SyncLog(Storage(), place)
-    assert log.keep([part(place, 0, b"x")])
-    log.close()
-    entry = bytearray(log_bytes(place)[: SYNC_LOG_ENTRY.size + 100])
-    entry[8] = 9
-    end = SYNC_LOG_ENTRY.size
-    body = int.from_bytes(entry[end - 16 : end - 8], "little")
-    rest = bytes(entry[: end - CHECKSUM_BYTES]) + bytes(entry[end : end + body])
-    entry[end - CHECKSUM_BYTES : end] = checksum(rest).to_bytes(CHECKSUM_BYTES, "little")
-    with open(place / SYNC_LOG_NAME, "r+b") as file:
-        file.write(entry)
+    write_entry(place, b"", parts=0, version=9)
     with pytest.raises(UnknownFormat, match="version 9"):
         restore(Storage(), place)
 
 
+BAD = {
+    "a path that is no text": b"\xff" * 32,
+    "a path with a zero byte": b"groups/a\0b/journal/00000000000000000001.rwj",
+    "no part at all": None,
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_understood_is_damage_and_a_repair_takes_it_away(path: Path, what: str) -> None:
+    """Its checksum is right all the same."""
+    name = BAD[what]
+    body = b"" if name is None else SYNC_LOG_PART.struct.pack(0, 1, len(name)) + name + b"x"
+    write_entry(path, body, parts=1)
+    with pytest.raises(Damaged, match="--repair"):
+        Store.open(path)
+    report = repair(path)
+    assert report.ok and any("sync log" in one.what for one in report.repairs)
+    assert (path / "quarantine" / SYNC_LOG_NAME).exists()
+    Store.open(path).close()
+
+
+def test_a_part_far_behind_every_file_is_damage(place: Path) -> None:
+    name = SEGMENT.encode()
+    write_entry(place, SYNC_LOG_PART.struct.pack(1 << 63, 1, len(name)) + name + b"x", parts=1)
+    with pytest.raises(Damaged):
+        restore(Storage(), place)
+
+
+def test_a_part_that_ends_behind_its_entry_is_damage(place: Path) -> None:
+    name = SEGMENT.encode()
+    write_entry(place, SYNC_LOG_PART.struct.pack(0, 9, len(name)) + name + b"x", parts=1)
+    with pytest.raises(Damaged):
+        restore(Storage(), place)
+
+
+def write_entry(store: Path, body: bytes, parts: int, version: int = 1, number: int = 0) -> None:
+    """A log of one entry, whose checksum is right."""
+    head = SYNC_LOG_ENTRY.struct.pack(SYNC_LOG_MAGIC, version, b"", parts, 7, number, len(body), 0)[:-CHECKSUM_BYTES]
+    entry = head + checksum(head + body).to_bytes(CHECKSUM_BYTES, "little") + body
+    (store / SYNC_LOG_NAME).write_bytes(entry.ljust(SYNC_LOG_BYTES, b"\0"))
+
+
+def test_a_first_entry_that_is_not_the_first_of_its_series_is_none(place: Path) -> None:
+    """Also of a version that is not known: it is left over."""
+    name = SEGMENT.encode()
+    body = SYNC_LOG_PART.struct.pack(0, 1, len(name)) + name + b"x"
+    write_entry(place, body, parts=1, version=9, number=1)
+    restore(Storage(), place)
+    assert (place / SEGMENT).read_bytes() == b""
+
+
+def test_a_container_that_was_sealed_since_stays_as_it_is(path: Path) -> None:
+    """By a build that does not know the log."""
+    store, model, volume = filled(path)
+    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
+    store.sync()
+    store.abandon()
+    (path / SYNC_LOG_NAME).rename(path / "aside")
+    store = Store.open(path)
+    store.complete_containers()
+    store.settle()
+    seal(store.storage, path / "containers", ContainerId(1), None)
+    store.close()
+    (path / "aside").rename(path / SYNC_LOG_NAME)
+    reopened = Store.open(path)
+    check_moment(reopened.group("g").reader(), model, model.seq)
+    reopened.close()
+    assert verify(path, read_data=True).ok
+
+
+@pytest.mark.parametrize("had", [False, True])
+def test_opening_empties_the_log_for_good_whatever_it_looks_like(path: Path, had: bool) -> None:
+    """Whoever emptied it may have been killed before the disk had that."""
+    store, model, volume = filled(path)
+    store.group("g").ingest([model.write(volume, 0, b"1" * 4096)])
+    store.sync()
+    if had:
+        store.sync_files()
+    store.abandon()
+    storage = WatchedStorage()
+    reopened = Store.open(path, storage)
+    assert SYNC_LOG_NAME in storage.synced
+    reopened.abandon()
+
+
 # -- in a store --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    Store.create(tmp_path / "store")
-    return tmp_path / "store"
 
 
 def appended_to(path: Path) -> list[Path]:
@@ -309,6 +433,7 @@ def test_a_repair_begins_with_what_the_log_has(path: Path) -> None:
     store.sync()
     store.abandon()
     forget_since(synced)
+    os.truncate(container_path(path / "containers", ContainerId(1)), CONTAINER_PAGE_BYTES)  # it looks empty
     assert repair(path).ok
     reopened = Store.open(path)
     assert reopened.group("g").held == model.seq
@@ -325,3 +450,92 @@ def test_large_appends_are_synced_in_their_files(path: Path) -> None:
     store.sync()
     assert {file.suffix for file in map(Path, storage.synced)} >= {".rwc", ".rwj"}
     store.close()
+
+
+def test_who_reads_or_verifies_after_a_power_cut_has_what_was_durable(path: Path) -> None:
+    """With nobody there who writes; beside a writer they leave its log alone."""
+    store, model, volume = filled(path)
+    store.checkpoint()
+    synced = {file: file.read_bytes() for file in appended_to(path)}
+    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
+    store.sync()
+    after = log_bytes(path)
+    restore_unwritten(Storage(), path)
+    assert log_bytes(path) == after
+    store.abandon()
+    forget_since(synced)
+    reader = StoreReader.open(path)
+    assert reader.group("g").resolve("latest").seq == model.seq
+    check_moment(reader.group("g"), model, model.seq)
+    reader.close()
+    forget_since(synced)
+    (path / SYNC_LOG_NAME).write_bytes(after)
+    assert verify(path, read_data=True).ok
+    assert StoreReader.open(path).group("g").resolve("latest").seq == model.seq
+
+
+def test_a_log_that_cannot_be_restored_keeps_nobody_from_reading(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, model, volume = filled(path)
+    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
+    store.close()
+    write_entry(path, b"", parts=1)
+    reader = StoreReader.open(path)
+    assert reader.group("g").resolve("latest").seq == model.seq and "may be missing" in caplog.text
+    reader.close()
+    report = verify(path)
+    assert not report.ok and SYNC_LOG_NAME in str(report)
+
+
+def test_a_sync_between_an_append_and_its_note_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are synced when blocks are written, and before all is noted: that sync has them, or the next one."""
+    storage = WatchedStorage()
+    store, model, volume = filled(path, storage)
+    store.sync_files()
+    note = store.sync_log.unsynced.note
+    beside = [True]
+
+    def noted(path: Path, offset: int, buffers: Sequence[Buffer]) -> None:
+        note(path, offset, buffers)
+        if path.suffix == ".rwc" and beside.pop():
+            beside.append(False)
+            storage.synced = []
+            store.sync_files()
+
+    monkeypatch.setattr(store.sync_log.unsynced, "note", noted)
+    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
+    store.sync()
+    assert any(name.endswith(".rwc") for name in storage.synced)
+    store.abandon()
+
+
+def test_a_group_that_is_made_beside_a_sync_of_the_files_is_synced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = WatchedStorage()
+    store, _, _ = filled(path, storage)
+    take = store.sync_log.unsynced.take
+
+    def taken() -> list[Part] | None:
+        monkeypatch.undo()
+        other = Model()
+        store.group("other").ingest(other.begin())
+        storage.synced = []
+        return take()
+
+    monkeypatch.setattr(store.sync_log.unsynced, "take", taken)
+    store.sync_files()
+    assert storage.synced.count("00000000000000000001.rwj") == 2
+    store.close()
+
+
+def test_what_nobody_foresaw_in_a_sync_stops_the_store(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was to be made durable is forgotten: the next sync must not call it so."""
+    store, model, volume = filled(path)
+    store.sync()
+    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
+    monkeypatch.setattr(store.sync_log, "keep", lambda parts: [][0])
+    with pytest.raises(IndexError):
+        store.sync()
+    monkeypatch.undo()
+    with pytest.raises(StoreFailed):
+        store.sync()
+    assert store.group("g").durable < model.seq
+    store.abandon()

@@ -151,10 +151,6 @@ class FakeStore:
         self.due = False
         self.sync_begun = threading.Semaphore(0)
         self.sync_gate = _open_gate()
-        self.checkpoint_gate = _open_gate()
-        self.cannot_checkpoint = False
-        self.held_at_checkpoint = Seq(0)
-        """Of the first group, at the first checkpoint that waited at the gate."""
         self.ingest_begun = threading.Event()
         self.ingest_gate = _open_gate()
         self._groups: dict[str, FakeGroup] = {}
@@ -189,12 +185,8 @@ class FakeStore:
         return self.due
 
     def checkpoint(self) -> None:
-        is_awaited = not self.checkpoint_gate.is_set()
-        self.checkpoint_gate.wait()
-        if self.full or self.cannot_checkpoint:
+        if self.full:
             raise StoreFull("the disk under the store is full")
-        if is_awaited:
-            self.held_at_checkpoint = self.groups[0].held
         self.due = False
         self.checkpoints += 1
         for group in self.groups:

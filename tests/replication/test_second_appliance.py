@@ -652,26 +652,6 @@ async def test_an_admin_takes_and_deletes_snapshots(store: FakeStore) -> None:
         assert "no snapshot" in (await admin.ask("snapshot.delete", name="mine")).error
 
 
-async def test_nothing_is_ingested_between_a_snapshot_and_its_checkpoint(store: FakeStore) -> None:
-    """The reply does not wait for it, and the next write does, also while the disk is too full for one."""
-    async with running(store) as world:
-        peer, admin = await world.feeding(), await control(world)
-        await peer.hear_ack(2, 2)
-        before = store.checkpoints
-        store.checkpoint_gate.clear()
-        assert not (await admin.ask("snapshot.create", name="mine")).error and store.checkpoints == before
-        await peer.say(write(3))
-        await trio.sleep(0.05)
-        assert store.group("g").held == 2
-        store.checkpoint_gate.set()
-        await peer.hear_ack(3, 3)
-        assert store.checkpoints > before and store.held_at_checkpoint == 2
-        store.cannot_checkpoint = True
-        assert not (await admin.ask("snapshot.create", name="another")).error
-        await peer.say(write(4))
-        await peer.hear_ack(4, 4)
-
-
 async def test_status_sync_and_checkpoint(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_writer, "SYNC_SECONDS", 3600)
     async with running(store) as world:
