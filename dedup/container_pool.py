@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dedup.container import ContainerReader
 from dedup.errors import Damaged, WouldBlock
-from dedup.layout import SLOT_BITS, SLOT_MASK, ZERO_BLOCK
+from dedup.layout import FINGERPRINT_BYTES, SLOT_BITS, SLOT_MASK, ZERO_BLOCK
 from dedup.prefetch import Prefetch
 from dedup.sealed_form import GroupCache
 from dedup.storage import Buffer, Storage
@@ -89,16 +89,29 @@ class ContainerPool:
             finally:
                 self._give_back(reader)
 
-    def same(self, where: Address, block: Buffer, mark: bytes) -> bool:
-        """`same_each` of one."""
+    def same(self, where: Address, blocks: Buffer, fingerprints: bytes) -> bool:
+        """Whether the blocks from that address on are these, one behind the other; else as `same_each`."""
         try:
             reader = self._borrow(where >> SLOT_BITS, True)
         except Damaged:
             return False
         try:
-            return reader.holds(where & SLOT_MASK, [block], mark)
+            return reader.holds(where & SLOT_MASK, blocks, fingerprints)
         finally:
             self._give_back(reader)
+
+    def same_pieces(self, addresses: NDArray[np.uint64], pieces: Sequence[Buffer], fingerprints: bytes) -> bool:
+        """Whether each piece, some blocks one behind the other, lies in one container just so: a read of each. False
+        says no more than that it was not found so: `same_each` tells of which blocks it is."""
+        edges = [0, *accumulate(len(piece) // BLOCK_BYTES for piece in pieces)]
+        follows = np.diff(addresses, prepend=np.uint64(0)) == 1
+        follows[edges[:-1]] = True
+        return bool(follows.all()) and all(
+            self.same(
+                Address(int(addresses[start])), piece, fingerprints[start * FINGERPRINT_BYTES : end * FINGERPRINT_BYTES]
+            )
+            for piece, (start, end) in zip(pieces, pairwise(edges), strict=True)
+        )
 
     def same_each(
         self, addresses: NDArray[np.uint64], blocks: Sequence[Buffer], fingerprints: Sequence[bytes]

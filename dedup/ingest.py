@@ -83,6 +83,8 @@ _KINDS: Final[dict[type, EntryKind]] = {
 }
 _CUTS: Final = [slice(at, at + BLOCK_BYTES) for at in range(0, WRITE_BYTES_MAX, BLOCK_BYTES)]
 """What cuts the largest write into blocks."""
+_LARGE: Final = 16
+"""Pieces of so many blocks on average may be compared each as one."""
 _WRITE: Final = EntryKind.WRITE
 _WITHOUT_BODY: Final = (Write, Aggregate, Reconcile)
 
@@ -228,7 +230,7 @@ class Ingest:
         found = self._index.lookup(fingerprints)
         if found.count(None) == len(found) and _all_differ(fingerprints):
             return self._append(blocks, fingerprints, journal, whole)
-        placed = self._known(blocks, fingerprints, found)
+        placed = self._known(blocks, fingerprints, found, whole or blocks)
         fresh: dict[bytes, int] = {}
         twins: list[tuple[int, int]] = []
         new: list[int] = []
@@ -256,7 +258,9 @@ class Ingest:
         self._index.note_each(fingerprints, addresses.tolist())
         return addresses
 
-    def _known(self, blocks: list[Bytes], fingerprints: list[bytes], found: list[Address | None]) -> Addresses:
+    def _known(
+        self, blocks: list[Bytes], fingerprints: list[bytes], found: list[Address | None], whole: Sequence[Bytes]
+    ) -> Addresses:
         """The address of each block that the store has, its bytes compared; HOLE for the others."""
         wheres = np.array(found if None not in found else [address or HOLE for address in found], np.uint64)
         condemned = self.condemned
@@ -269,7 +273,10 @@ class Ingest:
             (one,) = candidates
             same = [self._pool.same(Address(int(wheres[one])), blocks[one], fingerprints[one])]
         elif len(candidates) == len(found):
-            same = self._pool.same_each(wheres, blocks, fingerprints)
+            if len(whole) * _LARGE <= len(blocks) and self._pool.same_pieces(wheres, whole, b"".join(fingerprints)):
+                same = [True] * len(blocks)
+            else:
+                same = self._pool.same_each(wheres, blocks, fingerprints)
         else:
             same = self._pool.same_each(
                 wheres[candidates],

@@ -293,6 +293,39 @@ def test_pool_tells_which_blocks_are_the_same(tmp_path: Path, sealed: bool, dama
     pool.close()
 
 
+@pytest.mark.parametrize("sealed", [False, True])
+def test_pool_compares_pieces_each_as_one(tmp_path: Path, sealed: bool) -> None:
+    """The very blocks, where they lie one behind the other; nothing else, and no piece over the end of a container."""
+    pool, blocks = make_pool(tmp_path, 3)
+    if sealed:
+        seal(Storage(), tmp_path, ContainerId(2), None)
+    lengths, places = (7, 1, 20, 3), sorted(blocks)
+    starts = [source * 40 + at for source, at in ((1, 30), (0, 5), (2, 0), (1, 30))]
+    wanted = [place for start, count in zip(starts, lengths, strict=True) for place in places[start : start + count]]
+
+    def asked_in_pieces(wanted: list[int], contents: list[bytes]) -> bool:
+        marks = b"".join(map(fingerprint, contents))
+        whole, ends = memoryview(b"".join(contents)), np.cumsum(lengths) * BLOCK_BYTES
+        pieces = [whole[end - length * BLOCK_BYTES : end] for end, length in zip(ends, lengths, strict=True)]
+        return pool.same_pieces(np.array(wanted, np.uint64), pieces, marks)
+
+    contents = [blocks[where] for where in wanted]
+    assert asked_in_pieces(wanted, contents)
+    for at in range(len(wanted)):
+        assert not asked_in_pieces(wanted, [*contents[:at], contents[at][:-1] + b"x", *contents[at + 1 :]])
+    swapped = [wanted[1], wanted[0], *wanted[2:]]
+    assert not asked_in_pieces(swapped, [blocks[where] for where in swapped])
+    over = places[35:66]
+    assert not asked_in_pieces(over, [blocks[where] for where in over])
+    path = container_path(tmp_path, ContainerId(1))
+    content = bytearray(path.read_bytes())
+    content[RAW_TABLE_OFFSET + (starts[1] * 16)] ^= 1
+    path.write_bytes(content)
+    pool.forget(ContainerId(1))
+    assert not asked_in_pieces(wanted, contents)  # its bytes are right, its fingerprint is not
+    pool.close()
+
+
 def test_pool_compares_whole_blocks_only(tmp_path: Path) -> None:
     pool, blocks = make_pool(tmp_path, 1)
     pairs = [(where, blocks[where][:-1]) for where in list(blocks)[::2]]
