@@ -152,6 +152,8 @@ class FingerprintIndex:
             found = list(map(recent.get, fingerprints))
         if len(found) > _FEW and found.count(None) == len(found):
             addresses = self._find(b"".join(fingerprints))
+            if addresses.all():
+                return addresses.tolist()
             return [where or None for where in addresses.tolist()] if addresses.any() else found
         unknown = [at for at, where in enumerate(found) if where is None]
         if len(unknown) <= _FEW:

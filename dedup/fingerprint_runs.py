@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Container, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Final
 
@@ -159,10 +159,12 @@ class FingerprintRuns:
         runs = list(self._runs.values())
         if runs:
             numbers, places = may_have([run.filter for run in runs], high, low)
-            for number in np.unique(numbers).tolist() if len(numbers) else ():  # the oldest comes first, and counts
-                there = places[numbers == number]
-                there = there[found[there] == HOLE]
-                found[there] = runs[number].find(high[there], low[there])
+            ends = np.searchsorted(numbers, np.arange(len(runs) + 1)).tolist() if len(numbers) else ()
+            for run, (start, end) in zip(runs, pairwise(ends), strict=False):  # the oldest comes first, and counts
+                if start < end:
+                    there = places[start:end]
+                    there = there[found[there] == HOLE]
+                    found[there] = run.find(high[there], low[there])
         return found
 
     def prepare(self, table: FingerprintTable | None) -> list[int]:
