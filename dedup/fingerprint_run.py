@@ -66,7 +66,7 @@ _NOTHING: Final = np.uint64((1 << 64) - 1)
 """Fills up the last page; its address is HOLE."""
 _READ_AT_ONCE: Final = 1 << 22
 """Of the filter and the fences, when the file is opened."""
-_FEW: Final = 16
+_FEW: Final = 10
 """Up to so many are sought one by one: numpy costs some tens of microseconds before it begins."""
 _TOGETHER_MAX: Final = 256
 """So many are sought at once: up to 1 MiB of pages."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import reduce
+from operator import attrgetter, or_
 from typing import Final
 
 import numpy as np
@@ -63,13 +64,15 @@ class SmallWrites:
             return None
         if [record.seq for record in writes] != list(range(first_seq, first_seq + len(writes))):
             return None
-        offsets = np.array([extent.offset for extent in extents], np.uint64)
-        if (offsets % BLOCK_BYTES).any() or int(offsets.max()) >= VOLUME_BYTES_MAX:
+        offsets = [extent.offset for extent in extents]
+        # Blocks are of a power of two bytes: one bit below that is in all of them together, too.
+        if reduce(or_, offsets) % BLOCK_BYTES or max(offsets) >= VOLUME_BYTES_MAX:
             return None
-        if set(map(_ZEROS, extents)) != {0}:
+        if any(map(_ZEROS, extents)):
             return None
         times = [record.time for record in writes]
-        return cls(first_seq, run, times, [extent.volume for extent in extents], offsets, data)
+        volumes = [extent.volume for extent in extents]
+        return cls(first_seq, run, times, volumes, np.array(offsets, np.uint64), data)
 
 
 @dataclass(frozen=True, slots=True)
