@@ -153,8 +153,10 @@ class FingerprintIndex:
         if len(found) > _FEW and found.count(None) == len(found):
             addresses = self._find(b"".join(fingerprints))
             if addresses.all():
-                return addresses.tolist()
-            return [where or None for where in addresses.tolist()] if addresses.any() else found
+                found = addresses.tolist()
+            elif addresses.any():
+                found = [where or None for where in addresses.tolist()]
+            return found
         unknown = [at for at, where in enumerate(found) if where is None]
         if len(unknown) <= _FEW:
             for at in unknown:
