@@ -22,7 +22,7 @@ from dedup.catalog import Catalog, Index, Txn
 from dedup.changes import Changes
 from dedup.container_pool import ContainerPool
 from dedup.difference import differing_ranges
-from dedup.errors import Damaged, StoreFailed, StoreFull, UnknownName
+from dedup.errors import UnknownName
 from dedup.gaps import Gaps
 from dedup.group_state import GroupState
 from dedup.group_views import DatedView, GroupViews
@@ -36,7 +36,7 @@ from dedup.pins import Pinning, ReaderPins
 from dedup.points import Points, Stretch, points_of, routes_needed_since, stretches
 from dedup.stamps import Stamps
 from dedup.storage import Storage
-from dedup.sync_log import restore_unwritten
+from dedup.sync_log_restore import is_waiting
 from dedup.synthesis import View, VolumePointers
 from dedup.types import BLOCK_BYTES, Gap, Moment, PointKind, RunStart, Seq, Snapshot, TimeNs, VolumeId, VolumeState
 from dedup.usage import StoreUsage, measure
@@ -74,7 +74,12 @@ class StoreReader:
         """
         storage = storage or Storage()
         read_marker(storage, path)
-        _restore_log(storage, path)
+        if is_waiting(storage, path):
+            log.warning(
+                "%s: what became durable last may be in the sync log alone, as after a power cut, and is not seen then "
+                "until the second appliance was started there once, or `rewindfs verify --repair` was run",
+                path,
+            )
         pins = None
         if pinning is not Pinning.NOTHING:
             pins = ReaderPins.open(path, storage, everything=pinning is Pinning.EVERYTHING)
@@ -386,12 +391,3 @@ class GroupReader:
         before = None if old is None else self.pointers(volume, old)
         with self._store.index.read() as txn:
             return self._changes.blocks(txn, before, after) * BLOCK_BYTES
-
-
-def _restore_log(storage: Storage, path: Path) -> None:
-    """After a power cut what became durable last may be in the sync log alone. Where it cannot be restored, as on a
-    read-only disk, all before it can be read."""
-    try:
-        restore_unwritten(storage, path)
-    except (Damaged, StoreFull, StoreFailed) as error:
-        log.error("what became durable last may be missing: %s", error)

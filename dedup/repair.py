@@ -29,7 +29,7 @@ from dedup import layout
 from dedup.container import ContainerReader
 from dedup.container_repair import ContainerRepair
 from dedup.damage import INDEX, Repair, Report
-from dedup.errors import Damaged, NotAStore, StoreBusy
+from dedup.errors import Damaged, NotAStore, StoreBusy, Unreadable
 from dedup.format_check import refuse_unknown
 from dedup.group_verify import GroupVerifier
 from dedup.journal_repair import cut_journal, restore_manifest
@@ -37,7 +37,8 @@ from dedup.marker import DIRECTORIES, read_marker, refuse_network, write_marker
 from dedup.quarantine import Quarantine
 from dedup.storage import Storage
 from dedup.store import Store
-from dedup.sync_log import SYNC_LOG_NAME, restore
+from dedup.sync_log import SYNC_LOG_NAME
+from dedup.sync_log_restore import restore
 from dedup.verify import Inspection, NoProgress, Progress, inspect
 
 
@@ -85,6 +86,8 @@ class _Repairer:
         self.done: list[Repair] = []
         self.lost = 0
         """Blocks of containers that were written anew without them."""
+        self.log_is_left = False
+        """What was durable in the sync log alone may be lost."""
         self.openable = False
         """Whether opening the store for writing can only do good."""
         self._storage = storage
@@ -123,15 +126,21 @@ class _Repairer:
         self._ends = {group.name: group.last for group in found.groups}
 
     def _restore_log(self) -> None:
+        try:
+            restore(self._storage, self._path)
+        except Damaged as error:
+            self._restore_part_of_log(str(error))
+
+    def _restore_part_of_log(self, why: str) -> None:
         path = self._path / SYNC_LOG_NAME
         try:
-            left = restore(self._storage, self._path)
-        except Damaged as error:
-            kept = self._quarantine.move(path, str(error))
-            self._note("the sync log is damaged: what was in it alone is lost; the log is there", kept)
-            return
-        for file in left:
-            self._note("it is missing or damaged, and the sync log had a part of it, which is lost", file)
+            kept = self._quarantine.keep_copy(path, why)
+        except Unreadable:
+            kept = self._quarantine.move(path, why)
+        self.log_is_left = True
+        left = restore(self._storage, self._path, leaving=True)
+        files = ", ".join(sorted({str(file.relative_to(self._path)) for file in left})) or SYNC_LOG_NAME
+        self._note(f"the sync log could not be restored whole, of {files}: {why}; it is now {kept.name} there", kept)
 
     # -- marker, directories, leftovers ------------------------------------------------------------------------------
 
@@ -235,7 +244,9 @@ class _Repairer:
         store.close()
         for name, last in sorted(self._ends.items()):
             if held.get(name, last) < last:
-                self._note(
-                    f"group {name}: seq {held[name] + 1}..{last} had not become durable, and were cut off; "
-                    "the agent sends them again"
+                why = (
+                    "were cut off; the sync log may have had blocks of them, and is in quarantine/"
+                    if self.log_is_left
+                    else "had not become durable, and were cut off; the agent sends them again"
                 )
+                self._note(f"group {name}: seq {held[name] + 1}..{last} {why}")

@@ -41,7 +41,8 @@ from dedup.own_blocks import OwnBlocks
 from dedup.reindex import ANCHOR_POINTERS, ANCHOR_RECORDS
 from dedup.settling import settle
 from dedup.storage import Storage
-from dedup.sync_log import SyncLog, restore
+from dedup.sync_log import SyncLog
+from dedup.sync_log_restore import restore
 from dedup.types import BASE_JOURNAL, FINE_JOURNAL, ContainerId, JournalId, Record
 from dedup.usage import StoreUsage, measure
 from dedup.watermark import Watermark
@@ -54,6 +55,7 @@ CHECKPOINT_RECORDS: Final = ANCHOR_RECORDS
 """Entries that make one due: what a moment's synthesis and an opening replay at most, some tens of milliseconds."""
 CHECKPOINT_SECONDS: Final = 60.0
 """And its age, when there is anything to write."""
+LOCK_AGAIN_SECONDS: Final = 0.1
 GROUP_NAME_BYTES_MAX: Final = 64
 JOURNALS_MAX: Final = 256
 """Data journals of a store, over all its groups: each that receives has a file open."""
@@ -113,7 +115,7 @@ class Store:
         refuse_network(path)
         lock_fd = storage.open(path / layout.LOCK_NAME, os.O_RDWR | os.O_CREAT)
         try:
-            if not storage.lock(lock_fd):
+            if not _locked(storage, lock_fd):
                 raise StoreBusy(f"{path} is being written by another process; one store has one writer at a time")
             restore(storage, path)
             store = cls(path, storage, lock_fd, marker.uuid)
@@ -375,6 +377,14 @@ class Store:
         for part in parts:
             part.close()
         self.storage.close(self._lock_fd)
+
+
+def _locked(storage: Storage, fd: int) -> bool:
+    """Takes the store's lock. Readers look at it for an instant: so it is tried again."""
+    if not storage.lock(fd):
+        time.sleep(LOCK_AGAIN_SECONDS)
+        return storage.lock(fd)
+    return True
 
 
 def _check_group_name(name: str) -> None:

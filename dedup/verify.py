@@ -43,7 +43,7 @@ from dedup.damage import (
     Report,
     locate,
 )
-from dedup.errors import Damaged, StoreError, StoreFailed, StoreFull, UnknownFormat
+from dedup.errors import Damaged, StoreError, StoreFailed, UnknownFormat
 from dedup.fingerprint_run import FingerprintRun
 from dedup.fingerprint_runs import run_name
 from dedup.group_verify import GroupVerifier
@@ -54,7 +54,6 @@ from dedup.reachability import Reachability
 from dedup.reader import StoreReader
 from dedup.retention import load_policy
 from dedup.storage import Storage
-from dedup.sync_log import SYNC_LOG_NAME, restore_unwritten
 from dedup.types import BLOCK_BYTES, LOST_CONTAINER, ContainerId
 
 
@@ -116,10 +115,6 @@ class Inspection:
         return Report(tuple(self.checks.values()))
 
     def run(self, read_data: bool) -> None:
-        try:
-            restore_unwritten(self._storage, self.path)
-        except (Damaged, StoreFull, StoreFailed) as error:
-            self.checks[JOURNAL].add(Damage(f"its last entries may be in the sync log alone: {error}", SYNC_LOG_NAME))
         index = self._open_index()
         try:
             self._check(index, read_data)

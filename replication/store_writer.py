@@ -145,6 +145,7 @@ class StoreWriter:
         except StoreFull:
             self._checkpoint_due.set()  # the next one says so; that readers replay more is no reason to stop writers
         self._kept = False
+        self._tell()
 
     async def sync(self) -> None:
         """Return when all that was received before the call is DURABLE. Raises StoreFull, StoreFailed."""

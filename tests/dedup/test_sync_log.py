@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dedup.errors import Damaged, StoreFailed, StoreFull, UnknownFormat
+from dedup.errors import Damaged, StoreFailed, StoreFull, UnknownFormat, Unreadable
 from dedup.layout import (
     CHECKSUM_BYTES,
     CONTAINER_PAGE_BYTES,
     ContainerHeader,
+    SegmentHeader,
     checksum,
     container_path,
     pack_container_header,
+    pack_segment_header,
 )
 from dedup.reader import StoreReader
 from dedup.repair import repair
@@ -35,10 +38,9 @@ from dedup.sync_log import (
     Part,
     SyncLog,
     Unsynced,
-    restore,
-    restore_unwritten,
 )
-from dedup.types import FINE_JOURNAL, ContainerForm, ContainerId, TimeNs
+from dedup.sync_log_restore import is_waiting, restore
+from dedup.types import FINE_JOURNAL, ContainerForm, ContainerId, Seq, TimeNs
 from dedup.verify import verify
 from tests.dedup.model import Model
 from tests.dedup.test_store import check_moment, filled
@@ -47,7 +49,8 @@ from tests.dedup.test_store_faults import WatchedStorage
 CONTAINER = "containers/0000000000000001.rwc"
 SEGMENT = "groups/g/journal/00000000000000000001.rwj"
 RAW = pack_container_header(ContainerHeader(ContainerId(1), FINE_JOURNAL, ContainerForm.RAW, TimeNs(1)))
-BEGINS = {CONTAINER: RAW, SEGMENT: b""}
+FIRST = pack_segment_header(SegmentHeader(Seq(1), 7, TimeNs(1)))
+BEGINS = {CONTAINER: RAW, SEGMENT: FIRST}
 """What was synced when the files were made."""
 
 
@@ -67,7 +70,15 @@ def path(tmp_path: Path) -> Path:
 
 
 def part(place: Path, offset: int, content: bytes, name: str = SEGMENT) -> Part:
-    return Part(place / name, offset, content)
+    """Behind what the file begins with."""
+    return Part(place / name, len(BEGINS[name]) + offset, content)
+
+
+def segment(place: Path) -> bytes:
+    """What was appended to it."""
+    content = (place / SEGMENT).read_bytes()
+    assert content.startswith(FIRST)
+    return content[len(FIRST) :]
 
 
 def log_bytes(place: Path) -> bytes:
@@ -140,7 +151,7 @@ def test_nothing_that_was_emptied_comes_back(place: Path) -> None:
     log.empty()
     log.close()
     restore(Storage(), place)
-    assert (place / SEGMENT).read_bytes() == b""
+    assert segment(place) == b""
 
 
 def test_entries_of_an_earlier_series_do_not_follow_a_new_one(place: Path) -> None:
@@ -152,7 +163,7 @@ def test_entries_of_an_earlier_series_do_not_follow_a_new_one(place: Path) -> No
     assert log.keep([part(place, 0, b"new")])
     log.close()
     restore(Storage(), place)
-    assert (place / SEGMENT).read_bytes() == b"new"
+    assert segment(place) == b"new"
 
 
 def test_what_is_too_much_for_an_entry_is_said_once(place: Path) -> None:
@@ -166,7 +177,7 @@ def test_what_is_too_much_for_an_entry_is_said_once(place: Path) -> None:
     unsynced.note(place / SEGMENT, 0, [b"3"])
     assert unsynced.take() is None
     unsynced.note(place / SEGMENT, 7, [b"4"])
-    assert unsynced.take() == [part(place, 7, b"4")]
+    assert unsynced.take() == [Part(place / SEGMENT, 7, b"4")]
     assert unsynced.take() == []
 
 
@@ -212,19 +223,92 @@ def test_on_a_full_disk_the_files_are_synced(place: Path, monkeypatch: pytest.Mo
     assert log.keep([part(place, 0, b"again")])
     log.close()
     restore(storage, place)
-    assert (place / SEGMENT).read_bytes() == b"again"
+    assert segment(place) == b"again"
 
 
-def test_a_file_that_is_missing_is_named_and_the_others_come_back(
-    place: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def spoil(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+@pytest.mark.parametrize("name", [CONTAINER, SEGMENT])
+def test_a_file_that_does_not_get_its_part_keeps_the_log_as_it_is(place: Path, name: str, how: str) -> None:
+    """Whoever puts it back has everything; who cannot asks for the rest."""
     log = SyncLog(Storage(), place)
     assert log.keep([part(place, 0, b"blocks", CONTAINER), part(place, 0, b"entries")])
     log.close()
-    (place / CONTAINER).unlink()
-    assert restore(Storage(), place) == [place / CONTAINER]
-    assert (place / SEGMENT).read_bytes() == b"entries" and not (place / CONTAINER).exists()
-    assert CONTAINER in caplog.text
+    files = {other: (place / other).read_bytes() for other in (*BEGINS, SYNC_LOG_NAME)}
+    (other,) = BEGINS.keys() - {name}
+    (place / name).unlink() if how == "missing" else spoil(place / name)
+    for _ in range(2):
+        with pytest.raises(Damaged, match=Path(name).name):
+            restore(Storage(), place)
+    assert log_bytes(place) == files[SYNC_LOG_NAME]
+    assert (place / other).read_bytes() == files[other]
+    (place / name).write_bytes(files[name])
+    assert restore(Storage(), place) == []
+    assert segment(place) == b"entries" and (place / CONTAINER).read_bytes() == RAW + b"blocks"
+    for again, content in files.items():
+        (place / again).write_bytes(content)
+    (place / name).unlink() if how == "missing" else spoil(place / name)
+    assert restore(Storage(), place, leaving=True) == [place / name]
+    assert (place / other).read_bytes() != files[other]
+    assert restore(Storage(), place) == [], "it is empty"
+
+
+class RefusingReads(Storage):
+    """Cannot read one file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._refused = path
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        if self.path_of(fd) == self._refused:
+            raise Unreadable(f"{self._refused}: offset {offset}: cannot be read: made to fail")
+        return super().pread(fd, length, offset)
+
+
+def test_what_cannot_be_read_this_time_is_restored_the_next(place: Path) -> None:
+    storage = RefusingReads(place / CONTAINER)
+    log = SyncLog(storage, place)
+    assert log.keep([part(place, 0, b"blocks", CONTAINER)])
+    log.close()
+    with pytest.raises(Unreadable):
+        restore(storage, place)
+    assert restore(Storage(), place) == []
+    assert (place / CONTAINER).read_bytes() == RAW + b"blocks"
+
+
+def test_a_segment_behind_the_last_one_was_cut_off_and_is_no_damage(place: Path) -> None:
+    """The store that failed to sync removed it, and nothing of it was durable."""
+    cut = place / SEGMENT.replace("1.rwj", "9.rwj")
+    log = SyncLog(Storage(), place)
+    assert log.keep([part(place, 0, b"kept"), Part(cut, 48, b"not durable")])
+    log.close()
+    assert restore(Storage(), place) == []
+    assert segment(place) == b"kept" and not cut.exists()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_damaged_entry_before_a_whole_one_is_no_end_of_the_log(place: Path, which: int) -> None:
+    """For the later one was begun when the earlier one was durable."""
+    log = SyncLog(Storage(), place)
+    for number in range(3):
+        assert log.keep([part(place, number, bytes([65 + number]))])
+    log.close()
+    content = bytearray(log_bytes(place))
+    content[which * SYNC_LOG_ALIGNMENT + SYNC_LOG_ENTRY.size + 3] ^= 1
+    (place / SYNC_LOG_NAME).write_bytes(content)
+    with pytest.raises(Damaged, match=f"offset {which * SYNC_LOG_ALIGNMENT}"):
+        restore(Storage(), place)
+    assert log_bytes(place) == content and segment(place) == b""
+    assert restore(Storage(), place, leaving=True) == [place / SYNC_LOG_NAME]
+    wanted = bytearray(b"ABC")
+    wanted[which] = 0
+    assert segment(place) == wanted
 
 
 @pytest.mark.parametrize(
@@ -237,7 +321,7 @@ def test_a_log_of_a_stranger_writes_nowhere_else(place: Path, name: str) -> None
     log.close()
     with pytest.raises(Damaged, match="synclog"):
         restore(Storage(), place)
-    assert (place / SEGMENT).read_bytes() == b"" and not (place / name).exists()
+    assert segment(place) == b"" and not (place / name).exists()
 
 
 def test_a_log_of_a_newer_version_is_refused(place: Path) -> None:
@@ -294,7 +378,7 @@ def test_a_first_entry_that_is_not_the_first_of_its_series_is_none(place: Path) 
     body = SYNC_LOG_PART.struct.pack(0, 1, len(name)) + name + b"x"
     write_entry(place, body, parts=1, version=9, number=1)
     restore(Storage(), place)
-    assert (place / SEGMENT).read_bytes() == b""
+    assert segment(place) == b""
 
 
 def test_a_container_that_was_sealed_since_stays_as_it_is(path: Path) -> None:
@@ -452,38 +536,58 @@ def test_large_appends_are_synced_in_their_files(path: Path) -> None:
     store.close()
 
 
-def test_who_reads_or_verifies_after_a_power_cut_has_what_was_durable(path: Path) -> None:
-    """With nobody there who writes; beside a writer they leave its log alone."""
+def test_who_reads_after_a_power_cut_is_told_and_changes_nothing(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Beside a writer, which has restored its log, there is nothing to tell."""
     store, model, volume = filled(path)
+    store.checkpoint()
+    durable = model.seq
+    synced = {file: file.read_bytes() for file in appended_to(path)}
+    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
+    store.sync()
+    assert not is_waiting(Storage(), path)
+    store.abandon()
+    forget_since(synced)
+    before = log_bytes(path)
+    reader = StoreReader.open(path)
+    assert "sync log" in caplog.text
+    assert reader.group("g").resolve("latest").seq == durable
+    reader.close()
+    assert verify(path, read_data=True).ok
+    assert log_bytes(path) == before
+    Store.open(path).close()
+    caplog.clear()
+    reader = StoreReader.open(path)
+    assert reader.group("g").resolve("latest").seq == model.seq and not caplog.text
+    reader.close()
+
+
+def test_a_repair_says_what_a_damaged_container_costs_and_keeps_the_log(path: Path) -> None:
+    store, model, volume = filled(path)
+    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
     store.checkpoint()
     synced = {file: file.read_bytes() for file in appended_to(path)}
     store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
     store.sync()
-    after = log_bytes(path)
-    restore_unwritten(Storage(), path)
-    assert log_bytes(path) == after
     store.abandon()
     forget_since(synced)
-    reader = StoreReader.open(path)
-    assert reader.group("g").resolve("latest").seq == model.seq
-    check_moment(reader.group("g"), model, model.seq)
-    reader.close()
-    forget_since(synced)
-    (path / SYNC_LOG_NAME).write_bytes(after)
-    assert verify(path, read_data=True).ok
-    assert StoreReader.open(path).group("g").resolve("latest").seq == model.seq
+    kept = log_bytes(path)
+    spoil(container_path(path / "containers", ContainerId(1)))
+    with pytest.raises(Damaged, match="does not match"):
+        Store.open(path)
+    said = "; ".join(one.what for one in repair(path).repairs)
+    assert "the sync log could not be restored whole, of containers/" in said and "sends them again" not in said
+    assert (path / "quarantine" / SYNC_LOG_NAME).read_bytes() == kept
+    Store.open(path).close()
 
 
-def test_a_log_that_cannot_be_restored_keeps_nobody_from_reading(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store, model, volume = filled(path)
-    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
-    store.close()
-    write_entry(path, b"", parts=1)
-    reader = StoreReader.open(path)
-    assert reader.group("g").resolve("latest").seq == model.seq and "may be missing" in caplog.text
-    reader.close()
-    report = verify(path)
-    assert not report.ok and SYNC_LOG_NAME in str(report)
+def test_a_reader_that_looks_at_the_lock_keeps_no_writer_away(path: Path) -> None:
+    storage = Storage()
+    fd = storage.open(path / "lock", os.O_RDWR | os.O_CREAT)
+    assert storage.lock(fd, shared=True)
+    timer = threading.Timer(0.02, storage.close, [fd])
+    timer.start()
+    Store.open(path).close()
+    timer.join()
 
 
 def test_a_sync_between_an_append_and_its_note_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
