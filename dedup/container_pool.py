@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dedup.container import ContainerReader
 from dedup.errors import Damaged, WouldBlock
-from dedup.layout import FINGERPRINT_BYTES, SLOT_BITS, SLOT_MASK, ZERO_BLOCK
+from dedup.layout import SLOT_BITS, SLOT_MASK, ZERO_BLOCK
 from dedup.prefetch import Prefetch
 from dedup.sealed_form import GroupCache
 from dedup.storage import Buffer, Storage
@@ -100,7 +100,9 @@ class ContainerPool:
         finally:
             self._give_back(reader)
 
-    def same_pieces(self, addresses: NDArray[np.uint64], pieces: Sequence[Buffer], fingerprints: bytes) -> bool:
+    def same_pieces(
+        self, addresses: NDArray[np.uint64], pieces: Sequence[Buffer], fingerprints: Sequence[bytes]
+    ) -> bool:
         """Whether each piece, some blocks one behind the other, lies in one container just so: a read of each. False
         says no more than that it was not found so: `same_each` tells of which blocks it is."""
         if len(pieces[0]) > BLOCK_BYTES and addresses[1] != addresses[0] + np.uint64(1):
@@ -109,9 +111,7 @@ class ContainerPool:
         follows = np.diff(addresses, prepend=np.uint64(0)) == 1
         follows[edges[:-1]] = True
         return bool(follows.all()) and all(
-            self.same(
-                Address(int(addresses[start])), piece, fingerprints[start * FINGERPRINT_BYTES : end * FINGERPRINT_BYTES]
-            )
+            self.same(Address(int(addresses[start])), piece, b"".join(fingerprints[start:end]))
             for piece, (start, end) in zip(pieces, pairwise(edges), strict=True)
         )
 

@@ -273,7 +273,7 @@ class Ingest:
             (one,) = candidates
             same = [self._pool.same(Address(int(wheres[one])), blocks[one], fingerprints[one])]
         elif len(candidates) == len(found):
-            if len(whole) * _LARGE <= len(blocks) and self._pool.same_pieces(wheres, whole, b"".join(fingerprints)):
+            if len(whole) * _LARGE <= len(blocks) and self._pool.same_pieces(wheres, whole, fingerprints):
                 same = [True] * len(blocks)
             else:
                 same = self._pool.same_each(wheres, blocks, fingerprints)

@@ -264,7 +264,7 @@ def measure(report: Report, quick: bool) -> None:
     with workplace() as directory:
         borg, restic = BorgRepository.create(directory / "borg"), ResticRepository.create(directory / "restic")
         # restic is no target, and takes as long as all others together.
-        of_full = measured(directory / "full", full, rounds, Peers(borg, restic, rounds, 3))
+        of_full = measured(directory / "full", full, rounds, Peers(borg, restic, rounds, min(rounds, 2)))
         shutil.rmtree(directory / "restic")
         of_sparse = measured(directory / "sparse", sparse, 3, Peers(borg, restic, 1, 0))
     for shape, runs in ((full, of_full), (sparse, of_sparse)):

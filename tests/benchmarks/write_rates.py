@@ -21,7 +21,8 @@ longer than any queue. Without an fsync in any of them: what lies in page caches
 writeback: the same with the kernel collecting writes (`rewindfs mount --writeback`, the bare passthrough's own
 `--writeback`), and one fsync at the end within the time: else writes were still on their way to either.
 
-Beside them, where a target may be out of reach, the least replication (`least_replication`): the floor.
+Beside them, where a target may be out of reach, the least replication (`least_replication`): the floor, of runs of
+gigabytes in the first three rounds.
 """
 
 from __future__ import annotations

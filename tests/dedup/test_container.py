@@ -304,7 +304,7 @@ def test_pool_compares_pieces_each_as_one(tmp_path: Path, sealed: bool) -> None:
     wanted = [place for start, count in zip(starts, lengths, strict=True) for place in places[start : start + count]]
 
     def asked_in_pieces(wanted: list[int], contents: list[bytes]) -> bool:
-        marks = b"".join(map(fingerprint, contents))
+        marks = list(map(fingerprint, contents))
         whole, ends = memoryview(b"".join(contents)), np.cumsum(lengths) * BLOCK_BYTES
         pieces = [whole[end - length * BLOCK_BYTES : end] for end, length in zip(ends, lengths, strict=True)]
         return pool.same_pieces(np.array(wanted, np.uint64), pieces, marks)
