@@ -158,9 +158,20 @@ def crash(recording: Recording, tried: Tried, chosen: set[int], randoms: int, co
             tried.check(disk.after(survival), point.promise, f"{where}; power cut: {survival}", killed=False)
 
 
-def crash_recovery(recording_: Recording, tried: Tried, chosen: set[int], directory: Path, every: int) -> None:
-    """Kills at the chosen points; the power fails while the next writer recovers and goes on. What the first left in
-    memory is not durable because a second has read it."""
+@dataclass(frozen=True, slots=True)
+class Killed:
+    """A writer was killed at a point, and another goes on."""
+
+    point: Point
+    disk: Disk
+    """As the first one left it; not to be changed or kept."""
+    recorder: Recorder
+    """What the other one does."""
+    again: Run
+
+
+def killed(recording_: Recording, tried: Tried, chosen: set[int], directory: Path) -> Iterator[Killed]:
+    """Each of the chosen points. The other writer's files are gone when the next one comes."""
     for point, disk, _ in recording_.disks():
         if point.events not in chosen or not point.promise.created:
             continue
@@ -168,17 +179,25 @@ def crash_recovery(recording_: Recording, tried: Tried, chosen: set[int], direct
         root = directory / "again"
         root.mkdir()
         disk.after(ALL).write(root)
-        recorder = Recorder(root, deepcopy(disk))
-        marks: list[tuple[int, Promise, dict[str, GroupModel]]] = []
+        owed = dict(point.promise.groups)
+        again = Run(root / "store", models=dict(recording_.models), owed=owed, created=True, seed=1_000_000)
+        again.damaged = point.promise.damaged
+        yield Killed(point, disk, Recorder(root, deepcopy(disk)), again)
+        shutil.rmtree(root)
 
-        again = next_writer(root, point, recording_)
+
+def crash_recovery(recording_: Recording, tried: Tried, chosen: set[int], directory: Path, every: int) -> None:
+    """Kills at the chosen points; the power fails while the next writer recovers and goes on. What the first left in
+    memory is not durable because a second has read it."""
+    for one in killed(recording_, tried, chosen, directory):
+        point, recorder, again = one.point, one.recorder, one.again
+        marks: list[tuple[int, Promise, dict[str, GroupModel]]] = []
         again.mark = lambda promise: marks.append((len(recorder.events), promise, dict(again.models)))  # noqa: B023
         with recording(recorder):
             again.recover()
             again.kill()
-        shutil.rmtree(root)
         at = (point.promise, recording_.models)
-        replay = deepcopy(disk)
+        replay = deepcopy(one.disk)
         for number in range(len(recorder.events) + 1):
             if number:
                 recorder.events[number - 1].play(replay)
@@ -191,27 +210,12 @@ def crash_recovery(recording_: Recording, tried: Tried, chosen: set[int], direct
                 tried.check(replay.after(survival), at[0], where, killed=False, models=at[1])
 
 
-def next_writer(root: Path, point: Point, recording_: Recording) -> Run:
-    """Who goes on with what is at `root`."""
-    owed = dict(point.promise.groups)
-    again = Run(root / "store", models=dict(recording_.models), owed=owed, created=True, seed=1_000_000)
-    again.damaged = point.promise.damaged
-    return again
-
-
 def crash_sealed(recording_: Recording, tried: Tried, chosen: set[int], directory: Path) -> None:
     """Kills at the chosen points; the next writer seals all that may be sealed, and ends; then the power fails. What
     the first left to be written must not come over that."""
-    for point, disk, _ in recording_.disks():
-        if point.events not in chosen or not point.promise.created:
-            continue
-        tried.points += 1
-        root = directory / "again"
-        root.mkdir()
-        disk.after(ALL).write(root)
-        recorder = Recorder(root, deepcopy(disk))
-        again = next_writer(root, point, recording_)
-        with recording(recorder):
+    for one in killed(recording_, tried, chosen, directory):
+        point, again = one.point, one.again
+        with recording(one.recorder):
             store = again.opened = opened(again.path, point.promise)
             store.complete_containers()
             covered = store.settle()
@@ -220,10 +224,9 @@ def crash_sealed(recording_: Recording, tried: Tried, chosen: set[int], director
                 if container is not None and covered.covers_whole(container):
                     again.seal(container)
             again.kill()
-        shutil.rmtree(root)
         for survival in (*CORNERS, some(point.events)):
             where = f"{what(point, recording_)}; killed; sealed; power cut: {survival}"
-            tried.check(recorder.disk.after(survival), point.promise, where, killed=False)
+            tried.check(one.recorder.disk.after(survival), point.promise, where, killed=False)
 
 
 def said(tried: Tried, recording: Recording, record_property: Callable[[str, object], None]) -> None:

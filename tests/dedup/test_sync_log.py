@@ -40,7 +40,7 @@ from dedup.sync_log import (
     Unsynced,
 )
 from dedup.sync_log_restore import is_waiting, restore
-from dedup.types import FINE_JOURNAL, ContainerForm, ContainerId, Seq, TimeNs
+from dedup.types import FINE_JOURNAL, ContainerForm, ContainerId, Seq, TimeNs, VolumeId
 from dedup.verify import verify
 from tests.dedup.model import Model
 from tests.dedup.test_store import check_moment, filled
@@ -428,6 +428,17 @@ def forget_since(files: dict[Path, bytes]) -> None:
         file.write_bytes(content)
 
 
+def after_power_cut(store: Store, model: Model, volume: VolumeId) -> None:
+    """It has taken what was written last from all files but the log."""
+    store.checkpoint()
+    synced = {file: file.read_bytes() for file in appended_to(store.path)}
+    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
+    store.sync()
+    assert not is_waiting(Storage(), store.path), "its writer lives"
+    store.abandon()
+    forget_since(synced)
+
+
 def test_a_small_sync_asks_the_disk_once_and_a_power_cut_takes_nothing(path: Path) -> None:
     storage = WatchedStorage()
     store, model, volume = filled(path, storage)
@@ -511,12 +522,7 @@ def test_files_that_cannot_be_synced_keep_what_the_log_had(path: Path) -> None:
 
 def test_a_repair_begins_with_what_the_log_has(path: Path) -> None:
     store, model, volume = filled(path)
-    store.checkpoint()
-    synced = {file: file.read_bytes() for file in appended_to(path)}
-    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
-    store.sync()
-    store.abandon()
-    forget_since(synced)
+    after_power_cut(store, model, volume)
     os.truncate(container_path(path / "containers", ContainerId(1)), CONTAINER_PAGE_BYTES)  # it looks empty
     assert repair(path).ok
     reopened = Store.open(path)
@@ -539,14 +545,8 @@ def test_large_appends_are_synced_in_their_files(path: Path) -> None:
 def test_who_reads_after_a_power_cut_is_told_and_changes_nothing(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Beside a writer, which has restored its log, there is nothing to tell."""
     store, model, volume = filled(path)
-    store.checkpoint()
     durable = model.seq
-    synced = {file: file.read_bytes() for file in appended_to(path)}
-    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
-    store.sync()
-    assert not is_waiting(Storage(), path)
-    store.abandon()
-    forget_since(synced)
+    after_power_cut(store, model, volume)
     before = log_bytes(path)
     reader = StoreReader.open(path)
     assert "sync log" in caplog.text
@@ -564,12 +564,7 @@ def test_who_reads_after_a_power_cut_is_told_and_changes_nothing(path: Path, cap
 def test_a_repair_says_what_a_damaged_container_costs_and_keeps_the_log(path: Path) -> None:
     store, model, volume = filled(path)
     store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
-    store.checkpoint()
-    synced = {file: file.read_bytes() for file in appended_to(path)}
-    store.group("g").ingest([model.write(volume, 0, os.urandom(4096))])
-    store.sync()
-    store.abandon()
-    forget_since(synced)
+    after_power_cut(store, model, volume)
     kept = log_bytes(path)
     spoil(container_path(path / "containers", ContainerId(1)))
     with pytest.raises(Damaged, match="does not match"):
