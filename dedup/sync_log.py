@@ -17,7 +17,6 @@ Invariants:
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import threading
@@ -31,8 +30,6 @@ from typing import Final
 from dedup.errors import StoreFull
 from dedup.layout import CHECKSUM_BYTES, FORMAT_VERSION, Fields, checksum
 from dedup.storage import Buffer, Storage
-
-log = logging.getLogger(__name__)
 
 SYNC_LOG_NAME: Final = "synclog"
 SYNC_LOG_MAGIC: Final = b"rwSYNCL\n"
