@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 _OFFSET_MAX: Final = 1 << 62
 _REMEDY: Final = "`rewindfs verify --repair` restores what it can, and keeps the log in quarantine/"
 
+_Faults = list[tuple[Path, Damaged]]
+"""What is damaged, missing or cannot be read: each file, and why."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
@@ -65,20 +68,18 @@ def restore(storage: Storage, store: Path, *, leaving: bool = False) -> list[Pat
     except FileNotFoundError:
         return []
     try:
-        faults: list[Damaged] = []
-        left: list[Path] = []
+        faults: _Faults = []
         with ExitStack() as stack:
             parts = list(_parts_of(_entries(storage, path, fd, faults), path, faults))
-            left += [path] * len(faults)
-            opened = _opened(storage, parts, stack, faults, left)
+            opened = _opened(storage, parts, stack, faults)
             if faults and not leaving:
-                raise faults[0]
+                raise faults[0][1]
             _write_back(storage, parts, opened)
         # Also where it looks empty: who emptied it may have been killed, or failed, before the disk had that.
         emptied(storage, path, fd)
     finally:
         storage.close(fd)
-    return left
+    return [file for file, _ in faults]
 
 
 def is_waiting(storage: Storage, store: Path) -> bool:
@@ -108,7 +109,7 @@ def is_waiting(storage: Storage, store: Path) -> bool:
 # -- the entries -------------------------------------------------------------------------------------------------------
 
 
-def _entries(storage: Storage, path: Path, fd: int, faults: list[Damaged]) -> list[_Entry]:
+def _entries(storage: Storage, path: Path, fd: int, faults: _Faults) -> list[_Entry]:
     """Those of the log, in order. UnknownFormat."""
     found: list[_Entry] = []
     at = 0
@@ -121,10 +122,11 @@ def _entries(storage: Storage, path: Path, fd: int, faults: list[Damaged]) -> li
             found.append(entry)
             at = entry.end
     except Unreadable as error:
-        faults.append(error)
+        faults.append((path, error))
     later = list(_later(storage, fd, at, found))
     if later and not faults:
-        faults.append(Damaged(f"{path}: offset {at}: an entry is damaged, with whole ones behind it; {_REMEDY}"))
+        damage = Damaged(f"{path}: offset {at}: an entry is damaged, with whole ones behind it; {_REMEDY}")
+        faults.append((path, damage))
     return found + later
 
 
@@ -172,12 +174,12 @@ def _series_at(storage: Storage, fd: int) -> int | None:
 # -- their parts -------------------------------------------------------------------------------------------------------
 
 
-def _parts_of(entries: Sequence[_Entry], path: Path, faults: list[Damaged]) -> Iterator[Part]:
+def _parts_of(entries: Sequence[_Entry], path: Path, faults: _Faults) -> Iterator[Part]:
     for entry in entries:
         try:
             yield from list(_parts(entry, path))
         except Damaged as error:
-            faults.append(error)
+            faults.append((path, error))
 
 
 def _parts(entry: _Entry, path: Path) -> Iterator[Part]:
@@ -212,9 +214,7 @@ def _file(store: Path, name: bytes) -> Path | None:
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
-def _opened(
-    storage: Storage, parts: Sequence[Part], stack: ExitStack, faults: list[Damaged], left: list[Path]
-) -> dict[Path, int]:
+def _opened(storage: Storage, parts: Sequence[Part], stack: ExitStack, faults: _Faults) -> dict[Path, int]:
     """Descriptors of the files that get their parts back."""
     opened: dict[Path, int] = {}
     for path in {part.path: None for part in parts}:
@@ -224,8 +224,8 @@ def _opened(
             if _was_cut_off(storage, path):
                 log.warning("%s was cut off after a failed sync; the sync log has more of it, which is left", path)
             else:
-                faults.append(Damaged(f"{path}: is missing, and the sync log has a part of it; put it back: {_REMEDY}"))
-                left.append(path)
+                damage = Damaged(f"{path}: is missing, and the sync log has a part of it; put it back: {_REMEDY}")
+                faults.append((path, damage))
             continue
         stack.callback(storage.close, fd)
         try:
@@ -234,8 +234,7 @@ def _opened(
             else:
                 log.warning("%s was sealed by a build that does not know the sync log, and has all of it", path)
         except Damaged as error:
-            faults.append(error)
-            left.append(path)
+            faults.append((path, error))
     return opened
 
 

@@ -96,7 +96,7 @@ class StoreWriter:
                 if self._kept:
                     await self._checkpoint_kept()
                 if nbytes >= THREAD_BYTES:
-                    await self._run_alone(group.ingest, records)
+                    await self._call(group.ingest, records)
                 else:
                     self._ingest_here(group, records)
         self._unsynced_bytes += nbytes
@@ -120,9 +120,10 @@ class StoreWriter:
     async def run(self, function: Callable[[*Args], T], *args: *Args) -> T:
         """Calls in a thread, with the store to itself. Raises what the call raises. Cancelled: it ends first."""
         async with self._lock:
-            return await self._run_alone(function, *args)
+            return await self._call(function, *args)
 
-    async def _run_alone(self, function: Callable[[*Args], T], *args: *Args) -> T:
+    async def _call(self, function: Callable[[*Args], T], *args: *Args) -> T:
+        """Calls in a thread; under the lock, if the call needs the store to itself. StoreFailed stops this writer."""
         self._check()
         try:
             return await trio.to_thread.run_sync(function, *args)
@@ -134,14 +135,14 @@ class StoreWriter:
         """`run` of what keeps the head as a point. A checkpoint comes next, so that who reads that point has nothing to
         replay; it is not waited for here, but by what is ingested after."""
         async with self._lock:
-            result = await self._run_alone(function, *args)
+            result = await self._call(function, *args)
             self._kept = True
         self._checkpoint_due.set()
         return result
 
     async def _checkpoint_kept(self) -> None:
         try:
-            await self._run_alone(self.store.checkpoint)
+            await self._call(self.store.checkpoint)
         except StoreFull:
             self._checkpoint_due.set()  # the next one says so; that readers replay more is no reason to stop writers
         self._kept = False
@@ -168,13 +169,8 @@ class StoreWriter:
     async def checkpoint(self) -> None:
         """Return when all that was received is in a checkpoint, and so durable. Raises StoreFull, StoreFailed."""
         self._checkpoint_due = trio.Event()
-        self._check()
-        try:
-            # Beside ingest: the checkpoint, which has the store to itself, then finds little left to sync.
-            await trio.to_thread.run_sync(self.store.sync_files)
-        except StoreFailed as error:
-            self.fail(error)
-            raise
+        # Beside ingest: the checkpoint, which has the store to itself, then finds little left to sync.
+        await self._call(self.store.sync_files)
         await self.run(self.store.checkpoint)
         self._kept = False
         self._merge_due.set()
