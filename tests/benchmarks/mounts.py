@@ -195,10 +195,15 @@ def interleaved_anew(
     measure: Callable[[Path], float],
 ) -> dict[str, list[float]]:
     """`interleaved` for runs of gigabytes: each on a mount of its own, made in a directory that is then removed. Floors
-    are in the first FLOOR_ROUNDS of them only."""
+    are in the first FLOOR_ROUNDS of them only.
+
+    Every other round goes backwards: how much memory the run before gave back decides how quickly the next one gets its
+    page cache, so none has always the same one before it.
+    """
     results: dict[str, list[float]] = {name: [] for name in subjects}
     for number in range(rounds):
-        for name, mounted in subjects.items():
+        in_turn = list(subjects.items())
+        for name, mounted in in_turn if number % 2 == 0 else reversed(in_turn):
             if number >= FLOOR_ROUNDS and name in LEAST.values():
                 continue
             place = directory / "run"

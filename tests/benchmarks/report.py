@@ -140,9 +140,13 @@ def ratio(runs: Mapping[str, Sequence[float]], name: str, against: str) -> float
     return statistics.median(runs[name]) / statistics.median(runs[against])
 
 
-def ratio_if_any(runs: Mapping[str, Sequence[float]], name: str, against: str) -> float | None:
-    """`ratio`; None where the table has no such name."""
-    return ratio(runs, name, against) if name in runs else None
+def floor_ratio(runs: Mapping[str, Sequence[float]], name: str, against: str) -> float | None:
+    """`ratio` of a floor, of the rounds that it took part in: the first ones, perhaps not all. None where the table has
+    no such name."""
+    if name not in runs:
+        return None
+    rounds = len(runs[name])
+    return statistics.median(runs[name]) / statistics.median(runs[against][:rounds])
 
 
 def machine() -> dict[str, str | int]:

@@ -40,7 +40,7 @@ from tests.benchmarks.mounts import (
 )
 from tests.benchmarks.peak_memory import PeakMemory
 from tests.benchmarks.postgresql import Database, installed_programs, reachable
-from tests.benchmarks.report import Report, ratio, ratio_if_any, run_subject
+from tests.benchmarks.report import Report, floor_ratio, ratio, run_subject
 
 IMAGE_BYTES = 1 << 30
 ROWS = 10_000
@@ -105,7 +105,7 @@ def sqlite(report: Report, quick: bool, peaks: PeakMemory) -> None:
     what = "SQLite commits (WAL, synchronous FULL) on ext4 on loop"
     report.table(what, "commits/s", results, BARE)
     for mode, wanted in (("sync", 0.50), ("async", 0.90)):
-        floor = ratio_if_any(results, LEAST[mode], BARE)
+        floor = floor_ratio(results, LEAST[mode], BARE)
         report.at_least(f"{what}: {mode}", BARE, ratio(results, mode, BARE), wanted, floor=floor)
 
 
@@ -128,7 +128,7 @@ def pgbench(report: Report, quick: bool, peaks: PeakMemory) -> None:
         results = interleaved(rounds, mounts, transactions)
     what = "pgbench on ext4 on loop"
     report.table(what, "transactions/s", results, BARE)
-    floor = ratio_if_any(results, LEAST["async"], BARE)
+    floor = floor_ratio(results, LEAST["async"], BARE)
     report.at_least(f"{what}: async", BARE, ratio(results, "async", BARE), 0.90, floor=floor)
 
 

@@ -49,7 +49,7 @@ from tests.benchmarks.mounts import (
 )
 from tests.benchmarks.peak_memory import PeakMemory
 from tests.benchmarks.qemu_mirror import QEMU, qemu_mirror
-from tests.benchmarks.report import Report, ratio, ratio_if_any, run_subject
+from tests.benchmarks.report import Report, floor_ratio, ratio, run_subject
 
 BLOCK_BYTES = 4096
 DEPTH = 16
@@ -112,7 +112,7 @@ def depth16(report: Report, quick: bool, peaks: PeakMemory) -> None:
             results = interleaved(rounds, mounts, partial(measure, seconds=seconds))
             what = f"4 KiB random writes, O_DIRECT, depth {DEPTH}: {way}"
             report.table(what, "IOPS", results, BARE)
-            floor = ratio_if_any(results, LEAST["sync"], BARE)
+            floor = floor_ratio(results, LEAST["sync"], BARE)
             report.at_least(f"{what}: sync", BARE, ratio(results, "sync", BARE), 0.60, floor=floor)
 
 
@@ -128,7 +128,7 @@ def sequential(report: Report, quick: bool, peaks: PeakMemory) -> None:
     results = _on_new_mounts(rounds, size, modes, peaks, [] if quick else modes)
     report.table(what, "MB/s", results, BARE)
     for mode, wanted in (("async", 0.80), ("sync", 0.60)):
-        floor = ratio_if_any(results, LEAST[mode], BARE)
+        floor = floor_ratio(results, LEAST[mode], BARE)
         report.at_least(f"{what}: {mode}", BARE, ratio(results, mode, BARE), wanted, floor=floor)
 
 
@@ -137,7 +137,7 @@ def writeback(report: Report, quick: bool, peaks: PeakMemory) -> None:
     what = f"1 MiB sequential writes of new data, {size / (1 << 30):g} GiB, --writeback"
     results = _on_new_mounts(rounds, size, ["async"], peaks, [] if quick else ["async"], writeback=True)
     report.table(f"{what}, with an fsync at the end", "MB/s", results, BARE)
-    floor = ratio_if_any(results, LEAST["async"], BARE)
+    floor = floor_ratio(results, LEAST["async"], BARE)
     report.at_least(f"{what}: async", f"{BARE} with kernel writeback", ratio(results, "async", BARE), 0.70, floor=floor)
 
 
