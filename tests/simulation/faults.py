@@ -15,6 +15,7 @@ from tests.simulation.chance import Chance
 from tests.simulation.hosts import AgentHost, FirstHost, SecondHost
 from tests.simulation.network import Line
 from tests.simulation.process import Process
+from tests.simulation.rival import NAME as RIVAL
 from tests.simulation.rival import Rival
 from tests.simulation.settings import Profile
 from tests.simulation.trace import Trace
@@ -201,6 +202,8 @@ class Faults:
                 # Whoever does not know of it yet goes on; behind a first appliance that takes a while.
                 self.put_back, self.since = True, self._agent.epoch
                 self._agent.gaps_allowed += 1
+                if self._second.group.owners[-1:] == (RIVAL,):
+                    self._agent.take_over = True  # as the refusal says: the group was another agent's then
                 self._trace.note(f"old_copy held={self._second.group.held}")
                 await self._second.start(self._nursery)
 
