@@ -145,8 +145,7 @@ def floor_ratio(runs: Mapping[str, Sequence[float]], name: str, against: str) ->
     no such name."""
     if name not in runs:
         return None
-    rounds = len(runs[name])
-    return statistics.median(runs[name]) / statistics.median(runs[against][:rounds])
+    return ratio({name: runs[name], against: runs[against][: len(runs[name])]}, name, against)
 
 
 def machine() -> dict[str, str | int]:
